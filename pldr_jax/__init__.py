@@ -1,0 +1,28 @@
+"""PLDR-LLM in JAX: language models with power law graph attention.
+
+import pldr_jax
+lm = pldr_jax.load("runs/nano")
+print(lm.generate(["def "], max_new_tokens=64)[0].text)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["ConfigError", "LanguageModel", "load"]
+
+if TYPE_CHECKING:
+    from pldr_jax.api import LanguageModel, load
+    from pldr_jax.config import ConfigError
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: `import pldr_jax` alone must not start an accelerator.
+    if name in ("LanguageModel", "load"):
+        from pldr_jax import api
+
+        return getattr(api, name)
+    if name == "ConfigError":
+        from pldr_jax.config import ConfigError
+
+        return ConfigError
+    raise AttributeError(f"module 'pldr_jax' has no attribute {name!r}")

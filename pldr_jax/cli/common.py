@@ -1,0 +1,38 @@
+"""What the programs share: one-line errors, the compilation cache."""
+
+import sys
+from collections.abc import Callable
+
+from pldr_jax.config import ConfigError
+
+USAGE, FAILURE = 2, 1
+
+
+def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
+    """Runs a program; an error its user can mend is one line on stderr and a non-zero exit status."""
+    from pldr_jax.training.checkpoint import CheckpointError
+    from pldr_jax.training.loop import TrainingError
+
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except ConfigError as error:
+        _exit(error, USAGE)
+    except (CheckpointError, TrainingError) as error:
+        _exit(error, FAILURE)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _exit(error: Exception, status: int) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def keep_compiled_programs(cache_dir: str | None) -> None:
+    """Keeps XLA's compiled programs beside the tokenised text, so that the next start of the same run is quick."""
+    import jax
+
+    from pldr_jax.data.cache import cache_folder
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder(cache_dir) / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,301 @@
+"""Configuration: frozen dataclasses, one per thing configured, validated when they are built.
+
+A dataclass `XxxConfig` is the group `Xxx` of a config file or flag: `Model.num_layers = 5` in a gin file,
+`--gin.Model.num_layers=5` on the command line (see `pldr_jax/flags.py`, the only reader of either).
+Every field carries its meaning, which `--help` prints, and its bounds, which `__post_init__` checks.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal, get_args
+
+
+class ConfigError(ValueError):
+    """A configuration value that cannot be used; the message is one line naming field, value and remedy."""
+
+
+def _field(
+    default: Any,
+    doc: str,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """A dataclass field with its meaning and bounds: `low` <= value, `above` < value, value <= `high`."""
+    return dataclasses.field(
+        default=default, metadata={"doc": doc, "low": low, "above": above, "high": high}
+    )
+
+
+def group_name(config_class: type) -> str:
+    """`ModelConfig` -> `Model`, the name the group has in config files, flags and messages."""
+    return config_class.__name__.removesuffix("Config")
+
+
+class _Validated:
+    """Checks the bounds declared by `_field` as soon as a config object exists."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value, bounds = getattr(self, field.name), field.metadata
+            choices = (
+                get_args(field.type) if getattr(field.type, "__origin__", None) is Literal else ()
+            )
+            if choices and value not in choices:
+                self.fail(field.name, f"is not one of {', '.join(map(repr, choices))}")
+            if value is None or isinstance(value, (str, bool)):
+                continue
+            if isinstance(value, float) and not math.isfinite(value):
+                self.fail(field.name, "must be finite")
+            if bounds["low"] is not None and value < bounds["low"]:
+                self.fail(field.name, f"must be at least {bounds['low']}")
+            if bounds["above"] is not None and value <= bounds["above"]:
+                self.fail(field.name, f"must be greater than {bounds['above']}")
+            if bounds["high"] is not None and value > bounds["high"]:
+                self.fail(field.name, f"must be at most {bounds['high']}")
+
+    def fail(self, name: str, remedy: str) -> None:
+        """Raises the one-line `ConfigError` for field `name`."""
+        raise ConfigError(f"{group_name(type(self))}.{name} = {getattr(self, name)!r}: {remedy}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(_Validated):
+    """The network: its sizes, where G_LM comes from, and how it is computed."""
+
+    vocab_size: int = _field(512, "pieces in the vocabulary (V)", low=1)
+    num_layers: int = _field(3, "decoder layers (L)", low=1)
+    num_heads: int = _field(2, "attention heads (N)", low=1)
+    head_dim: int = _field(
+        32, "width of one head (H); the model width D is num_heads * head_dim", low=2
+    )
+    ffn_dim: int | None = _field(
+        None, "width of the feed-forward GLU (F); None is floor(8 D / 3)", low=1
+    )
+    metric_dim: int | None = _field(
+        None, "width of the metric learner's GLUs (M, A_dff); None is floor(8 H / 3)", low=1
+    )
+    num_residual_layers: int = _field(
+        8, "residual layers of the metric learner (R, num_reslayerA)", low=0
+    )
+    num_gated_units: int = _field(2, "GLUs in each residual layer (U, num_denseA)", low=1)
+    context_length: int = _field(
+        128, "longest sequence in tokens; a training row has this many", low=2
+    )
+    rope_theta: float = _field(10000.0, "base of the rotary position frequencies", above=0)
+    rope_layout: Literal["interleaved", "half_split"] = _field(
+        "interleaved", "pairs rotated: (2i, 2i+1), or (i, i + H/2)"
+    )
+    g_source: Literal["learned", "identity", "random", "external"] = _field(
+        "learned",
+        "G_LM: from power law graph attention, the identity (SDPA), a seeded random tensor, or g_file",
+    )
+    g_seed: int = _field(0, "seed of the random G_LM (g_source = 'random')", low=0)
+    g_file: str | None = _field(
+        None, "npz or safetensors file holding G_LM [L,N,H,H] (g_source = 'external')"
+    )
+    layer_norm_eps: float = _field(1e-6, "epsilon of every LayerNorm", above=0)
+    dtype: Literal["float32", "bfloat16"] = _field(
+        "float32", "compute dtype of the matrix products; parameters stay float32"
+    )
+    remat: Literal["none", "dots", "full"] = _field(
+        "none", "recompute in the backward pass: nothing, all but matmuls, all"
+    )
+    unroll: bool = _field(
+        False, "unroll the scans over layers: slower to compile, faster to run on small models"
+    )
+    attention_kernel: Literal["auto", "xla", "cudnn"] = _field(
+        "auto", "auto takes the fused kernel where the platform has one"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.head_dim % 2:
+            self.fail("head_dim", "must be even: rotary embedding rotates pairs")
+        if self.g_source == "external" and self.g_file is None:
+            self.fail("g_file", "g_source = 'external' needs the file that holds G_LM")
+        if self.g_source != "external" and self.g_file is not None:
+            self.fail("g_file", f"is only read when g_source = 'external', not {self.g_source!r}")
+        if self.attention_kernel == "cudnn" and self.dtype != "bfloat16":
+            self.fail("attention_kernel", "the fused kernel needs Model.dtype = 'bfloat16'")
+
+    @property
+    def model_dim(self) -> int:
+        """D, the width of the residual stream."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def ffn_width(self) -> int:
+        """F, floor(8 D / 3) unless given."""
+        return self.ffn_dim if self.ffn_dim is not None else self.model_dim * 8 // 3
+
+    @property
+    def metric_width(self) -> int:
+        """M, floor(8 H / 3) unless given."""
+        return self.metric_dim if self.metric_dim is not None else self.head_dim * 8 // 3
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig(_Validated):
+    """Coefficients of the DAG regularisers (arXiv 2410.16703); the three losses are metrics even at 0."""
+
+    dag_a_lm: float = _field(0.0, "coefficient of the DAG loss of A_LM", low=0)
+    dag_a_p: float = _field(0.0, "coefficient of the DAG loss of A_P", low=0)
+    dag_g_lm: float = _field(0.0, "coefficient of the DAG loss of G_LM", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig(_Validated):
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: float = _field(2e-2, "peak learning rate", above=0)
+    warmup_steps: int = _field(300, "steps of linear warm-up from 0", low=0)
+    decay_steps: int | None = _field(
+        None, "step at which the cosine ends; None is Training.steps", low=1
+    )
+    alpha: float = _field(0.1, "final learning rate as a fraction of the peak", low=0, high=1)
+    beta1: float = _field(0.9, "decay of the first moment", low=0, high=1)
+    beta2: float = _field(0.95, "decay of the second moment", low=0, high=1)
+    eps: float = _field(1e-5, "added to the root of the second moment", above=0)
+    weight_decay: float = _field(0.1, "decoupled weight decay", low=0)
+    decay_mask: Literal["all", "matrices"] = _field(
+        "all", "parameters decayed: all, or all but biases and norms"
+    )
+    clip: Literal["value", "norm", "none"] = _field(
+        "value", "gradients clipped element by element, by global norm, or not"
+    )
+    clip_threshold: float = _field(1.0, "the clipping threshold", above=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(_Validated):
+    """Text, tokenizer and batches."""
+
+    source: str = _field(
+        "stdlib", "'stdlib' (the interpreter's own sources), or a text file, folder or glob"
+    )
+    tokenizer: str | None = _field(
+        None,
+        "SentencePiece model to load; None trains one with Model.vocab_size pieces on the text",
+    )
+    tokenizer_sample_bytes: int = _field(
+        1_000_000, "text that a new tokenizer is trained on", low=1000
+    )
+    validation_fraction: float = _field(
+        0.05, "share of the documents held out, chosen by their names", above=0, high=0.5
+    )
+    batch_size: int = _field(16, "sequences in a step, over all devices", low=1)
+    seed: int = _field(0, "seed of the shuffle", low=0)
+    cache_dir: str | None = _field(
+        None, "where tokenised text is kept; None is the user's cache folder"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig(_Validated):
+    """Devices along each mesh axis; one axis may be -1, for all that remain."""
+
+    data: int = _field(-1, "replicas of the model, each with its part of the batch", low=-1)
+    fsdp: int = _field(1, "as data, with parameters and optimiser state sharded too", low=-1)
+    tensor: int = _field(1, "parts of one layer: heads, feed-forward width, vocabulary", low=-1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("data", "fsdp", "tensor"):
+            if getattr(self, name) == 0:
+                self.fail(name, "must be a positive number of devices, or -1 for the rest")
+        if [self.data, self.fsdp, self.tensor].count(-1) > 1:
+            raise ConfigError(
+                f"Mesh = {(self.data, self.fsdp, self.tensor)}: only one axis can be -1"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig(_Validated):
+    """When checkpoints are written and which are kept."""
+
+    every_steps: int = _field(500, "steps between checkpoints", low=1)
+    keep_last: int = _field(2, "newest checkpoints kept", low=1)
+    keep_every: int | None = _field(None, "also keep checkpoints at multiples of this step", low=1)
+    keep_best: bool = _field(True, "also keep the checkpoint with the lowest held-out loss")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig(_Validated):
+    """Length of the run, evaluation and logging."""
+
+    steps: int = _field(3000, "optimiser steps", low=1)
+    seed: int = _field(0, "seed of the initial parameters", low=0)
+    log_every: int = _field(10, "steps between rows of training metrics", low=1)
+    eval_every: int = _field(500, "steps between evaluations", low=1)
+    eval_rows: int = _field(128, "held-out rows evaluated; 0 takes all", low=0)
+    gap_threshold: float = _field(
+        0.01, "causal gap in nats a token above which a warning is printed", above=0
+    )
+    sample_prompt: str = _field(
+        "def ", "prompt of the sample generated at each evaluation; empty for no sample"
+    )
+    sample_tokens: int = _field(64, "new tokens in that sample", low=1)
+    tensorboard: bool = _field(True, "also write TensorBoard event files")
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig(_Validated):
+    """Decoding: where G_LM comes from and how the next token is drawn."""
+
+    max_new_tokens: int = _field(128, "new tokens for each prompt", low=1)
+    temperature: float = _field(0.0, "0 is greedy; otherwise logits are divided by it", low=0)
+    top_k: int = _field(0, "draw from the k most probable tokens; 0 is off", low=0)
+    top_p: float = _field(
+        1.0, "draw from the smallest set whose probability reaches p; 1 is off", above=0, high=1
+    )
+    seed: int = _field(0, "seed of the draws", low=0)
+    g_mode: Literal["prompt", "recompute", "frozen"] = _field(
+        "prompt", "G_LM: the prompt's, recomputed at every token, or g_file"
+    )
+    g_file: str | None = _field(
+        None, "npz or safetensors file holding G_LM [L,N,H,H] (g_mode = 'frozen')"
+    )
+    kv_cache: bool = _field(True, "cache keys and values; off recomputes them at every token")
+    g_cache: bool = _field(
+        True, "cache G_LM itself; off caches the metric tensor A and recomputes the last steps"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.g_mode == "frozen") != (self.g_file is not None):
+            self.fail("g_file", "must be given with g_mode = 'frozen', and only then")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """Everything that defines a run; each field is one group."""
+
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = DataConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    training: TrainingConfig = TrainingConfig()
+    generation: GenerationConfig = GenerationConfig()
+
+    def __post_init__(self) -> None:
+        decay_steps = self.optimizer.decay_steps or self.training.steps
+        if self.optimizer.warmup_steps >= decay_steps:
+            self.optimizer.fail(
+                "warmup_steps", f"must be below the {decay_steps} steps of the schedule"
+            )
+        dag_terms = (self.loss.dag_a_lm, self.loss.dag_a_p, self.loss.dag_g_lm)
+        if self.model.g_source != "learned" and any(dag_terms):
+            self.model.fail(
+                "g_source",
+                "a predefined G_LM cannot be regularised: set the Loss.dag_* coefficients to 0",
+            )
+
+
+GROUPS: dict[str, type] = {
+    group_name(type(f.default)): type(f.default) for f in dataclasses.fields(ExperimentConfig)
+}
+"""Group name -> dataclass, in the order in which `--help` lists them."""

@@ -1,0 +1,214 @@
+"""A SentencePiece tokenizer: trained on any text, or loaded from a model file.
+
+A tokenizer trained here gives back every text exactly: white space and newlines are kept, and what
+is not in the vocabulary is spelled in bytes. One loaded from elsewhere follows its own rules (the
+published 32,000-piece one normalises: it merges runs of white space and drops newlines).
+"""
+
+import functools
+import hashlib
+import io
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+import sentencepiece
+
+from pldr_jax.config import ConfigError
+
+PAD_PIECE, UNK_PIECE, BOS_PIECE, EOS_PIECE = "[PAD]", "[UNK]", "[START]", "[END]"
+TRAINING_BLOCK = 2048
+"""Characters in one training sentence: SentencePiece drops sentences that are much longer."""
+
+_SPACE_MARK = "\u2581"
+"""What SentencePiece writes for a space; in a text of its own it must be spelled in bytes."""
+
+
+class Tokenizer:
+    """Text to ids and back. Pickles as the model's bytes; the processor is built on first use."""
+
+    def __init__(self, model_bytes: bytes) -> None:
+        self.model_bytes = model_bytes
+
+    @classmethod
+    def from_bytes(cls, model_bytes: bytes) -> "Tokenizer":
+        """The tokenizer of a serialised SentencePiece model; a bad one fails on first use."""
+        return cls(model_bytes)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+        """Reads a SentencePiece model file; ConfigError if it is missing or is not one."""
+        try:
+            tokenizer = cls(pathlib.Path(path).expanduser().read_bytes())
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise ConfigError(
+                f"Data.tokenizer = {str(path)!r}: cannot be read ({reason}); name a SentencePiece "
+                "model file, or None to train one"
+            ) from None
+        try:
+            _ = tokenizer.vocab_size
+        except ConfigError:
+            raise ConfigError(
+                f"Data.tokenizer = {str(path)!r}: is not a SentencePiece model (damaged, or "
+                "another kind of file)"
+            ) from None
+        return tokenizer
+
+    @classmethod
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        *,
+        allow_whitespace_only_pieces: bool = False,
+        character_coverage: float = 0.9995,
+    ) -> "Tokenizer":
+        """Trains a unigram model of exactly `vocab_size` pieces; equal texts give equal bytes.
+
+        allow_whitespace_only_pieces: also learn pieces such as eight spaces, which shortens code.
+        character_coverage: share of the characters that get a piece; the rest is spelled in bytes.
+        ConfigError if the text needs more pieces than `vocab_size`, or cannot support as many.
+        """
+        blocks = [
+            text[start : start + TRAINING_BLOCK].replace("\0", " ")
+            for text in texts
+            for start in range(0, len(text), TRAINING_BLOCK)
+        ]
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(blocks),
+                model_writer=model,
+                model_type="unigram",
+                vocab_size=vocab_size,
+                byte_fallback=True,
+                character_coverage=character_coverage,
+                pad_id=0,
+                unk_id=1,
+                bos_id=2,
+                eos_id=3,
+                pad_piece=PAD_PIECE,
+                unk_piece=UNK_PIECE,
+                bos_piece=BOS_PIECE,
+                eos_piece=EOS_PIECE,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=False,
+                split_digits=True,
+                allow_whitespace_only_pieces=allow_whitespace_only_pieces,
+                max_sentence_length=1 << 16,
+                num_threads=1,  # the thread count changes the order of near-equal pieces
+                minloglevel=3,
+            )
+        except RuntimeError as error:
+            raise ConfigError(_training_problem(str(error), vocab_size)) from None
+        return cls(model.getvalue())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the SentencePiece model file."""
+        pathlib.Path(path).write_bytes(self.model_bytes)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without start and end pieces."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text; faster than one by one."""
+        # A lone surrogate (an undecodable command line byte) has no UTF-8 form and becomes "?".
+        clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+        split = [text.split(_SPACE_MARK) if self._is_exact else [text] for text in clean]
+        ids = iter(
+            self._processor.encode([part for parts in split for part in parts], num_threads=1)
+        )
+        result: list[list[int]] = []
+        for parts in split:
+            row = list(next(ids))
+            for _ in parts[1:]:
+                row += self._space_mark_ids
+                row += next(ids)
+            result.append(row)
+        return result
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`: special pieces are left out, an incomplete character becomes U+FFFD."""
+        return str(self._processor.decode([int(i) for i in ids]))
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """Number of pieces (V)."""
+        return int(self._processor.vocab_size())
+
+    @functools.cached_property
+    def pad_id(self) -> int:
+        """Id of the padding piece, -1 if the model has none."""
+        return int(self._processor.pad_id())
+
+    @functools.cached_property
+    def unk_id(self) -> int:
+        """Id of the unknown piece."""
+        return int(self._processor.unk_id())
+
+    @functools.cached_property
+    def bos_id(self) -> int:
+        """Id of the start piece, -1 if the model has none."""
+        return int(self._processor.bos_id())
+
+    @functools.cached_property
+    def eos_id(self) -> int:
+        """Id of the end piece, -1 if the model has none."""
+        return int(self._processor.eos_id())
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the model, in hexadecimal: what a checkpoint records to know its tokenizer."""
+        return hashlib.sha256(self.model_bytes).hexdigest()
+
+    def __reduce__(self) -> tuple[Callable[[bytes], "Tokenizer"], tuple[bytes]]:
+        return type(self).from_bytes, (self.model_bytes,)
+
+    def __repr__(self) -> str:
+        return f"Tokenizer(vocab_size={self.vocab_size}, digest={self.digest[:12]})"
+
+    @functools.cached_property
+    def _processor(self) -> sentencepiece.SentencePieceProcessor:
+        try:
+            processor = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
+        except RuntimeError:
+            processor = None
+        if processor is None or processor.vocab_size() == 0:
+            raise ConfigError("Data.tokenizer: the bytes are not a SentencePiece model")
+        return processor
+
+    @functools.cached_property
+    def _space_mark_ids(self) -> list[int]:
+        pieces = [f"<0x{byte:02X}>" for byte in _SPACE_MARK.encode("utf-8")]
+        return [int(self._processor.piece_to_id(piece)) for piece in pieces]
+
+    @functools.cached_property
+    def _is_exact(self) -> bool:
+        """True if white space is kept and bytes can be spelled, as in tokenizers trained here."""
+        processor, probe = self._processor, "  a \n b "
+        spells_bytes = all(processor.is_byte(i) for i in self._space_mark_ids)
+        return spells_bytes and processor.decode(processor.encode(probe)) == probe
+
+
+def _training_problem(message: str, vocab_size: int) -> str:
+    """SentencePiece's internal message as one line: field, value and remedy."""
+    if found := re.search(r"required_chars\. \d+ vs (\d+)", message):
+        return (
+            f"Model.vocab_size = {vocab_size}: must be at least {found[1]} for this text (256 "
+            "bytes, 4 special pieces and its characters)"
+        )
+    if found := re.search(r"too high .*value <= (\d+)", message):
+        return (
+            f"Model.vocab_size = {vocab_size}: the text of Data.source supports at most {found[1]} "
+            "pieces; lower it, or give more text or a larger Data.tokenizer_sample_bytes"
+        )
+    if "sentences_.empty()" in message or "all_chars_count" in message:
+        return "Data.source: holds no text to train a tokenizer on; name a folder or file with text"
+    reason = " ".join(message.split())[:200]
+    return (
+        f"Model.vocab_size = {vocab_size}: no tokenizer could be trained on Data.source ({reason})"
+    )

@@ -1,0 +1,1 @@
+"""Decoding: prefill, the decode step, sampling, and the engine that drives them."""

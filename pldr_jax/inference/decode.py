@@ -1,0 +1,81 @@
+"""The pure functions of decoding; the engine jits them, and a loop of one's own can be built from them.
+
+Rows are left-aligned and padded on the right: positions start at the first real token, the causal mask keeps real
+tokens from padding, and `length_B` keeps padding out of Q^T Q, so that a row decodes to what it decodes to alone.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pldr_jax.config import ModelConfig
+from pldr_jax.model.cache import Cache, build_cache
+from pldr_jax.model.decoder import Decoder, Params, decode_token
+
+
+def prefill(
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    length_B: jax.Array,
+    g_lm_LBNHJ: jax.Array | None,
+    slots: int,
+    keep: str = "G_LM",
+) -> tuple[jax.Array, Cache]:
+    """Runs the prompts once.
+
+    Args:
+      params: stacked parameters.
+      tokens_BT: prompts, padded on the right.
+      length_B: real tokens of each, at least 1.
+      g_lm_LBNHJ: G_LM to decode with; None takes what each prompt gives.
+      slots: tokens the cache has room for, at least T.
+      keep: "G_LM", or "A" to recompute the last steps of PLGA at every token.
+
+    Returns:
+      Logits [B,V] after each row's last real token, and the cache.
+    """
+    last_BV, layers = _last_logits(config, params, tokens_BT, length_B, g_lm_LBNHJ)
+    return last_BV, build_cache(layers, length_B, slots, config, keep)
+
+
+def decode_step(
+    config: ModelConfig, unstacked: Params, tokens_B: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """Logits [B,V] after one more token of each row, and the cache with it; G_LM is read, never written.
+
+    Donate the cache when jitting this, so that keys and values are written in place.
+    """
+    return decode_token(config, unstacked, tokens_B, cache)
+
+
+def full_step(
+    config: ModelConfig,
+    params: Params,
+    tokens_BS: jax.Array,
+    length_B: jax.Array,
+    g_lm_LBNHJ: jax.Array | None,
+) -> jax.Array:
+    """Logits [B,V] after each row's last real token, keys and values recomputed from all of them.
+
+    With `g_lm_LBNHJ` None, G_LM is recomputed as well: the definition of the model, without any cache.
+    """
+    return _last_logits(config, params, tokens_BS, length_B, g_lm_LBNHJ)[0]
+
+
+def prompt_g_lm(
+    config: ModelConfig, params: Params, tokens_BT: jax.Array, length_B: jax.Array
+) -> jax.Array:
+    """G_LM [L,B,N,H,J] of each prompt."""
+    _, layers = Decoder(config).apply(
+        {"params": params}, tokens_BT, None, length_B, method="hidden"
+    )
+    return layers.deductive.G_LM
+
+
+def _last_logits(config, params, tokens_BT, length_B, g_lm_LBNHJ):  # type: ignore[no-untyped-def]
+    decoder = Decoder(config)
+    hidden_BTD, layers = decoder.apply(
+        {"params": params}, tokens_BT, g_lm_LBNHJ, length_B, method="hidden"
+    )
+    last_B1D = jnp.take_along_axis(hidden_BTD, (length_B - 1)[:, None, None], axis=1)
+    return decoder.apply({"params": params}, last_B1D, method="logits")[:, 0], layers

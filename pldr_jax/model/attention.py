@@ -1,0 +1,160 @@
+"""Attention with a metric: softmax(Q G_LM K^T / sqrt(H)) V, G_LM from PLGA, from the cache or from outside."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from pldr_jax.config import ModelConfig
+from pldr_jax.model.cache import LayerCache
+from pldr_jax.model.deductive import DeductiveOutputs
+from pldr_jax.model.layers import Linear
+from pldr_jax.model.plga import PowerLawGraphAttention
+from pldr_jax.model.rope import rotate
+
+MASKED = -1e30
+"""Score of a pair outside the mask; finite, so that a row with nothing to attend to stays finite."""
+
+
+class AttentionInputs(flax.struct.PyTreeNode):
+    """What a layer needs besides its hidden states; the same for all layers of one call.
+
+    Attributes:
+      positions_BT: position of each token, for RoPE; [1,T] serves every row.
+      valid_BT: true for real tokens; None where all are. Only Q^T Q needs it: rows are left-aligned, so that the
+        causal mask already keeps padding, which comes last, from every real token.
+    """
+
+    positions_BT: jax.Array
+    valid_BT: jax.Array | None = None
+
+
+def apply_metric(q_BTNH: jax.Array, g_lm_BNHJ: jax.Array | None) -> jax.Array:
+    """q G_LM [B,T,N,J], in the dtype of q; q itself where G_LM is the identity (None)."""
+    if g_lm_BNHJ is None:
+        return q_BTNH
+    g_lm = g_lm_BNHJ.astype(q_BTNH.dtype)
+    if g_lm.shape[0] == 1:
+        return jnp.einsum("BTNH,NHJ->BTNJ", q_BTNH, g_lm[0])
+    return jnp.einsum("BTNH,BNHJ->BTNJ", q_BTNH, g_lm)
+
+
+def attention_scores(q_BTNJ: jax.Array, k_BSNJ: jax.Array) -> jax.Array:
+    """(q G_LM) K^T / sqrt(H), [B,N,T,S] in float32, before the mask."""
+    scores = jnp.einsum("BTNJ,BSNJ->BNTS", q_BTNJ, k_BSNJ, preferred_element_type=jnp.float32)
+    return scores / math.sqrt(q_BTNJ.shape[-1])
+
+
+def attend(
+    q_BTNJ: jax.Array,
+    k_BSNH: jax.Array,
+    v_BSNH: jax.Array,
+    kernel: str,
+    mask_BNTS: jax.Array | None = None,
+) -> jax.Array:
+    """softmax(mask(q k^T / sqrt(H))) v, [B,T,N,H]; q already holds q G_LM.
+
+    Args:
+      kernel: `Model.attention_kernel`. The fused kernel does causal attention of a whole sequence only.
+      mask_BNTS: true where a query may look; None is causal attention of a sequence to itself.
+    """
+    if mask_BNTS is None and _use_fused(q_BTNJ, kernel):
+        return jax.nn.dot_product_attention(
+            q_BTNJ, k_BSNH, v_BSNH, is_causal=True, implementation="cudnn"
+        )
+    scores_BNTS = attention_scores(q_BTNJ, k_BSNH)
+    if mask_BNTS is None:
+        mask_BNTS = jnp.tril(jnp.ones(scores_BNTS.shape[-2:], bool))
+    weights_BNTS = jax.nn.softmax(jnp.where(mask_BNTS, scores_BNTS, MASKED), axis=-1)
+    return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS.astype(v_BSNH.dtype), v_BSNH)
+
+
+def _use_fused(q_BTNJ: jax.Array, kernel: str) -> bool:
+    """cuDNN's flash attention: 16-bit, H a multiple of 8 up to 128, compute capability 8.0 or later."""
+    if kernel != "auto":
+        return kernel == "cudnn"
+    if jax.default_backend() != "gpu" or q_BTNJ.dtype not in (jnp.bfloat16, jnp.float16):
+        return False
+    capability = getattr(jax.devices()[0], "compute_capability", "0")
+    head_dim = q_BTNJ.shape[-1]
+    return float(capability) >= 8.0 and head_dim % 8 == 0 and head_dim <= 128
+
+
+class Attention(nn.Module):
+    """Multi-head attention of one decoder layer; `q`, `k`, `v`, `out` and, where G_LM is learned, `plga`."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        config = self.config
+        model, heads = (config.model_dim,), (config.num_heads, config.head_dim)
+        head_axes, dtype = ("heads", "head_dim"), jnp.dtype(config.dtype)
+        self.q = Linear(model, heads, ("embed",), head_axes, dtype)
+        self.k = Linear(model, heads, ("embed",), head_axes, dtype)
+        self.v = Linear(model, heads, ("embed",), head_axes, dtype)
+        self.out = Linear(heads, model, head_axes, ("embed",), dtype)
+        if config.g_source == "learned":
+            self.plga = PowerLawGraphAttention(config)
+
+    def __call__(
+        self, x_BTD: jax.Array, inputs: AttentionInputs, g_lm_BNHJ: jax.Array | None = None
+    ) -> tuple[jax.Array, LayerCache]:
+        """Causal attention of a whole sequence to itself.
+
+        Args:
+          x_BTD: hidden states.
+          inputs: positions and mask.
+          g_lm_BNHJ: G_LM from outside ([1,N,H,J] serves every row); None takes PLGA's, or the identity where the
+            model has no PLGA.
+
+        Returns:
+          The output [B,T,D], and keys, values and deductive outputs of this layer.
+        """
+        q_BTNH, k_BTNH, v_BTNH = self._project(x_BTD, inputs.positions_BT)
+        if g_lm_BNHJ is None and self.config.g_source == "learned":
+            deductive = self.plga(q_BTNH, inputs.valid_BT)
+        else:
+            deductive = DeductiveOutputs(G_LM=g_lm_BNHJ)
+        query_BTNJ = apply_metric(q_BTNH, deductive.G_LM)
+        self.sow("intermediates", "query", query_BTNJ)
+        out_BTNH = attend(query_BTNJ, k_BTNH, v_BTNH, self.config.attention_kernel)
+        return self.out(out_BTNH), LayerCache(k_BTNH, v_BTNH, deductive)
+
+    def decode(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: LayerCache, update_g_lm: bool
+    ) -> tuple[jax.Array, LayerCache]:
+        """Attention of the newest token (T = 1) to itself and to what the cache holds before it.
+
+        Args:
+          x_BTD: hidden states of the newest token.
+          positions_BT: [B,1], its position, which is also the cache slot it is written to.
+          cache: of this layer; G_LM is used as it is, unless `update_g_lm` recomputes it from the cached A.
+
+        Returns:
+          The output [B,1,D] and the cache with the token's key and value added.
+        """
+        q_BTNH, k_BTNH, v_BTNH = self._project(x_BTD, positions_BT)
+        cache = cache.append(k_BTNH, v_BTNH, positions_BT[:, 0])
+        g_lm = cache.deductive.G_LM
+        if update_g_lm:
+            g_lm = self.plga.energy_curvature(cache.deductive.A).G_LM
+        slots_S = jnp.arange(cache.k_BSNH.shape[1])
+        mask_BNTS = slots_S[None, None, None, :] <= positions_BT[:, None, :, None]
+        query_BTNJ = apply_metric(q_BTNH, g_lm)
+        out_BTNH = attend(
+            query_BTNJ,
+            cache.k_BSNH.astype(q_BTNH.dtype),
+            cache.v_BSNH.astype(q_BTNH.dtype),
+            "xla",
+            mask_BNTS,
+        )
+        return self.out(out_BTNH), cache
+
+    def _project(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[Any, Any, Any]:
+        theta, layout = self.config.rope_theta, self.config.rope_layout
+        q_BTNH = rotate(self.q(x_BTD), positions_BT, theta, layout)
+        k_BTNH = rotate(self.k(x_BTD), positions_BT, theta, layout)
+        return q_BTNH, k_BTNH, self.v(x_BTD)

@@ -1,0 +1,218 @@
+"""The decoder: embedding, scanned decoder layers, head; and one layer at a time for decoding."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from pldr_jax.config import ModelConfig
+from pldr_jax.model.attention import Attention, AttentionInputs
+from pldr_jax.model.cache import Cache, LayerCache
+from pldr_jax.model.deductive import DeductiveOutputs
+from pldr_jax.model.layers import GLU, Linear, layer_norm, logical
+from pldr_jax.partition import constrain
+
+Params = Any
+"""A tree of float32 arrays; what is below `layers` is stacked over decoder layers."""
+
+REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
+
+class ModelOutputs(flax.struct.PyTreeNode):
+    """What a forward pass returns.
+
+    Attributes:
+      logits: inductive output [B,T,V], float32.
+      deductive: A, A_LM, A_P, G_LM, [L,B,N,H,J] each.
+      hidden: states before the head [B,T,D].
+      layers: keys and values [L,B,T,N,H], from which a cache is built.
+    """
+
+    logits: jax.Array
+    deductive: DeductiveOutputs
+    hidden: jax.Array
+    layers: LayerCache
+
+
+class DecoderLayer(nn.Module):
+    """Post-norm layer: `LayerNorm(x + attention(x))`, then `LayerNorm(x + GLU(x))`."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        self.attention = Attention(config)
+        self.attention_norm = layer_norm(config.layer_norm_eps)
+        self.ffn = GLU(config.ffn_width, ("embed", "ffn"), dtype)
+        self.ffn_norm = layer_norm(config.layer_norm_eps)
+
+    def __call__(
+        self, x_BTD: jax.Array, inputs: AttentionInputs, g_lm_BNHJ: jax.Array | None
+    ) -> tuple[jax.Array, LayerCache]:
+        """Hidden states [B,T,D] to hidden states, and this layer's keys, values and deductive outputs."""
+        attended_BTD, layer = self.attention(x_BTD, inputs, g_lm_BNHJ)
+        return self._feed_forward(x_BTD, attended_BTD), layer
+
+    def decode(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: LayerCache, update_g_lm: bool
+    ) -> tuple[jax.Array, LayerCache]:
+        """The newest token's hidden state [B,1,D] to its next one, and the layer's cache with the token in it."""
+        attended_BTD, cache = self.attention.decode(x_BTD, positions_BT, cache, update_g_lm)
+        return self._feed_forward(x_BTD, attended_BTD), cache
+
+    def _feed_forward(self, x_BTD: jax.Array, attended_BTD: jax.Array) -> jax.Array:
+        dtype = x_BTD.dtype
+        x_BTD = self.attention_norm(x_BTD + attended_BTD).astype(dtype)
+        x_BTD = self.ffn_norm(x_BTD + self.ffn(x_BTD)).astype(dtype)
+        return constrain(x_BTD, "batch", "length", "activation_embed")
+
+
+class Embedding(nn.Module):
+    """Token embedding times sqrt(D), then LayerNorm."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        table_VD = self.param(
+            "table",
+            logical(nn.initializers.normal(1.0), "vocab", "embed"),
+            (config.vocab_size, config.model_dim),
+        )
+        x_BTD = jnp.take(table_VD, tokens_BT, axis=0) * math.sqrt(config.model_dim)
+        x_BTD = layer_norm(config.layer_norm_eps, name="norm")(x_BTD).astype(dtype)
+        return constrain(x_BTD, "batch", "length", "activation_embed")
+
+
+class Decoder(nn.Module):
+    """PLDR-LLM: tokens to logits, with the deductive outputs of every layer."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        config = self.config
+        self.embedding = Embedding(config)
+        self.layers = DecoderLayer(config)
+        self.head = Linear(
+            (config.model_dim,),
+            (config.vocab_size,),
+            ("embed",),
+            ("vocab",),
+            jnp.dtype(config.dtype),
+        )
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        g_lm_LBNHJ: jax.Array | None = None,
+        length_B: jax.Array | None = None,
+    ) -> ModelOutputs:
+        """Full causal forward pass.
+
+        Args:
+          tokens_BT: token ids, rows left-aligned.
+          g_lm_LBNHJ: G_LM to use instead of PLGA's, [L,B,N,H,J] or [L,1,N,H,J].
+          length_B: real tokens of each row; what lies beyond is padding. None: all are real.
+
+        Raises:
+          ValueError: the model has a random or external G_LM and none was given.
+        """
+        hidden_BTD, layers = self.hidden(tokens_BT, g_lm_LBNHJ, length_B)
+        return ModelOutputs(self.logits(hidden_BTD), layers.deductive, hidden_BTD, layers)
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        g_lm_LBNHJ: jax.Array | None = None,
+        length_B: jax.Array | None = None,
+    ) -> tuple[jax.Array, LayerCache]:
+        """As `__call__`, without the head: hidden states [B,T,D], and what every layer returned, stacked [L, ...]."""
+        if g_lm_LBNHJ is None and self.config.g_source in ("random", "external"):
+            raise ValueError(
+                f"Model.g_source = {self.config.g_source!r}: this model has no PLGA network, pass its G_LM"
+            )
+        positions_BT = jnp.arange(tokens_BT.shape[1])[None, :]
+        valid_BT = None if length_B is None else positions_BT < length_B[:, None]
+        inputs = AttentionInputs(positions_BT, valid_BT)
+        x_BTD = self.embedding(tokens_BT)
+
+        def body(
+            layer: DecoderLayer, x_BTD: jax.Array, g_lm_BNHJ: jax.Array | None
+        ) -> tuple[jax.Array, LayerCache]:
+            return layer(x_BTD, inputs, g_lm_BNHJ)
+
+        if self.config.remat != "none":
+            body = nn.remat(body, prevent_cse=False, policy=REMAT_POLICIES[self.config.remat])
+        scan = nn.scan(
+            body,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True},
+            length=self.config.num_layers,
+            unroll=self.config.num_layers if self.config.unroll else 1,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return scan(self.layers, x_BTD, g_lm_LBNHJ)
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Logits [B,T,V], float32, from hidden states."""
+        logits_BTV = self.head(x_BTD).astype(jnp.float32)
+        return constrain(logits_BTV, "batch", "length", "vocab")
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+    """Initial parameters, each boxed with its logical axes (`flax.linen.unbox` takes the boxes off)."""
+    tokens_BT = jnp.zeros((1, 2), jnp.int32)
+    g_lm = jnp.zeros((config.num_layers, 1, config.num_heads, config.head_dim, config.head_dim))
+    given = None if config.g_source in ("learned", "identity") else g_lm
+    return Decoder(config).init(key, tokens_BT, given)["params"]
+
+
+def forward(
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    g_lm_LBNHJ: jax.Array | None = None,
+    length_B: jax.Array | None = None,
+) -> ModelOutputs:
+    """`Decoder.__call__` as a pure function of the parameters."""
+    return Decoder(config).apply({"params": params}, tokens_BT, g_lm_LBNHJ, length_B)
+
+
+def unstack_layers(config: ModelConfig, params: Params) -> Params:
+    """Parameters with `layers` as a tuple of one tree a layer, which `decode_token` reads without slicing."""
+    layers = tuple(
+        jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(config.num_layers)
+    )
+    return {**params, "layers": layers}
+
+
+def decode_token(
+    config: ModelConfig, unstacked: Params, tokens_B: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """One decode step: logits [B,V] after `tokens_B`, and the cache with those tokens in it.
+
+    The layers run in a Python loop over per-layer cache leaves, so that each is updated in place when donated.
+
+    Args:
+      unstacked: what `unstack_layers` returns.
+      tokens_B: the newest token of each row.
+      cache: with room for one more token.
+    """
+    x_BTD = Embedding(config).apply({"params": unstacked["embedding"]}, tokens_B[:, None])
+    positions_BT = cache.length_B[:, None]
+    layers = []
+    for layer_params, layer in zip(unstacked["layers"], cache.layers, strict=True):
+        update_g_lm = layer.deductive.A is not None
+        x_BTD, layer = DecoderLayer(config).apply(
+            {"params": layer_params}, x_BTD, positions_BT, layer, update_g_lm, method="decode"
+        )
+        layers.append(layer)
+    logits_BTV = Decoder(config).apply(
+        {"params": {"head": unstacked["head"]}}, x_BTD, method="logits"
+    )
+    return logits_BTV[:, 0], Cache(layers=tuple(layers), length_B=cache.length_B + 1)

@@ -1,0 +1,99 @@
+"""Layers without attention in them: linear maps, LayerNorm, the gated linear unit, the embedding."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Initializer = Callable[..., Any]
+
+
+def logical(init: Initializer, *names: str) -> Initializer:
+    """`init`, with the logical axis of each axis of the array it makes (`pldr_jax/partition.py`)."""
+    return nn.with_logical_partitioning(init, names)
+
+
+def glorot_uniform(fan_in: int, fan_out: int) -> Initializer:
+    """Uniform on +-sqrt(6 / (fan_in + fan_out)), fans given because kernels here have more than two axes."""
+    limit = math.sqrt(6.0 / (fan_in + fan_out))
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return init
+
+
+class Linear(nn.Module):
+    """`y = x W + b`, from the last `len(in_shape)` axes of x to axes `out_shape`.
+
+    Attributes:
+      in_shape, out_shape: axes contracted and made; the kernel is [*in_shape, *out_shape].
+      in_axes, out_axes: their logical names.
+      dtype: dtype of the product.
+    """
+
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    in_axes: tuple[str, ...]
+    out_axes: tuple[str, ...]
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = glorot_uniform(math.prod(self.in_shape), math.prod(self.out_shape))
+        kernel = self.param(
+            "kernel",
+            logical(init, *self.in_axes, *self.out_axes),
+            (*self.in_shape, *self.out_shape),
+        )
+        bias_axes = tuple("norm" if axis == "embed" else axis for axis in self.out_axes)
+        bias = self.param("bias", logical(nn.initializers.zeros, *bias_axes), self.out_shape)
+        summed = len(self.in_shape)
+        contract = (tuple(range(x.ndim - summed, x.ndim)), tuple(range(summed)))
+        y = jax.lax.dot_general(
+            x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ()))
+        )
+        return y + bias.astype(self.dtype)
+
+
+def layer_norm(epsilon: float, name: str | None = None) -> nn.LayerNorm:
+    """LayerNorm over the last axis, computed and returned in float32."""
+    return nn.LayerNorm(
+        epsilon=epsilon,
+        dtype=jnp.float32,
+        scale_init=logical(nn.initializers.ones, "norm"),
+        bias_init=logical(nn.initializers.zeros, "norm"),
+        use_fast_variance=False,
+        name=name,
+    )
+
+
+class GLU(nn.Module):
+    """Gated linear unit of width `hidden`: `w3(silu(w1 x) * w2 x)`, from the last axis of x back to its size.
+
+    Attributes:
+      hidden: width of the gate and of the value.
+      axes: logical names of the input axis and of the hidden axis.
+    """
+
+    hidden: int
+    axes: tuple[str, str]
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        into = {
+            "in_shape": (width,),
+            "out_shape": (self.hidden,),
+            "in_axes": self.axes[:1],
+            "out_axes": self.axes[1:],
+        }
+        gate = Linear(**into, dtype=self.dtype, name="w1")(x)
+        value = Linear(**into, dtype=self.dtype, name="w2")(x)
+        return Linear(
+            (self.hidden,), (width,), self.axes[1:], self.axes[:1], self.dtype, name="w3"
+        )(nn.silu(gate) * value)

@@ -1,0 +1,131 @@
+"""Power law graph attention: the deep network from Q^T Q to G_LM.
+
+Equations (arXiv 2107.02039 and 2410.16703; symbols as there, letters as in `pldr_jax/model/__init__.py`):
+
+    A     = ResidualLayers(LayerNorm(Q^T Q))                  metric learner, [B,N,H,J]
+    A_LM  = iSwiGLU(W A + b_W) + 1e-9                         metric tensor, strictly positive
+    A_P   = A_LM ** P                                         potential tensor, element by element
+    G_LM  = a A_P + b_a                                       energy-curvature tensor
+
+A_LM goes down to 1e-9 and its largest entries reach thousands, so that gradients of A_LM ** P reach 1e11: Q^T Q is summed,
+and the LayerNorms, the powers and everything after them are computed, in float32 whatever the compute dtype.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pldr_jax.config import ModelConfig
+from pldr_jax.model.deductive import DeductiveOutputs
+from pldr_jax.model.layers import GLU, Initializer, layer_norm, logical
+
+A_LM_FLOOR = 1e-9
+
+
+def iswiglu(x: jax.Array) -> jax.Array:
+    """x * silu(x) = x^2 sigmoid(x), which is never negative."""
+    return x * nn.silu(x)
+
+
+def per_head_glorot_normal(num_heads: int, head_dim: int) -> Initializer:
+    """Normal, not truncated, with the fans the authors' framework counts for an array [N,H,H].
+
+    That framework takes fan_in = H * H and fan_out = N * H, so std = sqrt(2 / (H^2 + N H)): 0.02002 for 14 x 64 x 64,
+    not what jax.nn.initializers.glorot_normal gives for this shape.
+    """
+    std = math.sqrt(2.0 / (head_dim * head_dim + num_heads * head_dim))
+    return nn.initializers.normal(std)
+
+
+def density_matrix(q_BTNH: jax.Array, valid_BT: jax.Array | None = None) -> jax.Array:
+    """Q^T Q [B,N,H,J] in float32, over the tokens where `valid_BT` is true (all, if None).
+
+    The sum runs over every token, later ones included: what a position attends with depends on its future, unless
+    training has made G_LM the same for every input. Padding has to be left out here, not only in the softmax.
+    """
+    if valid_BT is not None:
+        q_BTNH = jnp.where(valid_BT[:, :, None, None], q_BTNH, 0)
+    return jnp.einsum("BTNH,BTNJ->BNHJ", q_BTNH, q_BTNH, preferred_element_type=jnp.float32)
+
+
+class ResidualLayer(nn.Module):
+    """`LayerNorm(A + GLU_U(... GLU_1(A)))` on the last axis, shared by all heads."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, A_BNHJ: jax.Array) -> jax.Array:
+        dtype = jnp.dtype(self.config.dtype)
+        y_BNHJ = A_BNHJ
+        for unit in range(self.config.num_gated_units):
+            y_BNHJ = GLU(
+                self.config.metric_width, ("metric_in", "metric_hidden"), dtype, name=f"unit_{unit}"
+            )(y_BNHJ)
+        return layer_norm(self.config.layer_norm_eps, name="norm")(
+            A_BNHJ + y_BNHJ.astype(jnp.float32)
+        )
+
+
+def _residual_step(layer: ResidualLayer, A_BNHJ: jax.Array, _: None) -> tuple[jax.Array, None]:
+    return layer(A_BNHJ), None
+
+
+class PowerLawGraphAttention(nn.Module):
+    """Q -> (A, A_LM, A_P, G_LM). Its parameters are all in this module's scope, `plga`.
+
+    Parameters: `density_norm` and, stacked [R, ...], `residual`, on the last axis and shared by all heads;
+    `W`, `b_W`, `P`, `a`, `b_a`, each [N,H,J], of each head.
+    """
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        config = self.config
+        self.density_norm = layer_norm(config.layer_norm_eps)
+        self.residual = ResidualLayer(config)
+        shape = (config.num_heads, config.head_dim, config.head_dim)
+        axes = ("heads", "metric_in", "head_dim")
+        weight = logical(per_head_glorot_normal(config.num_heads, config.head_dim), *axes)
+        zeros = logical(nn.initializers.zeros, *axes)
+        self.W, self.b_W = self.param("W", weight, shape), self.param("b_W", zeros, shape)
+        self.P = self.param("P", weight, shape)
+        self.a, self.b_a = self.param("a", weight, shape), self.param("b_a", zeros, shape)
+
+    def __call__(self, q_BTNH: jax.Array, valid_BT: jax.Array | None = None) -> DeductiveOutputs:
+        """All deductive outputs of one layer, from its queries after RoPE and the mask of real tokens."""
+        with jax.named_scope("metric_learner"):
+            A_BNHJ = self.metric_tensor(density_matrix(q_BTNH, valid_BT))
+        with jax.named_scope("power_law"):
+            return self.energy_curvature(A_BNHJ)
+
+    def metric_tensor(self, density_BNHJ: jax.Array) -> jax.Array:
+        """A [B,N,H,J] from Q^T Q: the residual layers, scanned with one set of stacked parameters."""
+        A_BNHJ = self.density_norm(density_BNHJ)
+        if self.config.num_residual_layers == 0:
+            return A_BNHJ
+        scan = nn.scan(
+            _residual_step,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.config.num_residual_layers,
+            unroll=self.config.num_residual_layers if self.config.unroll else 1,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        A_BNHJ, _ = scan(self.residual, A_BNHJ, None)
+        return A_BNHJ
+
+    def energy_curvature(self, A_BNHJ: jax.Array) -> DeductiveOutputs:
+        """A_LM, A_P and G_LM from A: the last three steps, all float32."""
+        A_BNHJ = A_BNHJ.astype(jnp.float32)
+        A_LM = iswiglu(_per_head(self.W, A_BNHJ) + self.b_W) + A_LM_FLOOR
+        # exp(P log A_LM) is A_LM ** P for a positive base, and costs half of it.
+        A_P = jnp.exp(self.P * jnp.log(A_LM))
+        G_LM = _per_head(self.a, A_P) + self.b_a
+        return DeductiveOutputs(A=A_BNHJ, A_LM=A_LM, A_P=A_P, G_LM=G_LM)
+
+
+def _per_head(w_NHK: Any, x_BNKJ: jax.Array) -> jax.Array:
+    return jnp.einsum("NHK,BNKJ->BNHJ", w_NHK, x_BNKJ, preferred_element_type=jnp.float32)

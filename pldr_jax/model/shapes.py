@@ -1,0 +1,27 @@
+"""Shapes and counts of a model's parameters, without making them."""
+
+import math
+from typing import Any
+
+import jax
+
+from pldr_jax.config import ModelConfig
+from pldr_jax.model.decoder import init_params
+
+
+def abstract_params(config: ModelConfig) -> Any:
+    """The parameter tree as shapes, each boxed with its logical axes."""
+    return jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+
+
+def param_shapes(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Path -> shape of every parameter."""
+    import flax.linen as nn
+
+    leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(abstract_params(config)))
+    return {tuple(key.key for key in path): leaf.shape for path, leaf in leaves}
+
+
+def count_params(config: ModelConfig) -> int:
+    """Trained parameters of the model."""
+    return sum(math.prod(shape) for shape in param_shapes(config).values())

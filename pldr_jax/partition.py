@@ -1,0 +1,123 @@
+"""Where arrays live: one mesh builder, one table of logical axes, one rule for axes that do not divide.
+
+Parameters and activations name their axes (`"embed"`, `"heads"`); `RULES` says which mesh axes each name is split over.
+An axis whose size does not divide by its mesh axes is split over the longest prefix of them that divides, and else is
+whole on every device: 14 heads over 4 tensor devices stay whole, F = 2389 (a prime) always does.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pldr_jax.config import ConfigError, MeshConfig
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES: dict[str, tuple[str, ...]] = {
+    # activations
+    "batch": ("data", "fsdp"),  # B
+    "length": (),  # T: Q^T Q sums over it
+    "activation_embed": (),  # D of an activation
+    # parameters, and the activations that follow them
+    "vocab": ("tensor",),  # V
+    "embed": ("fsdp",),  # D of a parameter
+    "heads": ("tensor",),  # N: every PLGA parameter is per head
+    "head_dim": (),  # H
+    "ffn": ("tensor",),  # F
+    "metric_in": ("fsdp",),  # H, the input axis of the metric learner, W, P and a
+    "metric_hidden": (),  # M
+    "norm": (),  # scales and biases of LayerNorms: small
+    "layers": (),  # L, and R inside it: scanned over
+}
+"""Logical axis -> the mesh axes it is split over, in order."""
+
+
+def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A `(data, fsdp, tensor)` mesh over all devices (or `devices`).
+
+    Raises:
+      ConfigError: the axis sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        raise ConfigError(
+            f"Mesh.data x Mesh.fsdp x Mesh.tensor = {config.data} x {config.fsdp} x {config.tensor}: "
+            f"must make {len(devices)}, the number of devices (one axis may be -1, for the rest)"
+        )
+    # Linen's logical axes need Auto; jax.make_mesh would default to Explicit.
+    grid = np.asarray(devices).reshape(sizes)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def partition_spec(
+    shape: Sequence[int], names: Sequence[str | None], axis_sizes: dict[str, int]
+) -> PartitionSpec:
+    """The PartitionSpec of an array from its logical axis names.
+
+    Args:
+      shape: the array's shape.
+      names: a logical axis of `RULES`, or None, for each axis of the array.
+      axis_sizes: devices along each mesh axis.
+
+    Raises:
+      ValueError: an unknown name, a wrong number of names, or two axes claiming one mesh axis.
+    """
+    if len(shape) != len(names):
+        raise ValueError(
+            f"{len(names)} axis names {tuple(names)} for an array of shape {tuple(shape)}"
+        )
+    spec: list[Any] = []
+    claimed: dict[str, str] = {}
+    for size, name in zip(shape, names, strict=True):
+        if name is not None and name not in RULES:
+            raise ValueError(
+                f"unknown logical axis {name!r}; the table in partition.py has {', '.join(RULES)}"
+            )
+        wanted = RULES[name] if name is not None else ()
+        for axis in wanted:
+            if axis in claimed:
+                raise ValueError(
+                    f"axes {claimed[axis]!r} and {name!r} of {tuple(names)} both claim mesh axis {axis!r}"
+                )
+            claimed[axis] = str(name)
+        while wanted and size % math.prod(axis_sizes[axis] for axis in wanted):
+            wanted = wanted[:-1]
+        spec.append(None if not wanted else wanted[0] if len(wanted) == 1 else wanted)
+    return PartitionSpec(*spec)
+
+
+def shardings(boxed: Any, mesh: Mesh) -> Any:
+    """NamedShardings of a tree of shapes whose parameters are boxed with their logical axes; the rest is replicated."""
+    sizes = dict(mesh.shape)
+
+    def of_leaf(leaf: Any) -> NamedSharding:
+        if isinstance(leaf, nn.LogicallyPartitioned):
+            return NamedSharding(mesh, partition_spec(leaf.value.shape, leaf.names, sizes))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree.map(
+        of_leaf, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+    )
+
+
+def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+    """The sharding of an array `[B, ...]`: batch over the data and fsdp axes."""
+    names = ("batch",) + (None,) * (len(shape) - 1)
+    return NamedSharding(mesh, partition_spec(shape, names, dict(mesh.shape)))
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Asks the compiler to lay `x` out by its logical axes on the mesh in scope; without a mesh, `x` itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, names, dict(mesh.shape)))

@@ -1,0 +1,1 @@
+"""Training: losses, the optimiser, the step, evaluation, checkpoints and the loop."""

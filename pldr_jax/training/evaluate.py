@@ -1,0 +1,155 @@
+"""Evaluation on held-out rows: loss, DAG losses, the causal gap and the order parameter.
+
+Through G_LM a position sees its future, so the ordinary loss of a model whose G_LM depends on its input is too good to be
+true. Two numbers tell: the loss with G_LM frozen from another sequence, from which nothing can leak (`loss_frozen_g`, and
+`causal_gap`, that minus the ordinary loss), and how far the deductive outputs of two sequences are apart (the order
+parameter of arXiv 2603.23539).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from pldr_jax.config import ModelConfig
+from pldr_jax.model.decoder import Params, forward
+from pldr_jax.partition import batch_sharding
+from pldr_jax.training.losses import TokenLoss, dag_losses, token_loss
+
+
+class DeductiveStatistics:
+    """Running sums of a deductive output over sequences, in float64 on the host: memory does not grow with rows.
+
+    The RMSE is between each sequence and the next one; the order parameter divides it by the magnitude of the mean.
+    """
+
+    def __init__(self) -> None:
+        self._last: np.ndarray | None = None
+        self._differences, self._pairs = 0.0, 0
+        self._sum, self._squares, self._entries = 0.0, 0.0, 0
+
+    def add(self, x_LBNHJ: np.ndarray) -> None:
+        """Adds the sequences of one batch."""
+        x = np.moveaxis(np.asarray(x_LBNHJ, np.float64), 1, 0)
+        chain = x if self._last is None else np.concatenate([self._last[None], x])
+        self._differences += float(np.square(np.diff(chain, axis=0)).sum())
+        self._pairs += (len(chain) - 1) * x[0].size
+        self._sum += float(x.sum())
+        self._squares += float(np.square(x).sum())
+        self._entries += x.size
+        self._last = x[-1]
+
+    def results(self, name: str) -> dict[str, float]:
+        """`order_parameter`, `rmse`, and `rmse_over_std`, which also holds where the mean is near zero."""
+        rmse = math.sqrt(self._differences / max(self._pairs, 1))
+        mean = self._sum / self._entries
+        std = math.sqrt(max(self._squares / self._entries - mean * mean, 0.0))
+        return {
+            f"eval/order_parameter/{name}": rmse / abs(mean) if mean else math.inf,
+            f"eval/rmse/{name}": rmse,
+            f"eval/rmse_over_std/{name}": rmse / std if std else 0.0,
+        }
+
+
+class Evaluator:
+    """Evaluates parameters on fixed held-out rows.
+
+    Args:
+      config: of the model.
+      mesh: the rows' batch axis is split over it.
+      rows_RC: int32 [R, C] held-out rows that are scored.
+      calibration_RC: int32 [K, C] other held-out rows; G_LM is frozen from the first.
+      batch_size: rows in one call.
+      bytes_per_token: of the held-out text, for bits per byte.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        rows_RC: np.ndarray,
+        calibration_RC: np.ndarray,
+        batch_size: int,
+        bytes_per_token: float,
+    ) -> None:
+        self._config = config
+        self._batch_size = min(batch_size, len(rows_RC))
+        self._rows = rows_RC
+        self._calibration = calibration_RC[:1]
+        self._bytes_per_token = bytes_per_token
+        self._rows_sharding = batch_sharding(mesh, (self._batch_size, rows_RC.shape[1]))
+        self._score: Callable[..., Any] = jax.jit(self._score_rows)
+        self._calibrate: Callable[..., Any] = jax.jit(self._calibrated_g_lm)
+
+    def _score_rows(
+        self, params: Params, rows_BC: jax.Array, g_lm: jax.Array | None, frozen: jax.Array | None
+    ) -> tuple[TokenLoss, TokenLoss | None, Any, Any]:
+        own = forward(self._config, params, rows_BC[:, :-1], g_lm)
+        scored = token_loss(own.logits, rows_BC[:, 1:])
+        if frozen is None:
+            return scored, None, {}, {}
+        other = forward(self._config, params, rows_BC[:, :-1], frozen)
+        tensors = dict(own.deductive.items())
+        return scored, token_loss(other.logits, rows_BC[:, 1:]), dag_losses(own.deductive), tensors
+
+    def _calibrated_g_lm(self, params: Params, rows_BC: jax.Array) -> jax.Array:
+        g_lm = forward(self._config, params, rows_BC[:, :-1]).deductive.G_LM
+        assert g_lm is not None
+        return g_lm
+
+    def __call__(self, params: Params, g_lm: jax.Array | None = None) -> dict[str, float]:
+        """The metrics, named `eval/...`. With a predefined G_LM nothing can leak: no gap, no order parameter."""
+        learned = self._config.g_source == "learned"
+        frozen = self._calibrate(params, self._calibration) if learned else None
+        own_parts, frozen_parts, dag_parts = [], [], []
+        statistics: dict[str, DeductiveStatistics] = {}
+        for start in range(0, len(self._rows), self._batch_size):
+            rows = self._rows[start : start + self._batch_size]
+            # A short last batch is filled with padding rows, whose targets do not count.
+            filled = np.zeros((self._batch_size, rows.shape[1]), np.int32)
+            filled[: len(rows)] = rows
+            own, other, dag, tensors = self._score(
+                params, jax.device_put(filled, self._rows_sharding), g_lm, frozen
+            )
+            own_parts.append(own)
+            if not learned:
+                continue
+            frozen_parts.append(other)
+            if len(rows) == self._batch_size:
+                dag_parts.append(dag)
+                for name, tensor in tensors.items():
+                    statistics.setdefault(name, DeductiveStatistics()).add(jax.device_get(tensor))
+        return self._summary(own_parts, frozen_parts, dag_parts, statistics)
+
+    def _summary(
+        self,
+        own: list[TokenLoss],
+        frozen: list[Any],
+        dag: list[Any],
+        statistics: dict[str, DeductiveStatistics],
+    ) -> dict[str, float]:
+        total = _add_up(own)
+        loss = float(total.loss)
+        metrics = {
+            "eval/loss": loss,
+            "eval/accuracy": float(total.accuracy),
+            "eval/perplexity": math.exp(min(loss, 700.0)),
+            "eval/bits_per_byte": loss / math.log(2) / self._bytes_per_token,
+        }
+        if frozen:
+            frozen_loss = float(_add_up(frozen).loss)
+            metrics |= {"eval/loss_frozen_g": frozen_loss, "eval/causal_gap": frozen_loss - loss}
+        for name in dag[0] if dag else ():
+            metrics[f"eval/dag_loss/{name}"] = float(np.mean([float(part[name]) for part in dag]))
+        for name, sums in statistics.items():
+            metrics |= sums.results(name)
+        return metrics
+
+
+def _add_up(parts: list[TokenLoss]) -> TokenLoss:
+    host = jax.device_get(parts)
+    return jax.tree.map(lambda *leaves: jnp.float32(sum(float(leaf) for leaf in leaves)), *host)

@@ -1,0 +1,136 @@
+"""Metrics of a run: `metrics.jsonl` is the record, TensorBoard event files are a copy of it.
+
+A row is one JSON object on one line, `{"step": 10, "time": 1735689600.0, "train/loss": 2.5}`.
+Numbers that are not finite are null. After a run was resumed the file has neither gaps nor repeats.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "metrics.jsonl"
+
+
+class MetricsError(RuntimeError):
+    """Metrics that cannot be recorded; the message is one line with the remedy."""
+
+
+class MetricWriter:
+    """Appends rows to the record of a run.
+
+    Args:
+      run_dir: the folder of the run, made if it does not exist.
+      tensorboard: also write event files, where tensorboardX is installed.
+      resume_step: the step that the run continues from; rows of later steps, left by the run that
+        was stopped, are removed. None: a new run, which must not have a record yet.
+      enabled: False writes nothing, for the processes other than the first.
+
+    Raises:
+      MetricsError: `resume_step` is None and there is a record.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        tensorboard: bool,
+        resume_step: int | None,
+        enabled: bool = True,
+    ) -> None:
+        self._file: Any = None
+        self._events: Any = None
+        if not enabled:
+            return
+        path = Path(run_dir) / FILE_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if resume_step is None and path.exists() and path.stat().st_size:
+            raise MetricsError(
+                f"{path}: is of an earlier run; resume that, or give another --run_dir"
+            )
+        if resume_step is not None:
+            _truncate(path, resume_step)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        if tensorboard:
+            self._events = _event_writer(path.parent, resume_step)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Appends one row; values are numbers or arrays of one number."""
+        if self._file is None:
+            return
+        now, values = time.time(), {name: float(value) for name, value in metrics.items()}
+        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(
+            json.dumps({"step": int(step), "time": now, **row}, allow_nan=False) + "\n"
+        )
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, int(step), walltime=now)
+
+    def close(self) -> None:
+        """Closes the files; what is written later is lost."""
+        for file in (self._file, self._events):
+            if file is not None:
+                file.close()
+        self._file = self._events = None
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a record in the order of the file; a last line that is half written is left out.
+
+    `path` is the file or the folder of the run.
+
+    Raises:
+      MetricsError: there is no such file, or another line than the last cannot be read.
+    """
+    path = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise MetricsError(f"{path}: cannot be read ({error.strerror})") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            int(row["step"])
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):
+                break
+            raise MetricsError(f"{path}:{number}: is no row of metrics; remove the line") from None
+        rows.append(row)
+    return rows
+
+
+def _truncate(path: Path, last_step: int) -> None:
+    """Removes rows after `last_step` and a half-written line, all at once or not at all."""
+    if not path.exists():
+        return
+    kept = [row for row in read_metrics(path) if row["step"] <= last_step]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _event_writer(folder: Path, resume_step: int | None) -> Any:
+    """The TensorBoard writer; None, with a note, where tensorboardX is not installed."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        print(
+            f"no TensorBoard files: pip install tensorboardX ({FILE_NAME} has all metrics)",
+            file=sys.stderr,
+        )
+        return None
+    purge_step = None if resume_step is None else resume_step + 1
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step, flush_secs=10)

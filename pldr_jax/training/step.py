@@ -1,0 +1,120 @@
+"""The train state and the train step: pure functions, jitted once, the state donated."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pldr_jax.config import ExperimentConfig
+from pldr_jax.model.decoder import Params, forward, init_params
+from pldr_jax.partition import batch_sharding, shardings
+from pldr_jax.training.losses import TokenLoss, dag_losses, regularizer, token_loss
+from pldr_jax.training.optimizer import build_optimizer, global_norm, learning_rate_schedule
+
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Everything that training changes, and the predefined G_LM that it does not.
+
+    Attributes:
+      step: updates made so far, int32.
+      params: trained parameters, float32.
+      opt_state: of the optimiser.
+      g_lm: predefined G_LM [L,1,N,H,J]; None where it is learned or the identity.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    g_lm: jax.Array | None
+
+
+def _init_state(config: ExperimentConfig, key: jax.Array, g_lm: jax.Array | None) -> TrainState:
+    params = init_params(config.model, key)
+    opt_state = build_optimizer(config.optimizer, config.training.steps).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, g_lm)
+
+
+def abstract_state(
+    config: ExperimentConfig, mesh: Mesh, g_lm: jax.Array | None = None
+) -> TrainState:
+    """The state as ShapeDtypeStructs that carry their shardings: what a checkpoint is restored into."""
+    boxed = jax.eval_shape(functools.partial(_init_state, config), jax.random.key(0), g_lm)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.unbox(boxed),
+        shardings(boxed, mesh),
+    )
+
+
+def create_state(config: ExperimentConfig, mesh: Mesh, g_lm: jax.Array | None = None) -> TrainState:
+    """The initial state, born sharded: no device ever holds more than its part."""
+    target = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh, g_lm))
+    init = jax.jit(lambda key, g_lm: nn.unbox(_init_state(config, key, g_lm)), out_shardings=target)
+    return init(jax.random.key(config.training.seed), g_lm)
+
+
+def loss_fn(
+    config: ExperimentConfig, params: Params, g_lm: jax.Array | None, rows_BC: jax.Array
+) -> tuple[jax.Array, tuple[TokenLoss, dict[str, jax.Array]]]:
+    """The training loss of rows of tokens: tokens[1:] given tokens[:-1], plus the weighted DAG losses.
+
+    Returns:
+      The scalar that is minimised, and (cross-entropy and accuracy, the DAG losses that were computed).
+    """
+    outputs = forward(config.model, params, rows_BC[:, :-1], g_lm)
+    tokens = token_loss(outputs.logits, rows_BC[:, 1:])
+    weights = (config.loss.dag_a_lm, config.loss.dag_a_p, config.loss.dag_g_lm)
+    # Their matrix exponentials cost time: in the step only where they are trained on; evaluation always has them.
+    dag = dag_losses(outputs.deductive) if any(weights) else {}
+    return tokens.loss + regularizer(config.loss, dag), (tokens, dag)
+
+
+def train_step(
+    config: ExperimentConfig, state: TrainState, rows_BC: jax.Array
+) -> tuple[TrainState, Metrics]:
+    """One update. Pure; `jit_train_step` compiles it for a mesh.
+
+    Args:
+      rows_BC: int32 [B, context_length] token ids; C tokens make C - 1 inputs and targets.
+    """
+    optimizer = build_optimizer(config.optimizer, config.training.steps)
+    value_and_grad = jax.value_and_grad(functools.partial(loss_fn, config), has_aux=True)
+    (total, (tokens, dag)), grads = value_and_grad(state.params, state.g_lm, rows_BC)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+    metrics = {
+        "train/loss": tokens.loss,
+        "train/total_loss": total,
+        "train/accuracy": tokens.accuracy,
+        "train/learning_rate": learning_rate_schedule(config.optimizer, config.training.steps)(
+            state.step
+        ),
+        "train/grad_norm": global_norm(grads),
+        "train/update_norm": global_norm(updates),
+        "train/param_norm": global_norm(params),
+        **{f"train/dag_loss/{name}": value for name, value in dag.items()},
+    }
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+
+def jit_train_step(
+    config: ExperimentConfig, mesh: Mesh, state: TrainState
+) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
+    """`train_step` compiled for a mesh. DONATES the state: use the one it returns."""
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    rows_shape = (config.data.batch_size, config.model.context_length)
+    return jax.jit(
+        functools.partial(train_step, config),
+        in_shardings=(state_shardings, batch_sharding(mesh, rows_shape)),
+        out_shardings=(state_shardings, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+    )

@@ -1,0 +1,90 @@
+"""Every file of `configs/` builds, and says what it is meant to say."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+from pldr_jax.config import GROUPS, ExperimentConfig
+from pldr_jax.flags import load_config
+from pldr_jax.gin import read_file
+from pldr_jax.model.decoder import init_params
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+FILES = sorted(CONFIGS.glob("*.gin"))
+
+# Published settings: learning rate, warm-up steps, steps.
+PUBLISHED = {
+    "soc_110m_1": (1.2e-3, 2000, 250_000),
+    "soc_110m_2": (1.0e-3, 1000, 250_000),
+    "soc_110m_3": (9e-4, 2000, 250_000),
+    "soc_110m_4": (8e-4, 4000, 250_000),
+    "soc_110m_5": (1.1e-3, 2000, 1_250_000),
+    "sub_110m_1": (6e-4, 6000, 250_000),
+    "sub_110m_2": (3e-4, 2000, 250_000),
+    "pldr_110m": (1.0e-3, 1000, 250_000),
+}
+PARAMETERS = {"sdpa_110m": 105_606_482, "pldr_104m": 104_237_120}
+
+
+def load(name: str) -> ExperimentConfig:
+    return load_config([CONFIGS / f"{name}.gin"])
+
+
+def test_the_expected_files_exist():
+    names = {path.stem for path in FILES}
+    assert names >= {"nano", "dag_110m", *PUBLISHED, *PARAMETERS}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_file_builds_and_its_header_gives_the_command(path):
+    load_config([path])
+    header = path.read_text(encoding="utf-8").split("\n\n")[0]
+    assert all(line.startswith("#") for line in header.splitlines())
+    assert f"python train.py --gin_file=configs/{path.name} --run_dir=runs/{path.stem}" in header
+    assert re.search(r"expect|claimed", header, re.IGNORECASE) and re.search(r"\btime\b", header)
+
+
+def test_nano_is_the_defaults_and_states_them():
+    assert load("nano") == ExperimentConfig()
+    stated = {binding.key for binding in read_file(CONFIGS / "nano.gin")}
+    groups = ("Model", "Optimizer", "Data", "Training", "Checkpoint")
+    assert stated == {f"{g}.{f.name}" for g in groups for f in dataclasses.fields(GROUPS[g])}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings(name):
+    config, base = load(name), load("pldr_110m")
+    settings = config.optimizer.learning_rate, config.optimizer.warmup_steps, config.training.steps
+    assert settings == PUBLISHED[name]
+    assert (config.model, config.data) == (base.model, base.data)
+    optimizer = config.optimizer
+    assert (optimizer.beta1, optimizer.beta2, optimizer.eps) == (0.9, 0.95, 1e-5)
+    assert (optimizer.weight_decay, optimizer.clip, optimizer.clip_threshold) == (0.1, "value", 1.0)
+    assert (optimizer.alpha, optimizer.decay_steps, optimizer.decay_mask) == (0.1, None, "all")
+    assert (config.data.batch_size, config.model.context_length) == (32, 1024)
+    assert config.model.dtype == "bfloat16" and config.loss == base.loss
+
+
+def test_variants_change_what_they_are_named_for():
+    base, dag = load("pldr_110m"), load("dag_110m")
+    assert dataclasses.astuple(dag.loss) == (0.05, 0.05, 0.05)
+    assert dataclasses.replace(dag, loss=base.loss) == base
+    sdpa = load("sdpa_110m")
+    assert sdpa.model == dataclasses.replace(base.model, g_source="identity")
+    assert dataclasses.replace(sdpa, model=base.model) == base
+    small = load("pldr_104m")
+    assert small.model == dataclasses.replace(base.model, num_layers=7, num_heads=12)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_parameter_counts(path):
+    config = load_config([path])
+    shapes = jax.eval_shape(lambda key: init_params(config.model, key), jax.random.key(0))
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    if path.stem == "nano":
+        assert count < 1_000_000
+    else:
+        assert count == PARAMETERS.get(path.stem, 109_689_362)

@@ -1,0 +1,217 @@
+"""The record of a run, its progress lines and its curves."""
+
+import io
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib import image
+
+from pldr_jax.training import progress as progress_module
+from pldr_jax.training.metrics import MetricsError, MetricWriter, read_metrics
+from pldr_jax.training.plots import summary_table, write_curves
+from pldr_jax.training.progress import Progress
+
+
+def record(run_dir: Path, steps: range, resume_step: int | None = None) -> None:
+    with MetricWriter(run_dir, False, resume_step) as writer:
+        for step in steps:
+            writer.write(step, {"train/loss": 1 / step})
+
+
+def recorded_steps(run_dir: Path) -> list[int]:
+    return [row["step"] for row in read_metrics(run_dir)]
+
+
+def test_rows_are_on_disk_at_once(tmp_path: Path) -> None:
+    writer = MetricWriter(tmp_path / "run", False, None)
+    writer.write(3, {"train/loss": np.float32(2.5), "eval/loss_frozen_g": 3})
+    (row,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert row.pop("time") > 1.7e9
+    assert row == {"step": 3, "train/loss": 2.5, "eval/loss_frozen_g": 3.0}
+    writer.close()
+
+
+def test_resume_leaves_neither_gaps_nor_repeats(tmp_path: Path) -> None:
+    record(tmp_path, range(1, 8))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "train/lo')
+    record(tmp_path, range(6, 10), resume_step=5)
+    assert recorded_steps(tmp_path) == list(range(1, 10))
+    after = (tmp_path / "metrics.jsonl").read_bytes()
+    assert after.splitlines()[:5] == before.splitlines()[:5]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_resume_before_the_first_row_and_without_a_record(tmp_path: Path) -> None:
+    record(tmp_path, range(1, 3), resume_step=0)
+    record(tmp_path, range(5, 7), resume_step=0)
+    assert recorded_steps(tmp_path) == [5, 6]
+
+
+def test_a_new_run_does_not_touch_an_old_record(tmp_path: Path) -> None:
+    record(tmp_path, range(1, 3))
+    with pytest.raises(MetricsError, match="resume that, or give another --run_dir"):
+        MetricWriter(tmp_path, False, None)
+    assert recorded_steps(tmp_path) == [1, 2]
+
+
+def test_only_the_last_line_may_be_half_written(tmp_path: Path) -> None:
+    record(tmp_path, range(1, 4))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text()[:-12])
+    assert recorded_steps(tmp_path) == [1, 2]
+    path.write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
+    with pytest.raises(MetricsError, match="metrics.jsonl:2: is no row"):
+        read_metrics(path)
+    with pytest.raises(MetricsError, match="cannot be read"):
+        read_metrics(tmp_path / "absent")
+
+
+def test_values_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    with MetricWriter(tmp_path, False, None) as writer:
+        writer.write(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1.0})
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert [row[name] for name in "abcd"] == [None, None, None, 1.0]
+
+
+def test_other_processes_write_nothing(tmp_path: Path) -> None:
+    with MetricWriter(tmp_path / "run", True, None, enabled=False) as writer:
+        writer.write(1, {"a": 1.0})
+    assert not any(tmp_path.iterdir())
+
+
+def test_tensorboard(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    pytest.importorskip("tensorboardX")
+    with MetricWriter(tmp_path, True, None) as writer:
+        writer.write(1, {"train/loss": 1.0})
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"train/loss" in events.read_bytes()
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with MetricWriter(tmp_path, True, 1) as writer:
+        writer.write(2, {"train/loss": 1.0})
+    assert recorded_steps(tmp_path) == [1, 2]
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+class Clock:
+    """Time that a test moves."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_plain_progress_lines(capsys: Any) -> None:
+    clock = Clock()
+    with Progress(3000, 100, 2410, terminal=False, clock=clock) as progress:
+        for step in range(110, 401, 10):
+            clock.now += 1.0
+            progress.update(step, 2.712, 2e-2)
+        progress.print("a sample [bold]")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "step 200/3000  loss 2.712  lr 2.0e-02  tokens/s 24,100  left 4:40",
+        "step 300/3000  loss 2.712  lr 2.0e-02  tokens/s 24,100  left 4:30",
+        "step 400/3000  loss 2.712  lr 2.0e-02  tokens/s 24,100  left 4:20",
+        "a sample [bold]",
+    ]
+
+
+def test_the_last_step_has_a_line_and_other_processes_have_none(capsys: Any) -> None:
+    with Progress(20, 0, 1, terminal=False) as progress:
+        progress.update(10, 1.0, 0.1)
+        progress.update(20, math.nan, 0.1)
+    assert capsys.readouterr().out.startswith("step 20/20  loss nan")
+    with Progress(20, 0, 1, enabled=False) as progress:
+        progress.update(20, 1.0, 0.1)
+        progress.print("text")
+    assert capsys.readouterr().out == ""
+
+
+def test_the_bar_of_a_terminal(monkeypatch: Any) -> None:
+    screen = io.StringIO()
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(progress_module.sys, "stdout", screen)
+    with Progress(3000, 100, 10, terminal=True) as progress:
+        progress.update(200, 2.5, 2e-2)
+        progress.print("a sample [bold]")
+    assert "a sample [bold]\n" in screen.getvalue()
+    assert "loss 2.500" in screen.getvalue() and "elapsed 0:00" in screen.getvalue()
+
+
+def make_rows(steps: int) -> list[dict[str, Any]]:
+    """What a run of `steps` might leave, with a null."""
+    rng = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    for step in range(10, steps + 1, 10):
+        loss = 2.2 + 4 * math.exp(-step / 400)
+        rows.append({"step": step, "train/loss": loss + 0.15 * rng.normal()})
+        if step % 100 == 0:
+            gap = 1e-4 + 2.0 * max(0.0, step / steps - 0.4) ** 2
+            rows.append({"step": step, "eval/loss": loss + 0.05, "eval/causal_gap": gap})
+            rows[-1]["eval/loss_frozen_g"] = loss + 0.05 + gap
+            for i, name in enumerate(("A", "A_LM", "A_P", "G_LM")):
+                rows[-1][f"eval/order_parameter/{name}"] = 10 ** (-1 - i - step / steps)
+    rows[5]["train/loss"] = None
+    return rows
+
+
+def write_rows(run_dir: Path, rows: list[dict[str, Any]]) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def ink(path: Path) -> int:
+    """Coloured pixels, which only curves have."""
+    pixels = image.imread(path)[..., :3]
+    return int((np.ptp(pixels, axis=-1) > 0.2).sum())
+
+
+def test_curves(tmp_path: Path) -> None:
+    write_rows(tmp_path / "nano", make_rows(3000))
+    path = write_curves(tmp_path / "nano")
+    assert path == tmp_path / "nano" / "curves.png"
+    assert ink(path) > 5000
+    assert sorted(p.name for p in path.parent.iterdir()) == ["curves.png", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"step": 1, "train/loss": None}],
+        [{"step": 1}],
+        [{"step": 1, "eval/causal_gap": -0.5, "eval/order_parameter/A": 0.0}],
+        [{"step": 100, "train/loss": 3.0, "eval/causal_gap": 0.0, "eval/order_parameter/A": 1e-3}],
+    ],
+)
+def test_curves_of_little(tmp_path: Path, rows: list[dict[str, Any]], recwarn: Any) -> None:
+    write_rows(tmp_path, rows)
+    path = write_curves(tmp_path)
+    assert path is not None and path.stat().st_size > 10_000
+    assert not recwarn.list
+
+
+def test_no_curves_without_metrics(tmp_path: Path) -> None:
+    assert write_curves(tmp_path) is None
+    write_rows(tmp_path, [])
+    assert write_curves(tmp_path) is None
+
+
+def test_summary_table() -> None:
+    table = summary_table({"held-out loss": "2.31", "a [b]": "c [d]"}, title="nano")
+    assert table.splitlines()[0].strip() == "nano"
+    assert [line.split("  ") for line in map(str.strip, table.splitlines())][1][
+        0
+    ] == "held-out loss"
+    assert "2.31" in table and "a [b]" in table and "c [d]" in table

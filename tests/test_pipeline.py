@@ -1,0 +1,183 @@
+"""Batches of numbers: every row once an epoch, for any number of processes, resumable."""
+
+import json
+import pathlib
+import pickle
+
+import numpy as np
+import pytest
+
+from pldr_jax.config import ConfigError
+from pldr_jax.data.corpus import TokenFile
+from pldr_jax.data.pipeline import TokenRows, TrainIterator, train_iterator, validation_rows
+
+C, B, ROWS = 4, 8, 50
+
+
+@pytest.fixture
+def token_file(tmp_path) -> TokenFile:
+    """Token k is the number k, so a row says where it comes from; 3 tokens fill no row."""
+    return numbered(tmp_path, ROWS * C + 3)
+
+
+def numbered(folder: pathlib.Path, n_tokens: int) -> TokenFile:
+    path = folder / f"{n_tokens}.bin"
+    np.arange(n_tokens, dtype=np.uint16).tofile(path)
+    return TokenFile(path, "uint16", n_documents=1, n_tokens=n_tokens, n_bytes=2 * n_tokens)
+
+
+def take(iterator: TrainIterator, n: int) -> np.ndarray:
+    return np.stack([next(iterator) for _ in range(n)])
+
+
+def batches(token_file: TokenFile, n: int, seed: int = 0, process=(0, 1)) -> np.ndarray:
+    with train_iterator(token_file, C, B, seed, *process) as iterator:
+        return take(iterator, n)
+
+
+def row_numbers(batch: np.ndarray) -> np.ndarray:
+    """Row k is [4k, 4k+1, 4k+2, 4k+3]; gives k, having checked that rows are whole."""
+    rows = batch.reshape(-1, C)
+    np.testing.assert_array_equal(rows, rows[:, :1] + np.arange(C))
+    assert not (rows[:, 0] % C).any()
+    return rows[:, 0] // C
+
+
+def test_rows_are_windows_of_the_file(token_file) -> None:
+    rows = TokenRows(token_file, C)
+    assert len(rows) == ROWS
+    np.testing.assert_array_equal(rows[7], [28, 29, 30, 31])
+    assert rows[7].dtype == np.int32
+    assert rows[np.int64(ROWS - 1)].tolist() == [196, 197, 198, 199]
+    for k in (ROWS, -1):
+        with pytest.raises(IndexError):
+            rows[k]
+
+
+def test_rows_pickle_by_path(tmp_path) -> None:
+    rows = TokenRows(numbered(tmp_path, 60_000), C)
+    data = pickle.dumps(rows)
+    assert len(data) < 1000
+    np.testing.assert_array_equal(pickle.loads(data)[9], rows[9])
+
+
+def test_every_row_once_in_an_epoch_and_epochs_differ(token_file) -> None:
+    n_epochs = 3
+    stream = row_numbers(batches(token_file, -(-n_epochs * ROWS // B)))
+    epochs = stream[: n_epochs * ROWS].reshape(n_epochs, ROWS)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(ROWS))
+    assert len({tuple(epoch) for epoch in epochs}) == n_epochs
+    assert (epochs[0] != np.arange(ROWS)).any()
+
+
+def test_batches_are_int32_of_the_size_asked_for(token_file) -> None:
+    batch = batches(token_file, 1)[0]
+    assert batch.shape == (B, C) and batch.dtype == np.int32
+
+
+def test_equal_seeds_agree_and_others_differ(token_file) -> None:
+    np.testing.assert_array_equal(batches(token_file, 5), batches(token_file, 5))
+    assert (batches(token_file, 5, seed=0) != batches(token_file, 5, seed=1)).any()
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_each_global_batch(token_file, processes: int) -> None:
+    n = 20  # over three epochs
+    whole = batches(token_file, n)
+    parts = [batches(token_file, n, process=(p, processes)) for p in range(processes)]
+    assert all(part.shape == (n, B // processes, C) for part in parts)
+    for k in range(n):
+        together = np.concatenate([row_numbers(part[k]) for part in parts])
+        assert sorted(together) == sorted(row_numbers(whole[k]))
+
+
+@pytest.mark.parametrize("taken", [0, 1, 6, 7, 20])
+def test_resumed_stream_equals_the_uninterrupted_one(token_file, taken: int) -> None:
+    expected = batches(token_file, taken + 10)
+    with train_iterator(token_file, C, B, 0) as first:
+        for _ in range(taken):
+            next(first)
+        state = json.loads(json.dumps(first.state))
+    assert state == {"next_index": taken}
+    with train_iterator(token_file, C, B, 0) as second:
+        next(second)  # whatever was read ahead must be dropped
+        second.state = state
+        assert second.state == state
+        np.testing.assert_array_equal(take(second, 10), expected[taken:])
+
+
+def test_state_moves_to_another_number_of_processes(token_file) -> None:
+    expected = batches(token_file, 9)[5:]
+    parts = []
+    for p in range(2):
+        with train_iterator(token_file, C, B, 0, p, 2) as iterator:
+            iterator.state = {"next_index": 5}
+            parts.append(take(iterator, 4))
+    for k in range(4):
+        together = np.concatenate([row_numbers(part[k]) for part in parts])
+        assert sorted(together) == sorted(row_numbers(expected[k]))
+
+
+@pytest.mark.parametrize("state", [{}, {"next_index": -1}, {"next_index": "5"}])
+def test_bad_state_is_refused(token_file, state) -> None:
+    with train_iterator(token_file, C, B, 0) as iterator, pytest.raises(ValueError, match="state"):
+        iterator.state = state
+
+
+def test_closed_iterator_gives_nothing(token_file) -> None:
+    iterator = train_iterator(token_file, C, B, 0)
+    next(iterator)
+    iterator.close()
+    iterator.close()
+    with pytest.raises(ValueError, match="closed"):
+        next(iterator)
+
+
+def test_less_text_than_a_batch_is_a_one_line_error(tmp_path) -> None:
+    assert batches(numbered(tmp_path, B * C), 1).shape == (1, B, C)
+    with pytest.raises(ConfigError, match=r"^Data\.batch_size = 8: .*Data\.source.* 7 rows") as e:
+        train_iterator(numbered(tmp_path, B * C - 1), C, B, 0)
+    assert "\n" not in str(e.value)
+
+
+def test_processes_must_divide_the_batch(token_file) -> None:
+    with pytest.raises(ConfigError, match=r"^Data\.batch_size = 8: .*3 processes"):
+        train_iterator(token_file, C, B, 0, 0, 3)
+
+
+def test_validation_rows_spread_and_never_overlap_calibration(token_file) -> None:
+    chosen = validation_rows(token_file, C, 20, calibration_rows=10)
+    rows, calibration = row_numbers(chosen.rows_RC), row_numbers(chosen.calibration_RC)
+    assert (len(rows), len(calibration)) == (20, 10)
+    assert len({*rows, *calibration}) == 30
+    assert rows.min() < ROWS // 4 and rows.max() >= ROWS - ROWS // 4
+    assert chosen.rows_RC.dtype == np.int32
+
+
+def test_validation_rows_are_repeatable_and_nested(token_file) -> None:
+    few, more = (validation_rows(token_file, C, n) for n in (5, 20))
+    np.testing.assert_array_equal(few.rows_RC, more.rows_RC[:5])
+    np.testing.assert_array_equal(few.calibration_RC, more.calibration_RC)
+    other = validation_rows(token_file, C, 20, seed=1)
+    assert (other.rows_RC != more.rows_RC).any()
+
+
+@pytest.mark.parametrize("rows", [0, 1000])
+def test_all_validation_rows(token_file, rows: int) -> None:
+    chosen = validation_rows(token_file, C, rows, calibration_rows=10)
+    both = [*row_numbers(chosen.rows_RC), *row_numbers(chosen.calibration_RC)]
+    assert sorted(both) == list(range(ROWS))
+    assert len(chosen.calibration_RC) == 10
+
+
+def test_no_calibration_rows(token_file) -> None:
+    chosen = validation_rows(token_file, C, 0, calibration_rows=0)
+    assert chosen.calibration_RC.shape == (0, C) and chosen.rows_RC.shape == (ROWS, C)
+
+
+def test_short_held_out_text(tmp_path) -> None:
+    chosen = validation_rows(numbered(tmp_path, 2 * C), C, 0)
+    assert (len(chosen.rows_RC), len(chosen.calibration_RC)) == (1, 1)
+    with pytest.raises(ConfigError, match=r"^Data\.source: .*only 1 rows.*validation_fraction"):
+        validation_rows(numbered(tmp_path, 2 * C - 1), C, 0)

@@ -1,0 +1,130 @@
+"""Tokenizer: exact round trips, special pieces, determinism, and errors in one line."""
+
+import pickle
+import random
+
+import pytest
+
+from pldr_jax.config import ConfigError
+from pldr_jax.data.tokenizer import Tokenizer
+
+WORDS = "def return self the of value list for in if else print range tokens model layer".split()
+
+
+def some_text(seed: int, words: int = 4000) -> str:
+    rng = random.Random(seed)
+    return "".join(rng.choice(WORDS) + rng.choice([" ", " ", "\n", "\n    "]) for _ in range(words))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([some_text(0)], 300)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "  leading and trailing  ",
+        "\t\tdef f():\r\n\r\n  return\n",
+        "e\u0301 caf\u00e9 \ufb01",
+        "\U0001f642\U0001f468\u200d\U0001f469\u200d\U0001f467",
+        "\u2581",
+        "a\u2581 b \u2581\u2581c",
+        "a\0b\0",
+        "\ufeff\u2028\u3000\u00a0\ufffd",
+        "[PAD][START] <0x41> <unk>",
+    ],
+)
+def test_texts_with_unusual_characters_survive(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_random_texts_survive_alone_and_in_a_batch(tokenizer: Tokenizer) -> None:
+    rng = random.Random(1)
+    alphabet = "ab  \t\n\r\0\u2581\u00e9\u0301\u4e2d\U0001f642"
+    texts = ["".join(rng.choices(alphabet, k=rng.randrange(30))) for _ in range(300)]
+    batch = tokenizer.encode_batch(texts)
+    assert [tokenizer.decode(ids) for ids in batch] == texts
+    assert [tokenizer.encode(text) for text in texts] == batch
+
+
+def test_special_pieces_have_fixed_ids_and_never_come_from_text(tokenizer: Tokenizer) -> None:
+    ids = (tokenizer.pad_id, tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id)
+    assert ids == (0, 1, 2, 3)
+    assert tokenizer.vocab_size == 300
+    assert min(tokenizer.encode("[PAD][UNK][START][END] \U0001f642")) > 3
+    assert tokenizer.decode([2, *tokenizer.encode("value"), 3, 0]) == "value"
+
+
+def test_lone_surrogate_becomes_a_question_mark(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(tokenizer.encode("a\udcffb")) == "a?b"
+
+
+def test_equal_texts_train_equal_models(tokenizer: Tokenizer) -> None:
+    assert Tokenizer.train([some_text(0)], 300).model_bytes == tokenizer.model_bytes
+    assert Tokenizer.train([some_text(0)], 301).digest != tokenizer.digest
+
+
+def test_a_long_text_is_used_to_its_end() -> None:
+    # SentencePiece alone drops a sentence of this length, and what only the end has is not learned.
+    trained = Tokenizer.train([some_text(0, 12000) + "\u00e9" * 3000], 300)
+    assert len(trained.encode("\u00e9")) == 1
+
+
+def test_white_space_pieces_shorten_indentation() -> None:
+    text = "\n".join(" " * (8 * (k % 4)) + WORDS[k % len(WORDS)] for k in range(3000))
+    without, having = (
+        Tokenizer.train([text], 288, allow_whitespace_only_pieces=allow) for allow in (False, True)
+    )
+    assert len(without.encode(" " * 16)) == 16
+    assert len(having.encode(" " * 16)) < 16
+    assert having.decode(having.encode(text)) == text
+
+
+def test_pickle_and_file_keep_the_model(tokenizer: Tokenizer, tmp_path) -> None:
+    tokenizer.save(tmp_path / "tokenizer.model")
+    text = "def value \U0001f642"
+    for copy in (
+        Tokenizer.load(tmp_path / "tokenizer.model"),
+        pickle.loads(pickle.dumps(tokenizer)),
+        Tokenizer.from_bytes(tokenizer.model_bytes),
+    ):
+        assert copy.digest == tokenizer.digest
+        assert copy.encode(text) == tokenizer.encode(text)
+
+
+def test_pickle_holds_the_bytes_only(tokenizer: Tokenizer) -> None:
+    tokenizer.encode("value")
+    assert len(pickle.dumps(tokenizer)) < len(tokenizer.model_bytes) + 200
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a model"])
+def test_bad_model_file_is_a_one_line_error(tmp_path, content: bytes | None) -> None:
+    path = tmp_path / "bad.model"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"^Data\.tokenizer = .*bad\.model.*\S$") as raised:
+        Tokenizer.load(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_too_small_vocabulary_names_the_smallest_that_works() -> None:
+    with pytest.raises(ConfigError, match=r"^Model\.vocab_size = 262: must be at least (\d+)") as e:
+        Tokenizer.train([some_text(0)], 262)
+    smallest = int(str(e.value).split("at least ")[1].split()[0])
+    assert Tokenizer.train([some_text(0)], smallest).vocab_size == smallest
+    with pytest.raises(ConfigError, match=r"^Model\.vocab_size"):
+        Tokenizer.train([some_text(0)], smallest - 1)
+
+
+def test_too_little_text_names_the_largest_vocabulary() -> None:
+    with pytest.raises(ConfigError, match=r"^Model\.vocab_size = 5000: .* at most (\d+) pieces"):
+        Tokenizer.train(["def f(x): return x"], 5000)
+
+
+@pytest.mark.parametrize("texts", [[], [""]])
+def test_no_text_names_the_source(texts: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"^Data\.source: "):
+        Tokenizer.train(texts, 300)
