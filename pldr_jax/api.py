@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -72,7 +73,8 @@ class LanguageModel:
           g_lm: G_LM to use instead of the model's, [L,N,H,J], or with a batch axis after L.
 
         Returns:
-          `.logits` [B,T,V], `.deductive.A`, `.A_LM`, `.A_P`, `.G_LM` [L,B,N,H,J], `.hidden` [B,T,D].
+          `.logits` [B,T,V], `.deductive.A`, `.A_LM`, `.A_P`, `.G_LM` [L,B,N,H,J], `.hidden`
+          [B,T,D].
 
         Raises:
           ConfigError: tokens that are not [B,T] ids of the vocabulary, or a G_LM of another shape.
@@ -80,7 +82,7 @@ class LanguageModel:
         tokens = np.asarray(tokens_BT)
         if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
             raise ConfigError(
-                f"tokens: shape {tokens.shape}, dtype {tokens.dtype}: must be integer ids [B,T], not empty"
+                f"tokens: shape {tokens.shape}, dtype {tokens.dtype}: must be integer ids [B,T]"
             )
         if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
             raise ConfigError(
@@ -114,15 +116,15 @@ class LanguageModel:
           seed: prompt i draws with seed + i.
           g_lm: one G_LM for every prompt, [L,N,H,J]; None takes what each prompt gives.
           kv_cache: cache keys and values.
-          g_cache: "G_LM" keeps the prompt's G_LM, "A" its metric tensor, "none" recomputes G_LM at every token
-            (the definition of the model; without a kv cache).
-          stop_ids: tokens that end a text; None is the tokenizer's end token, if there is a tokenizer.
+          g_cache: "G_LM" keeps the prompt's G_LM, "A" its metric tensor, "none" recomputes G_LM at
+            every token (the definition of the model; without a kv cache).
+          stop_ids: tokens that end a text; None is the tokenizer's end token, if there is a
+            tokenizer.
 
         Returns:
           One `Generation` a prompt, with `.tokens` and `.text`.
         """
-        last: list[Generation] = []
-        for last in self.stream(
+        steps = self.stream(
             prompts,
             max_new_tokens,
             temperature,
@@ -133,9 +135,8 @@ class LanguageModel:
             kv_cache,
             g_cache,
             stop_ids,
-        ):
-            pass
-        return last
+        )
+        return deque(steps, maxlen=1).pop()
 
     def stream(
         self,
@@ -197,7 +198,8 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def load(path: str | Path, step: int | None = None) -> LanguageModel:
-    """Opens a run folder, or a folder in the transformers layout (`config.json` and `model.safetensors`).
+    """Opens a run folder, or a folder in the transformers layout (`config.json` and
+    `model.safetensors`).
 
     Args:
       path: the folder.
@@ -209,7 +211,7 @@ def load(path: str | Path, step: int | None = None) -> LanguageModel:
     folder = Path(path)
     if not folder.is_dir():
         raise ConfigError(
-            f"{str(path)!r}: no such folder; give a run folder or one with config.json and model.safetensors"
+            f"{str(path)!r}: no such folder; give a run folder, or one with config.json"
         )
     tokenizer_path = folder / "tokenizer.model"
     tokenizer = Tokenizer.load(tokenizer_path) if tokenizer_path.is_file() else None

@@ -1,8 +1,9 @@
 """Configuration: frozen dataclasses, one per thing configured, validated when they are built.
 
-A dataclass `XxxConfig` is the group `Xxx` of a config file or flag: `Model.num_layers = 5` in a gin file,
-`--gin.Model.num_layers=5` on the command line (see `pldr_jax/flags.py`, the only reader of either).
-Every field carries its meaning, which `--help` prints, and its bounds, which `__post_init__` checks.
+A dataclass `XxxConfig` is the group `Xxx` of a config file or flag: `Model.num_layers = 5` in a
+gin file, `--gin.Model.num_layers=5` on the command line (see `pldr_jax/flags.py`, the only reader
+of either). Every field carries its meaning, which `--help` prints, and its bounds, which
+`__post_init__` checks.
 """
 
 import dataclasses
@@ -11,7 +12,9 @@ from typing import Any, Literal, get_args
 
 
 class ConfigError(ValueError):
-    """A configuration value that cannot be used; the message is one line naming field, value and remedy."""
+    """A configuration value that cannot be used; the message is one line naming field, value and
+    remedy.
+    """
 
 
 def _field(
@@ -22,7 +25,9 @@ def _field(
     above: float | None = None,
     high: float | None = None,
 ) -> Any:
-    """A dataclass field with its meaning and bounds: `low` <= value, `above` < value, value <= `high`."""
+    """A dataclass field with its meaning and bounds: `low` <= value, `above` < value, value <=
+    `high`.
+    """
     return dataclasses.field(
         default=default, metadata={"doc": doc, "low": low, "above": above, "high": high}
     )
@@ -89,7 +94,7 @@ class ModelConfig(_Validated):
     )
     g_source: Literal["learned", "identity", "random", "external"] = _field(
         "learned",
-        "G_LM: from power law graph attention, the identity (SDPA), a seeded random tensor, or g_file",
+        "G_LM: from power law graph attention, the identity (SDPA), random, or from g_file",
     )
     g_seed: int = _field(0, "seed of the random G_LM (g_source = 'random')", low=0)
     g_file: str | None = _field(
@@ -103,7 +108,7 @@ class ModelConfig(_Validated):
         "none", "recompute in the backward pass: nothing, all but matmuls, all"
     )
     unroll: bool = _field(
-        False, "unroll the scans over layers: slower to compile, faster to run on small models"
+        True, "unroll the scans over layers: slower to compile, faster to run on small models"
     )
     attention_kernel: Literal["auto", "xla", "cudnn"] = _field(
         "auto", "auto takes the fused kernel where the platform has one"
@@ -138,7 +143,9 @@ class ModelConfig(_Validated):
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig(_Validated):
-    """Coefficients of the DAG regularisers (arXiv 2410.16703); the three losses are metrics even at 0."""
+    """Coefficients of the DAG regularisers (arXiv 2410.16703); the three losses are metrics even
+    at 0.
+    """
 
     dag_a_lm: float = _field(0.0, "coefficient of the DAG loss of A_LM", low=0)
     dag_a_p: float = _field(0.0, "coefficient of the DAG loss of A_P", low=0)
@@ -149,16 +156,16 @@ class LossConfig(_Validated):
 class OptimizerConfig(_Validated):
     """AdamW with linear warm-up and cosine decay."""
 
-    learning_rate: float = _field(2e-2, "peak learning rate", above=0)
-    warmup_steps: int = _field(300, "steps of linear warm-up from 0", low=0)
+    learning_rate: float = _field(1.5e-2, "peak learning rate", above=0)
+    warmup_steps: int = _field(200, "steps of linear warm-up from 0", low=0)
     decay_steps: int | None = _field(
         None, "step at which the cosine ends; None is Training.steps", low=1
     )
-    alpha: float = _field(0.1, "final learning rate as a fraction of the peak", low=0, high=1)
+    alpha: float = _field(0.2, "final learning rate as a fraction of the peak", low=0, high=1)
     beta1: float = _field(0.9, "decay of the first moment", low=0, high=1)
     beta2: float = _field(0.95, "decay of the second moment", low=0, high=1)
     eps: float = _field(1e-5, "added to the root of the second moment", above=0)
-    weight_decay: float = _field(0.1, "decoupled weight decay", low=0)
+    weight_decay: float = _field(0.5, "decoupled weight decay", low=0)
     decay_mask: Literal["all", "matrices"] = _field(
         "all", "parameters decayed: all, or all but biases and norms"
     )
@@ -215,7 +222,7 @@ class MeshConfig(_Validated):
 class CheckpointConfig(_Validated):
     """When checkpoints are written and which are kept."""
 
-    every_steps: int = _field(500, "steps between checkpoints", low=1)
+    every_steps: int = _field(200, "steps between checkpoints", low=1)
     keep_last: int = _field(2, "newest checkpoints kept", low=1)
     keep_every: int | None = _field(None, "also keep checkpoints at multiples of this step", low=1)
     keep_best: bool = _field(True, "also keep the checkpoint with the lowest held-out loss")
@@ -225,10 +232,10 @@ class CheckpointConfig(_Validated):
 class TrainingConfig(_Validated):
     """Length of the run, evaluation and logging."""
 
-    steps: int = _field(3000, "optimiser steps", low=1)
+    steps: int = _field(1200, "optimiser steps", low=1)
     seed: int = _field(0, "seed of the initial parameters", low=0)
     log_every: int = _field(10, "steps between rows of training metrics", low=1)
-    eval_every: int = _field(500, "steps between evaluations", low=1)
+    eval_every: int = _field(200, "steps between evaluations", low=1)
     eval_rows: int = _field(128, "held-out rows evaluated; 0 takes all", low=0)
     gap_threshold: float = _field(
         0.01, "causal gap in nats a token above which a warning is printed", above=0

@@ -1,7 +1,9 @@
-"""Where arrays live: one mesh builder, one table of logical axes, one rule for axes that do not divide.
+"""Where arrays live: one mesh builder, one table of logical axes, one rule for axes that do not
+divide.
 
-Parameters and activations name their axes (`"embed"`, `"heads"`); `RULES` says which mesh axes each name is split over.
-An axis whose size does not divide by its mesh axes is split over the longest prefix of them that divides, and else is
+Parameters and activations name their axes (`"embed"`, `"heads"`); `RULES` says which mesh axes
+each name is split over. An axis whose size does not divide by its mesh axes is split over the
+longest prefix of them that divides, and else is
 whole on every device: 14 heads over 4 tensor devices stay whole, F = 2389 (a prime) always does.
 """
 
@@ -50,7 +52,8 @@ def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) 
         sizes[sizes.index(-1)] = len(devices) // known
     if math.prod(sizes) != len(devices):
         raise ConfigError(
-            f"Mesh.data x Mesh.fsdp x Mesh.tensor = {config.data} x {config.fsdp} x {config.tensor}: "
+            "Mesh.data x Mesh.fsdp x Mesh.tensor = "
+            f"{config.data} x {config.fsdp} x {config.tensor}: "
             f"must make {len(devices)}, the number of devices (one axis may be -1, for the rest)"
         )
     # Linen's logical axes need Auto; jax.make_mesh would default to Explicit.
@@ -86,7 +89,8 @@ def partition_spec(
         for axis in wanted:
             if axis in claimed:
                 raise ValueError(
-                    f"axes {claimed[axis]!r} and {name!r} of {tuple(names)} both claim mesh axis {axis!r}"
+                    f"axes {claimed[axis]!r} and {name!r} of {tuple(names)} "
+                    f"both claim mesh axis {axis!r}"
                 )
             claimed[axis] = str(name)
         while wanted and size % math.prod(axis_sizes[axis] for axis in wanted):
@@ -96,7 +100,9 @@ def partition_spec(
 
 
 def shardings(boxed: Any, mesh: Mesh) -> Any:
-    """NamedShardings of a tree of shapes whose parameters are boxed with their logical axes; the rest is replicated."""
+    """NamedShardings of a tree of shapes whose parameters are boxed with their logical axes; the
+    rest is replicated.
+    """
     sizes = dict(mesh.shape)
 
     def of_leaf(leaf: Any) -> NamedSharding:
@@ -116,7 +122,9 @@ def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Asks the compiler to lay `x` out by its logical axes on the mesh in scope; without a mesh, `x` itself."""
+    """Asks the compiler to lay `x` out by its logical axes on the mesh in scope; without a mesh,
+    `x` itself.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x

@@ -22,7 +22,6 @@ import tensorstore
 from pldr_jax.config import CheckpointConfig
 from pldr_jax.training.checkpoint import Checkpointer, CheckpointError, Restored, read_weights
 
-
 # Orbax leaves coroutines behind when a read or a write fails
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -91,6 +90,7 @@ def test_round_trip(tmp_path: Path, g_lm: bool) -> None:
         assert not checkpointer.save(3, make_state(4), {}, {}, {})  # the step exists
         assert checkpointer.all_steps() == [3] and checkpointer.latest_step() == 3
     with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+        assert checkpointer.read_config() == config
         restored = checkpointer.restore(abstract(state))
     assert (restored.step, restored.data_state, restored.config) == (3, {"next_index": 48}, config)
     assert isinstance(restored.state, State)
@@ -257,7 +257,8 @@ def test_unreadable_metrics_do_not_stop_a_run(tmp_path: Path) -> None:
 def test_what_a_killed_save_leaves_disturbs_nobody(tmp_path: Path) -> None:
     save(tmp_path, {1: None})
     folder = tmp_path / "checkpoints"
-    shutil.copytree(folder / "1", folder / "2.orbax-checkpoint-tmp")
+    for step in "27":
+        shutil.copytree(folder / "1", folder / f"{step}.orbax-checkpoint-tmp")
     (folder / "manifests" / "2.tmp").write_text("{")
     (folder / "manifests" / "9.json").write_text("{}")
     log: list[str] = []

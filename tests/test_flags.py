@@ -342,7 +342,7 @@ def test_override_values(override, value):
             "Optimizer.alpha=1e999",
             "--gin.Optimizer.alpha=1e999: Optimizer.alpha = inf: must be fin",
         ),
-        ("Training.steps=100", "Optimizer.warmup_steps = 300: must be below the 100 steps"),
+        ("Training.steps=100", "Optimizer.warmup_steps = 200: must be below the 100 steps"),
     ],
 )
 def test_errors_of_an_override_name_the_flag(override, message):

@@ -9,18 +9,24 @@ USAGE, FAILURE = 2, 1
 
 
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
-    """Runs a program; an error its user can mend is one line on stderr and a non-zero exit status."""
-    from pldr_jax.training.checkpoint import CheckpointError
-    from pldr_jax.training.loop import TrainingError
-
+    """Runs a program; an error its user can mend is one line on stderr and a non-zero exit
+    status.
+    """
     try:
         main(sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
         _exit(error, USAGE)
-    except (CheckpointError, TrainingError) as error:
-        _exit(error, FAILURE)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except RuntimeError as error:
+        # Imported only now: --help and a typo must not wait for JAX.
+        from pldr_jax.training.checkpoint import CheckpointError
+        from pldr_jax.training.loop import TrainingError
+        from pldr_jax.training.metrics import MetricsError
+
+        if not isinstance(error, (CheckpointError, MetricsError, TrainingError)):
+            raise
+        _exit(error, FAILURE)
 
 
 def _exit(error: Exception, status: int) -> None:
@@ -29,7 +35,9 @@ def _exit(error: Exception, status: int) -> None:
 
 
 def keep_compiled_programs(cache_dir: str | None) -> None:
-    """Keeps XLA's compiled programs beside the tokenised text, so that the next start of the same run is quick."""
+    """Keeps XLA's compiled programs beside the tokenised text, so that the next start of the same
+    run is quick.
+    """
     import jax
 
     from pldr_jax.data.cache import cache_folder

@@ -1,12 +1,17 @@
 """`infer.py`: generates text from a checkpoint."""
 
 import sys
+from collections import deque
+from typing import TYPE_CHECKING
 
 from pldr_jax.cli.common import keep_compiled_programs, run
 from pldr_jax.config import ConfigError, ExperimentConfig
 from pldr_jax.flags import Option, load_config, parse_args
 
-DESCRIPTION = "Generates text with a trained PLDR-LLM. The Generation.* fields say how; the model needs no config."
+if TYPE_CHECKING:
+    from pldr_jax.api import LanguageModel
+
+DESCRIPTION = "Generates text with a trained PLDR-LLM; its config is read from the checkpoint."
 OPTIONS = (
     Option(
         "checkpoint",
@@ -33,7 +38,9 @@ SHORTHANDS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
 
 
 def infer_main(argv: list[str]) -> None:
-    """Parses the command line, loads the checkpoint and prints each prompt with its continuation."""
+    """Parses the command line, loads the checkpoint and prints each prompt with its
+    continuation.
+    """
     options = parse_args(argv, "infer.py", DESCRIPTION, OPTIONS)
     shorthands = [
         f"Generation.{name}={getattr(options, name)!r}"
@@ -49,7 +56,7 @@ def infer_main(argv: list[str]) -> None:
     generate(load(options.checkpoint, options.step), options.prompt, config)
 
 
-def generate(lm, prompts: list[str], config: ExperimentConfig) -> None:  # type: ignore[no-untyped-def]
+def generate(lm: "LanguageModel", prompts: list[str], config: ExperimentConfig) -> None:
     """Prints the continuations: one prompt's token by token, several when they are finished."""
     from pldr_jax.model.deductive import read_g_lm
 
@@ -70,17 +77,15 @@ def generate(lm, prompts: list[str], config: ExperimentConfig) -> None:  # type:
         g_cache="none" if recompute else "G_LM" if settings.g_cache else "A",
     )
     if len(prompts) > 1:
-        results = []
-        for results in stream:
-            pass
-        for prompt, result in zip(prompts, results, strict=True):
+        for prompt, result in zip(prompts, deque(stream, maxlen=1).pop(), strict=True):
             print(f"{prompt}{result.text}\n--- {len(result.tokens)} tokens, {result.finish_reason}")
         return
-    print(prompts[0], end="", flush=True)
     shown = ""
     for (result,) in stream:
-        # The last character may be half of one that needs several byte tokens: it waits for the next token.
+        # The last character may be half of one that needs several byte tokens: it waits for the
+        # next token.
         text = result.text if result.finish_reason else result.text.rstrip("\ufffd")
+        text = prompts[0] + text
         if text.startswith(shown):
             print(text[len(shown) :], end="", flush=True)
             shown = text

@@ -16,7 +16,7 @@ OPTIONS = (
     ),
     Option(
         "resume",
-        "auto continues the run that the folder holds; never refuses to touch one; required refuses to start anew",
+        "auto continues the run in the folder; never refuses to; required refuses to start anew",
         default="auto",
         choices=("auto", "never", "required"),
     ),

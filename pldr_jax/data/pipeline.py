@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import grain  # type: ignore[import-untyped]
+import grain
 import numpy as np
 
 from pldr_jax.config import ConfigError

@@ -1,15 +1,17 @@
-"""The pure functions of decoding; the engine jits them, and a loop of one's own can be built from them.
+"""The pure functions of decoding; the engine jits them, and a loop of one's own can be built from
+them.
 
-Rows are left-aligned and padded on the right: positions start at the first real token, the causal mask keeps real
-tokens from padding, and `length_B` keeps padding out of Q^T Q, so that a row decodes to what it decodes to alone.
+Rows are left-aligned and padded on the right: positions start at the first real token, the causal
+mask keeps real tokens from padding, and `length_B` keeps padding out of Q^T Q, so that a row
+decodes to what it decodes to alone.
 """
 
 import jax
 import jax.numpy as jnp
 
 from pldr_jax.config import ModelConfig
-from pldr_jax.model.cache import Cache, build_cache
-from pldr_jax.model.decoder import Decoder, Params, decode_token
+from pldr_jax.model.cache import Cache, LayerCache, build_cache
+from pldr_jax.model.decoder import Decoder, Params, apply, decode_token
 
 
 def prefill(
@@ -41,7 +43,8 @@ def prefill(
 def decode_step(
     config: ModelConfig, unstacked: Params, tokens_B: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
-    """Logits [B,V] after one more token of each row, and the cache with it; G_LM is read, never written.
+    """Logits [B,V] after one more token of each row, and the cache with it; G_LM is read, never
+    written.
 
     Donate the cache when jitting this, so that keys and values are written in place.
     """
@@ -57,7 +60,8 @@ def full_step(
 ) -> jax.Array:
     """Logits [B,V] after each row's last real token, keys and values recomputed from all of them.
 
-    With `g_lm_LBNHJ` None, G_LM is recomputed as well: the definition of the model, without any cache.
+    With `g_lm_LBNHJ` None, G_LM is recomputed as well: the definition of the model, without any
+    cache.
     """
     return _last_logits(config, params, tokens_BS, length_B, g_lm_LBNHJ)[0]
 
@@ -66,16 +70,19 @@ def prompt_g_lm(
     config: ModelConfig, params: Params, tokens_BT: jax.Array, length_B: jax.Array
 ) -> jax.Array:
     """G_LM [L,B,N,H,J] of each prompt."""
-    _, layers = Decoder(config).apply(
-        {"params": params}, tokens_BT, None, length_B, method="hidden"
-    )
+    _, layers = apply(Decoder(config), params, tokens_BT, None, length_B, method="hidden")
     return layers.deductive.G_LM
 
 
-def _last_logits(config, params, tokens_BT, length_B, g_lm_LBNHJ):  # type: ignore[no-untyped-def]
+def _last_logits(
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    length_B: jax.Array,
+    g_lm_LBNHJ: jax.Array | None,
+) -> tuple[jax.Array, LayerCache]:
     decoder = Decoder(config)
-    hidden_BTD, layers = decoder.apply(
-        {"params": params}, tokens_BT, g_lm_LBNHJ, length_B, method="hidden"
-    )
+    hidden_BTD, layers = apply(decoder, params, tokens_BT, g_lm_LBNHJ, length_B, method="hidden")
+    # The head runs on the last token only: on all of them it would be most of a prefill's memory.
     last_B1D = jnp.take_along_axis(hidden_BTD, (length_B - 1)[:, None, None], axis=1)
-    return decoder.apply({"params": params}, last_B1D, method="logits")[:, 0], layers
+    return apply(decoder, params, last_B1D, method="logits")[:, 0], layers

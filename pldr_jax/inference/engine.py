@@ -1,7 +1,10 @@
-"""The engine: prompts in, text out. It pads prompts to buckets, compiles once a bucket, and drives the decode step."""
+"""The engine: prompts in, text out. It pads prompts to buckets, compiles once a bucket, and drives
+the decode step.
+"""
 
 import dataclasses
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,12 +23,14 @@ SMALLEST_BUCKET = 16
 
 @dataclasses.dataclass(frozen=True)
 class CacheMode:
-    """What is kept from the prompt while decoding (arXiv 2502.13502); every combination is exact for its definition.
+    """What is kept from the prompt while decoding (arXiv 2502.13502); every combination is exact
+    for its definition.
 
     Attributes:
       kv: keys and values are cached; off recomputes them from all tokens at every step.
-      g: "G_LM" keeps G_LM itself; "A" keeps the metric tensor, and the last steps of PLGA run again at every step;
-        "none" recomputes G_LM from all tokens at every step, which only makes sense without a kv cache.
+      g: "G_LM" keeps G_LM itself; "A" keeps the metric tensor, and the last steps of PLGA run
+        again at every step; "none" recomputes G_LM from all tokens at every step, which only makes
+        sense without a kv cache.
     """
 
     kv: bool = True
@@ -47,7 +52,8 @@ class Completion:
     Attributes:
       prompt: the prompt's token ids.
       tokens: new token ids; the stop token, if one ended the text, is not among them.
-      finish_reason: "stop" (a stop token), "length" (max_new_tokens) or "context" (the model's context is full).
+      finish_reason: "stop" (a stop token), "length" (max_new_tokens) or "context" (the model's
+        context is full).
     """
 
     prompt: list[int]
@@ -68,7 +74,9 @@ class _Jitted:
 
 @functools.lru_cache(maxsize=8)
 def _jitted(config: ModelConfig) -> _Jitted:
-    """Shared by all engines of a config, so that new parameters (after each evaluation) compile nothing again."""
+    """Shared by all engines of a config, so that new parameters (after each evaluation) compile
+    nothing again.
+    """
 
     def bound(function: Callable[..., Any]) -> Callable[..., Any]:
         return functools.partial(function, config)
@@ -110,7 +118,8 @@ class Engine:
         g_lm: jax.Array | None = None,
         mode: CacheMode | None = None,
     ) -> Iterator[list[Completion]]:
-        """Decodes the prompts as one batch; yields the same list of completions after every new token.
+        """Decodes the prompts as one batch; yields the same list of completions after every new
+        token.
 
         Args:
           prompts: token ids, at least one each; they may have different lengths.
@@ -138,6 +147,10 @@ class Engine:
             yield completions
             if all(completion.finish_reason for completion in completions):
                 return
+
+    def generate(self, *args: Any, **kwargs: Any) -> list[Completion]:
+        """The finished completions of `stream`, whose arguments it takes."""
+        return deque(self.stream(*args, **kwargs), maxlen=1).pop()
 
     def _cached(
         self,
@@ -200,7 +213,8 @@ class Engine:
                 raise ConfigError(f"prompt {i}: is empty")
             if len(prompt) >= limit:
                 raise ConfigError(
-                    f"prompt {i}: has {len(prompt)} tokens, the model's context of {limit} leaves no room; shorten it"
+                    f"prompt {i}: has {len(prompt)} tokens, which leaves no room in the model's "
+                    f"context of {limit}; shorten it"
                 )
             if not all(0 <= token < vocab for token in prompt):
                 raise ConfigError(f"prompt {i}: has a token id outside the vocabulary of {vocab}")
@@ -263,7 +277,8 @@ def _full_and_draw(
     sampling: Sampling,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     token_B = draw(full_step(config, params, tokens_BS, length_B, g_lm), sampling, length_B)
-    # A finished row keeps writing; the slot is clamped to the last one, and its tokens are no longer read.
+    # A finished row keeps writing; the slot is clamped to the last one, and its tokens are no
+    # longer read.
     slot_B = jnp.minimum(length_B, tokens_BS.shape[1] - 1)
     tokens_BS = tokens_BS.at[jnp.arange(len(slot_B)), slot_B].set(token_B)
     return token_B, tokens_BS, jnp.minimum(length_B + 1, tokens_BS.shape[1])

@@ -10,13 +10,15 @@ EXCLUDED = -jnp.inf
 
 
 class Sampling(flax.struct.PyTreeNode):
-    """How every row's next token is drawn; arrays [B], so that no setting needs a compilation of its own.
+    """How every row's next token is drawn; arrays [B], so that no setting needs a compilation of
+    its own.
 
     Attributes:
       temperature_B: logits are divided by it; 0 is greedy.
       top_p_B: smallest set of tokens whose probability reaches it; 1 is off.
       top_k_B: the most probable tokens; 0 is off.
-      seed_B: seed of the row. The draw at a position depends on (seed, position) alone, not on batch or row.
+      seed_B: seed of the row. The draw at a position depends on (seed, position) alone, not on
+        batch or row.
     """
 
     temperature_B: jax.Array
@@ -78,8 +80,9 @@ def draw(logits_BV: jax.Array, sampling: Sampling, position_B: jax.Array) -> jax
 def filter_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
     """Logits over temperature, then -inf outside the nucleus, then -inf outside the top k.
 
-    The nucleus is the standard one: the smallest set of most probable tokens whose mass reaches p, at least one token;
-    (.5, .3, .2) keeps two at p = 0.6. Tokens as probable as the last one kept are decided by their order.
+    The nucleus is the standard one: the smallest set of most probable tokens whose mass reaches p,
+    at least one token; (.5, .3, .2) keeps two at p = 0.6. Tokens as probable as the last one kept
+    are decided by their order.
     """
     vocab = logits_BV.shape[-1]
     temperature_B1 = jnp.where(sampling.temperature_B > 0, sampling.temperature_B, 1.0)[:, None]

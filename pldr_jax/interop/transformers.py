@@ -1,7 +1,7 @@
 """The transformers layout of PLDR-LLM checkpoints: `config.json` and `model.safetensors`.
 
-One table maps every tensor of that layout to a parameter here. Linear weights are [out, in] there and [in, out] here,
-with heads as an axis of their own; what they keep per layer is stacked here.
+One table maps every tensor of that layout to a parameter here. Linear weights are [out, in] there
+and [in, out] here, with heads as an axis of their own; what they keep per layer is stacked here.
 """
 
 import dataclasses
@@ -21,11 +21,13 @@ Array = np.ndarray
 
 
 class _Entry(NamedTuple):
-    """Where a tensor of theirs goes: a path of ours, an index into its stacked axes, and how it is turned."""
+    """Where a tensor of theirs goes: a path of ours, an index into its stacked axes, and how it is
+    turned.
+    """
 
     theirs: str
     ours: tuple[str, ...]
-    index: tuple[int, ...]
+    slot: tuple[int, ...]
     turn: Callable[[Array], Array]
 
 
@@ -43,8 +45,12 @@ def read_config(folder: Path) -> ModelConfig:
     if raw.get("model_type") != "pldrllm":
         raise ConfigError(f"{path}: model_type = {raw.get('model_type')!r}: must be 'pldrllm'")
     for name, needed in {
-        "attention_bias": True, "glu_bias": True, "final_bias": True, "tie_word_embeddings": False, "hidden_act": "silu",
-    }.items():  # fmt: skip
+        "attention_bias": True,
+        "glu_bias": True,
+        "final_bias": True,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+    }.items():
         if raw.get(name, needed) != needed:
             raise ConfigError(f"{path}: {name} = {raw[name]!r}: only {needed!r} is supported")
     try:
@@ -61,6 +67,7 @@ def read_config(folder: Path) -> ModelConfig:
             rope_theta=float(raw.get("rope_theta", 10000.0)),
             rope_layout="interleaved" if raw.get("reference_rope", True) else "half_split",
             layer_norm_eps=raw.get("layer_norm_eps", 1e-6),
+            unroll=False,
         )
     except KeyError as error:
         raise ConfigError(f"{path}: the field {error} is missing") from error
@@ -75,10 +82,12 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def read_checkpoint(folder: str | Path) -> tuple[ModelConfig, Params, jax.Array | None]:
-    """Model config, parameters and predefined G_LM [L,1,N,H,J] (None where learned or identity) of a folder.
+    """Model config, parameters and predefined G_LM [L,1,N,H,J] (None where learned or identity) of
+    a folder.
 
     Raises:
-      ConfigError: a file or a tensor that is missing, unknown, or of another shape than the config says.
+      ConfigError: a file or a tensor that is missing, unknown, or of another shape than the config
+        says.
     """
     from safetensors.numpy import load_file
 
@@ -119,12 +128,12 @@ def from_tensors(
         if entry.theirs not in left:
             raise ConfigError(f"{where}: the tensor {entry.theirs!r} is missing")
         tensor = entry.turn(np.asarray(left.pop(entry.theirs), np.float32))
-        slot = filled[entry.ours][entry.index]
+        slot = filled[entry.ours][entry.slot]
         if tensor.size != slot.size:
             raise ConfigError(
                 f"{where}: {entry.theirs!r} has {tensor.size} entries, the config needs {slot.size}"
             )
-        filled[entry.ours][entry.index] = tensor.reshape(slot.shape)
+        filled[entry.ours][entry.slot] = tensor.reshape(slot.shape)
     if left:
         raise ConfigError(f"{where}: unknown tensor {sorted(left)[0]!r} ({len(left)} in all)")
     params: dict[str, Any] = {}
@@ -137,14 +146,16 @@ def from_tensors(
 
 
 def to_tensors(config: ModelConfig, params: Params) -> dict[str, Array]:
-    """Our parameters (or gradients, or anything of their structure) by their names in the transformers layout."""
+    """Our parameters (or gradients, or anything of their structure) by their names in the
+    transformers layout.
+    """
     flat = {
         tuple(key.key for key in path): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
     out = {}
     for entry in _table(config):
-        array = flat[entry.ours][entry.index]
+        array = flat[entry.ours][entry.slot]
         if entry.ours[-1] == "kernel":
             fan_out = array.size // _fan_in(config, entry.ours)
             array = array.reshape(-1, fan_out).T

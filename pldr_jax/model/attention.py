@@ -1,4 +1,6 @@
-"""Attention with a metric: softmax(Q G_LM K^T / sqrt(H)) V, G_LM from PLGA, from the cache or from outside."""
+"""Attention with a metric: softmax(Q G_LM K^T / sqrt(H)) V, G_LM from PLGA, from the cache or from
+outside.
+"""
 
 import math
 from typing import Any
@@ -16,7 +18,9 @@ from pldr_jax.model.plga import PowerLawGraphAttention
 from pldr_jax.model.rope import rotate
 
 MASKED = -1e30
-"""Score of a pair outside the mask; finite, so that a row with nothing to attend to stays finite."""
+"""Score of a pair outside the mask; finite, so that a row with nothing to attend to stays
+finite.
+"""
 
 
 class AttentionInputs(flax.struct.PyTreeNode):
@@ -24,8 +28,9 @@ class AttentionInputs(flax.struct.PyTreeNode):
 
     Attributes:
       positions_BT: position of each token, for RoPE; [1,T] serves every row.
-      valid_BT: true for real tokens; None where all are. Only Q^T Q needs it: rows are left-aligned, so that the
-        causal mask already keeps padding, which comes last, from every real token.
+      valid_BT: true for real tokens; None where all are. Only Q^T Q needs it: rows are
+        left-aligned, so that the causal mask already keeps padding, which comes last, from every
+        real token.
     """
 
     positions_BT: jax.Array
@@ -58,7 +63,8 @@ def attend(
     """softmax(mask(q k^T / sqrt(H))) v, [B,T,N,H]; q already holds q G_LM.
 
     Args:
-      kernel: `Model.attention_kernel`. The fused kernel does causal attention of a whole sequence only.
+      kernel: `Model.attention_kernel`. The fused kernel does causal attention of a whole sequence
+        only.
       mask_BNTS: true where a query may look; None is causal attention of a sequence to itself.
     """
     if mask_BNTS is None and _use_fused(q_BTNJ, kernel):
@@ -73,7 +79,9 @@ def attend(
 
 
 def _use_fused(q_BTNJ: jax.Array, kernel: str) -> bool:
-    """cuDNN's flash attention: 16-bit, H a multiple of 8 up to 128, compute capability 8.0 or later."""
+    """cuDNN's flash attention: 16-bit, H a multiple of 8 up to 128, compute capability 8.0 or
+    later.
+    """
     if kernel != "auto":
         return kernel == "cudnn"
     if jax.default_backend() != "gpu" or q_BTNJ.dtype not in (jnp.bfloat16, jnp.float16):
@@ -84,7 +92,9 @@ def _use_fused(q_BTNJ: jax.Array, kernel: str) -> bool:
 
 
 class Attention(nn.Module):
-    """Multi-head attention of one decoder layer; `q`, `k`, `v`, `out` and, where G_LM is learned, `plga`."""
+    """Multi-head attention of one decoder layer; `q`, `k`, `v`, `out` and, where G_LM is learned,
+    `plga`.
+    """
 
     config: ModelConfig
 
@@ -107,8 +117,8 @@ class Attention(nn.Module):
         Args:
           x_BTD: hidden states.
           inputs: positions and mask.
-          g_lm_BNHJ: G_LM from outside ([1,N,H,J] serves every row); None takes PLGA's, or the identity where the
-            model has no PLGA.
+          g_lm_BNHJ: G_LM from outside ([1,N,H,J] serves every row); None takes PLGA's, or the
+            identity where the model has no PLGA.
 
         Returns:
           The output [B,T,D], and keys, values and deductive outputs of this layer.
@@ -131,7 +141,8 @@ class Attention(nn.Module):
         Args:
           x_BTD: hidden states of the newest token.
           positions_BT: [B,1], its position, which is also the cache slot it is written to.
-          cache: of this layer; G_LM is used as it is, unless `update_g_lm` recomputes it from the cached A.
+          cache: of this layer; G_LM is used as it is, unless `update_g_lm` recomputes it from the
+            cached A.
 
         Returns:
           The output [B,1,D] and the cache with the token's key and value added.
@@ -140,6 +151,7 @@ class Attention(nn.Module):
         cache = cache.append(k_BTNH, v_BTNH, positions_BT[:, 0])
         g_lm = cache.deductive.G_LM
         if update_g_lm:
+            assert cache.deductive.A is not None  # the caller has looked
             g_lm = self.plga.energy_curvature(cache.deductive.A).G_LM
         slots_S = jnp.arange(cache.k_BSNH.shape[1])
         mask_BNTS = slots_S[None, None, None, :] <= positions_BT[:, None, :, None]

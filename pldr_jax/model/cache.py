@@ -1,4 +1,6 @@
-"""The immutable decode cache: keys, values and G_LM of every layer, and how far each row has come."""
+"""The immutable decode cache: keys, values and G_LM of every layer, and how far each row has
+come.
+"""
 
 from typing import Any
 
@@ -11,12 +13,14 @@ from pldr_jax.model.deductive import DeductiveOutputs
 
 
 class LayerCache(flax.struct.PyTreeNode):
-    """One layer's cache. `deductive` is written by prefill alone: `append` names only keys and values.
+    """One layer's cache. `deductive` is written by prefill alone: `append` names only keys and
+    values.
 
     Attributes:
       k_BSNH: keys after RoPE; slot s holds the token at position s.
       v_BSNH: values.
-      deductive: G_LM to decode with ("KV+G"), or A, from which the decode step recomputes it ("KV").
+      deductive: G_LM to decode with ("KV+G"), or A, from which the decode step recomputes it
+        ("KV").
     """
 
     k_BSNH: jax.Array
@@ -37,9 +41,11 @@ class LayerCache(flax.struct.PyTreeNode):
 
 
 class Cache(flax.struct.PyTreeNode):
-    """The whole cache, a frozen pytree: every step returns a new one (and may reuse the old one's memory).
+    """The whole cache, a frozen pytree: every step returns a new one (and may reuse the old one's
+    memory).
 
-    Per-layer leaves, not one stacked array: a stacked cache threaded through a scan is copied at every step.
+    Per-layer leaves, not one stacked array: a stacked cache threaded through a scan is copied at
+    every step.
 
     Attributes:
       layers: one `LayerCache` a decoder layer.
@@ -69,7 +75,8 @@ def build_cache(
       stacked: keys and values [L,B,T,N,H] and deductive outputs [L,B,N,H,J] of all layers.
       length_B: real tokens of each row.
       slots: S, at least T: room for the prompt and what will be generated.
-      keep: the deductive output that decoding uses: "G_LM", or "A" to recompute the last steps of PLGA each token.
+      keep: the deductive output that decoding uses: "G_LM", or "A" to recompute the last steps of
+        PLGA each token.
     """
     room = slots - stacked.k_BSNH.shape[2]
 

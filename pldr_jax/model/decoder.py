@@ -1,7 +1,7 @@
 """The decoder: embedding, scanned decoder layers, head; and one layer at a time for decoding."""
 
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import flax.struct
@@ -15,7 +15,7 @@ from pldr_jax.model.deductive import DeductiveOutputs
 from pldr_jax.model.layers import GLU, Linear, layer_norm, logical
 from pldr_jax.partition import constrain
 
-Params = Any
+Params: TypeAlias = Any
 """A tree of float32 arrays; what is below `layers` is stacked over decoder layers."""
 
 REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
@@ -53,14 +53,18 @@ class DecoderLayer(nn.Module):
     def __call__(
         self, x_BTD: jax.Array, inputs: AttentionInputs, g_lm_BNHJ: jax.Array | None
     ) -> tuple[jax.Array, LayerCache]:
-        """Hidden states [B,T,D] to hidden states, and this layer's keys, values and deductive outputs."""
+        """Hidden states [B,T,D] to hidden states, and this layer's keys, values and deductive
+        outputs.
+        """
         attended_BTD, layer = self.attention(x_BTD, inputs, g_lm_BNHJ)
         return self._feed_forward(x_BTD, attended_BTD), layer
 
     def decode(
         self, x_BTD: jax.Array, positions_BT: jax.Array, cache: LayerCache, update_g_lm: bool
     ) -> tuple[jax.Array, LayerCache]:
-        """The newest token's hidden state [B,1,D] to its next one, and the layer's cache with the token in it."""
+        """The newest token's hidden state [B,1,D] to its next one, and the layer's cache with the
+        token in it.
+        """
         attended_BTD, cache = self.attention.decode(x_BTD, positions_BT, cache, update_g_lm)
         return self._feed_forward(x_BTD, attended_BTD), cache
 
@@ -78,6 +82,7 @@ class Embedding(nn.Module):
 
     @nn.compact
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """Token ids [B,T] to hidden states [B,T,D]."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         table_VD = self.param(
             "table",
@@ -131,10 +136,12 @@ class Decoder(nn.Module):
         g_lm_LBNHJ: jax.Array | None = None,
         length_B: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache]:
-        """As `__call__`, without the head: hidden states [B,T,D], and what every layer returned, stacked [L, ...]."""
+        """As `__call__`, without the head: hidden states [B,T,D], and what every layer returned,
+        stacked [L, ...].
+        """
         if g_lm_LBNHJ is None and self.config.g_source in ("random", "external"):
             raise ValueError(
-                f"Model.g_source = {self.config.g_source!r}: this model has no PLGA network, pass its G_LM"
+                f"Model.g_source = {self.config.g_source!r}: there is no PLGA network, pass G_LM"
             )
         positions_BT = jnp.arange(tokens_BT.shape[1])[None, :]
         valid_BT = None if length_B is None else positions_BT < length_B[:, None]
@@ -165,11 +172,18 @@ class Decoder(nn.Module):
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """Initial parameters, each boxed with its logical axes (`flax.linen.unbox` takes the boxes off)."""
+    """Initial parameters, each boxed with its logical axes (`flax.linen.unbox` takes the boxes
+    off).
+    """
     tokens_BT = jnp.zeros((1, 2), jnp.int32)
     g_lm = jnp.zeros((config.num_layers, 1, config.num_heads, config.head_dim, config.head_dim))
     given = None if config.g_source in ("learned", "identity") else g_lm
     return Decoder(config).init(key, tokens_BT, given)["params"]
+
+
+def apply(module: nn.Module, params: Params, *args: Any, method: str | None = None) -> Any:
+    """`module`, or a method of it, as a pure function of its parameters."""
+    return module.apply({"params": params}, *args, method=method)
 
 
 def forward(
@@ -180,11 +194,13 @@ def forward(
     length_B: jax.Array | None = None,
 ) -> ModelOutputs:
     """`Decoder.__call__` as a pure function of the parameters."""
-    return Decoder(config).apply({"params": params}, tokens_BT, g_lm_LBNHJ, length_B)
+    return apply(Decoder(config), params, tokens_BT, g_lm_LBNHJ, length_B)
 
 
 def unstack_layers(config: ModelConfig, params: Params) -> Params:
-    """Parameters with `layers` as a tuple of one tree a layer, which `decode_token` reads without slicing."""
+    """Parameters with `layers` as a tuple of one tree a layer, which `decode_token` reads without
+    slicing.
+    """
     layers = tuple(
         jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(config.num_layers)
     )
@@ -196,23 +212,28 @@ def decode_token(
 ) -> tuple[jax.Array, Cache]:
     """One decode step: logits [B,V] after `tokens_B`, and the cache with those tokens in it.
 
-    The layers run in a Python loop over per-layer cache leaves, so that each is updated in place when donated.
+    The layers run in a Python loop over per-layer cache leaves, so that each is updated in place
+    when donated.
 
     Args:
       unstacked: what `unstack_layers` returns.
       tokens_B: the newest token of each row.
       cache: with room for one more token.
     """
-    x_BTD = Embedding(config).apply({"params": unstacked["embedding"]}, tokens_B[:, None])
+    x_BTD = apply(Embedding(config), unstacked["embedding"], tokens_B[:, None])
     positions_BT = cache.length_B[:, None]
     layers = []
     for layer_params, layer in zip(unstacked["layers"], cache.layers, strict=True):
         update_g_lm = layer.deductive.A is not None
-        x_BTD, layer = DecoderLayer(config).apply(
-            {"params": layer_params}, x_BTD, positions_BT, layer, update_g_lm, method="decode"
+        x_BTD, layer = apply(
+            DecoderLayer(config),
+            layer_params,
+            x_BTD,
+            positions_BT,
+            layer,
+            update_g_lm,
+            method="decode",
         )
         layers.append(layer)
-    logits_BTV = Decoder(config).apply(
-        {"params": {"head": unstacked["head"]}}, x_BTD, method="logits"
-    )
+    logits_BTV = apply(Decoder(config), {"head": unstacked["head"]}, x_BTD, method="logits")
     return logits_BTV[:, 0], Cache(layers=tuple(layers), length_B=cache.length_B + 1)

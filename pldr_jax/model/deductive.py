@@ -1,4 +1,6 @@
-"""The deductive outputs of power law graph attention, and G_LM from other places than its network."""
+"""The deductive outputs of power law graph attention, and G_LM from other places than its
+network.
+"""
 
 from pathlib import Path
 
@@ -13,8 +15,8 @@ from pldr_jax.config import ConfigError, ModelConfig
 class DeductiveOutputs(flax.struct.PyTreeNode):
     """What PLGA derives from Q^T Q (arXiv 2107.02039; pldr_jax/model/plga.py has the equations).
 
-    Each is [B,N,H,J] out of one layer and [L,B,N,H,J] out of the decoder, float32. With a G_LM from outside,
-    only `G_LM` is set and its batch axis is 1 where one tensor serves every row.
+    Each is [B,N,H,J] out of one layer and [L,B,N,H,J] out of the decoder, float32. With a G_LM
+    from outside, only `G_LM` is set and its batch axis is 1 where one tensor serves every row.
     """
 
     A: jax.Array | None = None
@@ -79,13 +81,16 @@ def read_g_lm(path: str | Path, config: ModelConfig, field: str = "Model.g_file"
         tensor = tensor[:, None]
     if tensor.shape != shape:
         raise ConfigError(
-            f"{field} = {str(path)!r}: G_LM has shape {tensor.shape}, this model needs {shape[:1] + shape[2:]} [L,N,H,H]"
+            f"{field} = {str(path)!r}: G_LM has shape {tensor.shape}, this model needs "
+            f"{shape[:1] + shape[2:]} [L,N,H,H]"
         )
     return jnp.asarray(tensor, jnp.float32)
 
 
 def predefined_g_lm(config: ModelConfig) -> jax.Array | None:
-    """The G_LM [L,1,N,H,J] that `Model.g_source` asks for; None where it is learned, or is the identity."""
+    """The G_LM [L,1,N,H,J] that `Model.g_source` asks for; None where it is learned, or is the
+    identity.
+    """
     if config.g_source == "random":
         return random_g_lm(config, config.g_seed)
     if config.g_source == "external":

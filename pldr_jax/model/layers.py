@@ -1,4 +1,6 @@
-"""Layers without attention in them: linear maps, LayerNorm, the gated linear unit, the embedding."""
+"""Layers without attention in them: linear maps, LayerNorm, the gated linear unit, the
+embedding.
+"""
 
 import math
 from collections.abc import Callable
@@ -12,12 +14,16 @@ Initializer = Callable[..., Any]
 
 
 def logical(init: Initializer, *names: str) -> Initializer:
-    """`init`, with the logical axis of each axis of the array it makes (`pldr_jax/partition.py`)."""
+    """`init`, with the logical axis of each axis of the array it makes
+    (`pldr_jax/partition.py`).
+    """
     return nn.with_logical_partitioning(init, names)
 
 
 def glorot_uniform(fan_in: int, fan_out: int) -> Initializer:
-    """Uniform on +-sqrt(6 / (fan_in + fan_out)), fans given because kernels here have more than two axes."""
+    """Uniform on +-sqrt(6 / (fan_in + fan_out)), fans given because kernels here have more than
+    two axes.
+    """
     limit = math.sqrt(6.0 / (fan_in + fan_out))
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
@@ -43,6 +49,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., *in_shape] to [..., *out_shape]."""
         init = glorot_uniform(math.prod(self.in_shape), math.prod(self.out_shape))
         kernel = self.param(
             "kernel",
@@ -72,7 +79,8 @@ def layer_norm(epsilon: float, name: str | None = None) -> nn.LayerNorm:
 
 
 class GLU(nn.Module):
-    """Gated linear unit of width `hidden`: `w3(silu(w1 x) * w2 x)`, from the last axis of x back to its size.
+    """Gated linear unit of width `hidden`: `w3(silu(w1 x) * w2 x)`, from the last axis of x back
+    to its size.
 
     Attributes:
       hidden: width of the gate and of the value.
@@ -85,8 +93,9 @@ class GLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., width] to the same shape."""
         width = x.shape[-1]
-        into = {
+        into: dict[str, Any] = {
             "in_shape": (width,),
             "out_shape": (self.hidden,),
             "in_axes": self.axes[:1],

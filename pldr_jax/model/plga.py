@@ -1,14 +1,16 @@
 """Power law graph attention: the deep network from Q^T Q to G_LM.
 
-Equations (arXiv 2107.02039 and 2410.16703; symbols as there, letters as in `pldr_jax/model/__init__.py`):
+Equations (arXiv 2107.02039 and 2410.16703; symbols as there, letters as in
+`pldr_jax/model/__init__.py`):
 
     A     = ResidualLayers(LayerNorm(Q^T Q))                  metric learner, [B,N,H,J]
     A_LM  = iSwiGLU(W A + b_W) + 1e-9                         metric tensor, strictly positive
     A_P   = A_LM ** P                                         potential tensor, element by element
     G_LM  = a A_P + b_a                                       energy-curvature tensor
 
-A_LM goes down to 1e-9 and its largest entries reach thousands, so that gradients of A_LM ** P reach 1e11: Q^T Q is summed,
-and the LayerNorms, the powers and everything after them are computed, in float32 whatever the compute dtype.
+A_LM goes down to 1e-9 and its largest entries reach thousands, so that gradients of A_LM ** P
+reach 1e11: Q^T Q is summed, and the LayerNorms, the powers and everything after them are computed,
+in float32 whatever the compute dtype.
 """
 
 import math
@@ -33,8 +35,8 @@ def iswiglu(x: jax.Array) -> jax.Array:
 def per_head_glorot_normal(num_heads: int, head_dim: int) -> Initializer:
     """Normal, not truncated, with the fans the authors' framework counts for an array [N,H,H].
 
-    That framework takes fan_in = H * H and fan_out = N * H, so std = sqrt(2 / (H^2 + N H)): 0.02002 for 14 x 64 x 64,
-    not what jax.nn.initializers.glorot_normal gives for this shape.
+    That framework takes fan_in = H * H and fan_out = N * H, so std = sqrt(2 / (H^2 + N H)):
+    0.02002 for 14 x 64 x 64, not what jax.nn.initializers.glorot_normal gives for this shape.
     """
     std = math.sqrt(2.0 / (head_dim * head_dim + num_heads * head_dim))
     return nn.initializers.normal(std)
@@ -43,8 +45,9 @@ def per_head_glorot_normal(num_heads: int, head_dim: int) -> Initializer:
 def density_matrix(q_BTNH: jax.Array, valid_BT: jax.Array | None = None) -> jax.Array:
     """Q^T Q [B,N,H,J] in float32, over the tokens where `valid_BT` is true (all, if None).
 
-    The sum runs over every token, later ones included: what a position attends with depends on its future, unless
-    training has made G_LM the same for every input. Padding has to be left out here, not only in the softmax.
+    The sum runs over every token, later ones included: what a position attends with depends on its
+    future, unless training has made G_LM the same for every input. Padding has to be left out
+    here, not only in the softmax.
     """
     if valid_BT is not None:
         q_BTNH = jnp.where(valid_BT[:, :, None, None], q_BTNH, 0)
@@ -58,6 +61,7 @@ class ResidualLayer(nn.Module):
 
     @nn.compact
     def __call__(self, A_BNHJ: jax.Array) -> jax.Array:
+        """A to A, [B,N,H,J] float32."""
         dtype = jnp.dtype(self.config.dtype)
         y_BNHJ = A_BNHJ
         for unit in range(self.config.num_gated_units):
@@ -76,8 +80,8 @@ def _residual_step(layer: ResidualLayer, A_BNHJ: jax.Array, _: None) -> tuple[ja
 class PowerLawGraphAttention(nn.Module):
     """Q -> (A, A_LM, A_P, G_LM). Its parameters are all in this module's scope, `plga`.
 
-    Parameters: `density_norm` and, stacked [R, ...], `residual`, on the last axis and shared by all heads;
-    `W`, `b_W`, `P`, `a`, `b_a`, each [N,H,J], of each head.
+    Parameters: `density_norm` and, stacked [R, ...], `residual`, on the last axis and shared by
+    all heads; `W`, `b_W`, `P`, `a`, `b_a`, each [N,H,J], of each head.
     """
 
     config: ModelConfig
@@ -95,14 +99,18 @@ class PowerLawGraphAttention(nn.Module):
         self.a, self.b_a = self.param("a", weight, shape), self.param("b_a", zeros, shape)
 
     def __call__(self, q_BTNH: jax.Array, valid_BT: jax.Array | None = None) -> DeductiveOutputs:
-        """All deductive outputs of one layer, from its queries after RoPE and the mask of real tokens."""
+        """All deductive outputs of one layer, from its queries after RoPE and the mask of real
+        tokens.
+        """
         with jax.named_scope("metric_learner"):
             A_BNHJ = self.metric_tensor(density_matrix(q_BTNH, valid_BT))
         with jax.named_scope("power_law"):
             return self.energy_curvature(A_BNHJ)
 
     def metric_tensor(self, density_BNHJ: jax.Array) -> jax.Array:
-        """A [B,N,H,J] from Q^T Q: the residual layers, scanned with one set of stacked parameters."""
+        """A [B,N,H,J] from Q^T Q: the residual layers, scanned with one set of stacked
+        parameters.
+        """
         A_BNHJ = self.density_norm(density_BNHJ)
         if self.config.num_residual_layers == 0:
             return A_BNHJ

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float, layout: str) -> jax.Array:
-    """Rotates pairs of `x` by `position * theta ** (-2 i / H)`, computed in float32, returned in the dtype of `x`.
+    """Rotates pairs of `x` by `position * theta ** (-2 i / H)`, computed in float32, returned in
+    the dtype of `x`.
 
     Args:
       x_BTNH: queries or keys.

@@ -1,9 +1,9 @@
 """Evaluation on held-out rows: loss, DAG losses, the causal gap and the order parameter.
 
-Through G_LM a position sees its future, so the ordinary loss of a model whose G_LM depends on its input is too good to be
-true. Two numbers tell: the loss with G_LM frozen from another sequence, from which nothing can leak (`loss_frozen_g`, and
-`causal_gap`, that minus the ordinary loss), and how far the deductive outputs of two sequences are apart (the order
-parameter of arXiv 2603.23539).
+Through G_LM a position sees its future, so the ordinary loss of a model whose G_LM depends on its
+input is too good to be true. Two numbers tell: the loss with G_LM frozen from another sequence,
+from which nothing can leak (`loss_frozen_g`, and `causal_gap`, that minus the ordinary loss), and
+how far the deductive outputs of two sequences are apart (the order parameter of arXiv 2603.23539).
 """
 
 import math
@@ -22,9 +22,11 @@ from pldr_jax.training.losses import TokenLoss, dag_losses, token_loss
 
 
 class DeductiveStatistics:
-    """Running sums of a deductive output over sequences, in float64 on the host: memory does not grow with rows.
+    """Running sums of a deductive output over sequences, in float64 on the host: memory does not
+    grow with rows.
 
-    The RMSE is between each sequence and the next one; the order parameter divides it by the magnitude of the mean.
+    The RMSE is between each sequence and the next one; the order parameter divides it by the
+    magnitude of the mean.
     """
 
     def __init__(self) -> None:
@@ -44,7 +46,9 @@ class DeductiveStatistics:
         self._last = x[-1]
 
     def results(self, name: str) -> dict[str, float]:
-        """`order_parameter`, `rmse`, and `rmse_over_std`, which also holds where the mean is near zero."""
+        """`order_parameter`, `rmse`, and `rmse_over_std`, which also holds where the mean is near
+        zero.
+        """
         rmse = math.sqrt(self._differences / max(self._pairs, 1))
         mean = self._sum / self._entries
         std = math.sqrt(max(self._squares / self._entries - mean * mean, 0.0))
@@ -102,7 +106,9 @@ class Evaluator:
         return g_lm
 
     def __call__(self, params: Params, g_lm: jax.Array | None = None) -> dict[str, float]:
-        """The metrics, named `eval/...`. With a predefined G_LM nothing can leak: no gap, no order parameter."""
+        """The metrics, named `eval/...`. With a predefined G_LM nothing can leak: no gap, no order
+        parameter.
+        """
         learned = self._config.g_source == "learned"
         frozen = self._calibrate(params, self._calibration) if learned else None
         own_parts, frozen_parts, dag_parts = [], [], []

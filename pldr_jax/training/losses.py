@@ -15,7 +15,9 @@ PAD_ID = 0
 
 TAYLOR_TERMS = 8
 SCALED_NORM = 0.5
-"""The matrix exponential is summed to TAYLOR_TERMS terms where the norm is at most SCALED_NORM: exact in float32."""
+"""The matrix exponential is summed to TAYLOR_TERMS terms where the norm is at most SCALED_NORM:
+exact in float32.
+"""
 
 
 class TokenLoss(flax.struct.PyTreeNode):
@@ -45,19 +47,24 @@ def token_loss(logits_BTV: jax.Array, targets_BT: jax.Array) -> TokenLoss:
 
 
 def dag_losses(deductive: DeductiveOutputs) -> dict[str, jax.Array]:
-    """DAG loss of A_LM, A_P and G_LM (arXiv 2410.16703): mean over layers, batch and heads; {} with a predefined G_LM."""
+    """DAG loss of A_LM, A_P and G_LM (arXiv 2410.16703): mean over layers, batch and heads; {}
+    with a predefined G_LM.
+    """
     if deductive.A_LM is None:
         return {}
     return {name: dag_loss(tensor) for name, tensor in deductive.items() if name != "A"}
 
 
 def dag_loss(x: jax.Array) -> jax.Array:
-    """Mean of |log(tr(exp(X * X)) / H)| over all leading axes of X [..., H, H], * being element by element.
+    """Mean of |log(tr(exp(X * X)) / H)| over all leading axes of X [..., H, H], * being element by
+    element.
 
-    It is 0 exactly where X is the adjacency matrix of a directed acyclic graph. Finite, with a finite gradient, wherever
-    the value itself fits float32, also where the matrix exponential overflows.
+    It is 0 exactly where X is the adjacency matrix of a directed acyclic graph. Finite, with a
+    finite gradient, wherever the value itself fits float32, also where the matrix exponential
+    overflows.
     """
-    # tr(exp(M)) >= H for a matrix of non-negative entries, so the logarithm needs no absolute value.
+    # tr(exp(M)) >= H for a matrix of non-negative entries, so the logarithm needs no absolute
+    # value.
     return log_trace_expm(jnp.square(x.astype(jnp.float32))).mean()
 
 
@@ -70,8 +77,9 @@ def log_trace_expm(m: jax.Array) -> jax.Array:
 def _log_trace_expm(m: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Scaling and squaring with the exponential kept as e^s (d I + F).
 
-    F holds exp(M / 2^k) - I at first, so that nothing cancels where M is small; every term is non-negative, so that
-    nothing cancels anywhere; and each squaring is divided by its largest entry, whose logarithm goes to s.
+    F holds exp(M / 2^k) - I at first, so that nothing cancels where M is small; every term is
+    non-negative, so that nothing cancels anywhere; and each squaring is divided by its largest
+    entry, whose logarithm goes to s.
     """
     size = m.shape[-1]
     norm = jnp.max(m.sum(-1))
@@ -94,7 +102,8 @@ def _log_trace_expm(m: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array
     f, d, s = jax.lax.fori_loop(0, squarings, square, (f, ones, jnp.zeros_like(ones)))
     trace = jnp.trace(f, axis1=-2, axis2=-1)
     d, s = d[..., 0, 0], s[..., 0, 0]
-    # log((d H + tr F) / H) + s; where no scaling was needed (d = 1, s = 0) log1p keeps small values exact.
+    # log((d H + tr F) / H) + s; where no scaling was needed (d = 1, s = 0) log1p keeps small
+    # values exact.
     value = (
         jnp.where(
             d > 0.5,

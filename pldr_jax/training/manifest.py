@@ -134,7 +134,7 @@ def newest_whole(
                 " continue with the configuration that it was saved with"
             ) from cause
         damage.append(f"step {candidate}: {reason}")
-        if step is None:
+        if step is None and jax.process_index() == 0:
             log(f"{where}: damaged checkpoint of step {candidate} is passed over: {reason}")
     raise CheckpointError(
         f"{folder}: no checkpoint can be read ({damage[0]});"

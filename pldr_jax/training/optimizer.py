@@ -10,7 +10,8 @@ from pldr_jax.config import OptimizerConfig
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 over `warmup_steps`, cosine to `alpha` of the peak at `decay_steps`, constant afterwards.
+    """Linear warm-up from 0 over `warmup_steps`, cosine to `alpha` of the peak at `decay_steps`,
+    constant afterwards.
 
     Step s, counted from 0, uses schedule(s): the very first update has learning rate 0.
     """
@@ -25,7 +26,9 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
 
 
 def build_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Clipping, then AdamW with the schedule. The decay is decoupled and multiplied by the learning rate."""
+    """Clipping, then AdamW with the schedule. The decay is decoupled and multiplied by the
+    learning rate.
+    """
     clip = {
         "value": optax.clip(config.clip_threshold),
         "norm": optax.clip_by_global_norm(config.clip_threshold),
@@ -43,7 +46,9 @@ def build_optimizer(config: OptimizerConfig, total_steps: int) -> optax.Gradient
 
 
 def decayed_matrices(params: Any) -> Any:
-    """True for the parameters that `decay_mask = 'matrices'` decays: all but biases (b_W and b_a too) and norms."""
+    """True for the parameters that `decay_mask = 'matrices'` decays: all but biases (b_W and b_a
+    too) and norms.
+    """
 
     def is_matrix(path: tuple[Any, ...], _: jax.Array) -> bool:
         names = [key.key for key in path if hasattr(key, "key")]

@@ -45,7 +45,9 @@ def _init_state(config: ExperimentConfig, key: jax.Array, g_lm: jax.Array | None
 def abstract_state(
     config: ExperimentConfig, mesh: Mesh, g_lm: jax.Array | None = None
 ) -> TrainState:
-    """The state as ShapeDtypeStructs that carry their shardings: what a checkpoint is restored into."""
+    """The state as ShapeDtypeStructs that carry their shardings: what a checkpoint is restored
+    into.
+    """
     boxed = jax.eval_shape(functools.partial(_init_state, config), jax.random.key(0), g_lm)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -64,15 +66,18 @@ def create_state(config: ExperimentConfig, mesh: Mesh, g_lm: jax.Array | None = 
 def loss_fn(
     config: ExperimentConfig, params: Params, g_lm: jax.Array | None, rows_BC: jax.Array
 ) -> tuple[jax.Array, tuple[TokenLoss, dict[str, jax.Array]]]:
-    """The training loss of rows of tokens: tokens[1:] given tokens[:-1], plus the weighted DAG losses.
+    """The training loss of rows of tokens: tokens[1:] given tokens[:-1], plus the weighted DAG
+    losses.
 
     Returns:
-      The scalar that is minimised, and (cross-entropy and accuracy, the DAG losses that were computed).
+      The scalar that is minimised, and (cross-entropy and accuracy, the DAG losses that were
+      computed).
     """
     outputs = forward(config.model, params, rows_BC[:, :-1], g_lm)
     tokens = token_loss(outputs.logits, rows_BC[:, 1:])
     weights = (config.loss.dag_a_lm, config.loss.dag_a_p, config.loss.dag_g_lm)
-    # Their matrix exponentials cost time: in the step only where they are trained on; evaluation always has them.
+    # Their matrix exponentials cost time: in the step only where they are trained on; evaluation
+    # always has them.
     dag = dag_losses(outputs.deductive) if any(weights) else {}
     return tokens.loss + regularizer(config.loss, dag), (tokens, dag)
 

@@ -1,0 +1,78 @@
+"""What every test file shares: eight simulated CPU devices, a cache folder of its own, and the goldens."""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+# Before the backend starts. Arrays that nobody places live on device 0.
+jax.config.update("jax_num_cpu_devices", 8)
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from pldr_jax.config import ModelConfig
+from pldr_jax.interop.transformers import read_checkpoint
+from pldr_jax.model.decoder import Params
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """One case: the authors' weights, and what their implementation printed for them.
+
+    Attributes:
+      folder: the checkpoint in the transformers layout.
+      values: `golden.json`.
+      tensors: `golden.safetensors`.
+      config, params: the checkpoint, read.
+      rows: the tokens [B,T+1], of which all but the last are inputs.
+    """
+
+    name: str
+    folder: Path
+    values: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+    config: ModelConfig
+    params: Params
+
+    @property
+    def rows(self) -> np.ndarray:
+        return self.tensors["tokens"].astype(np.int32)
+
+
+@functools.cache
+def load_golden(name: str) -> Golden:
+    folder = GOLDENS / name
+    config, params, _ = read_checkpoint(folder)
+    values = json.loads((folder / "golden.json").read_text())
+    return Golden(name, folder, values, load_file(folder / "golden.safetensors"), config, params)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], Golden]:
+    """`golden("tiny")` or `golden("deep")`, read once in a session."""
+    return load_golden
+
+
+@pytest.fixture(scope="session", params=["tiny", "deep"])
+def case(request: pytest.FixtureRequest) -> Golden:
+    """Each golden in turn."""
+    return load_golden(request.param)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or writes the user's own cache of tokenised text."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PLDR_CACHE", str(tmp_path_factory.mktemp("pldr_cache")))
+        yield
