@@ -26,7 +26,7 @@ from pldr_jax.model.decoder import Params
 GOLDENS = Path(__file__).parent / "goldens"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Golden:
     """One case: the authors' weights, and what their implementation printed for them.
 

@@ -149,7 +149,7 @@ class _Run:
         model = self._config.model
         # Its shape is enough: the checkpoint holds the tensor, and Model.g_file may be gone.
         has_g_lm = model.g_source in ("random", "external")
-        g_lm = jax.ShapeDtypeStruct(g_lm_shape(model), np.float32) if has_g_lm else None
+        g_lm: Any = jax.ShapeDtypeStruct(g_lm_shape(model), np.float32) if has_g_lm else None
         target = abstract_state(self._config, self._mesh, g_lm)
         restored = self._checkpointer.restore(target)
         self._data.state = restored.data_state

@@ -1,0 +1,198 @@
+"""What the tests of whole runs share: a small text, a small config, and the programs as a user starts them."""
+
+import functools
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from pldr_jax.cli.common import run
+from pldr_jax.cli.train import train_main
+from pldr_jax.config import ExperimentConfig
+from pldr_jax.data.pipeline import TrainIterator
+from pldr_jax.flags import config_from_dict, load_config
+from pldr_jax.model.deductive import predefined_g_lm
+from pldr_jax.partition import build_mesh
+from pldr_jax.training import loop
+from pldr_jax.training.checkpoint import Checkpointer
+from pldr_jax.training.step import TrainState, abstract_state
+
+REPOSITORY = Path(__file__).parents[1]
+WORDS = "def return self the of value list for in if else print range tokens model layer".split()
+STEPS = 12
+
+TINY = {
+    "Data.batch_size": 8,
+    "Data.validation_fraction": 0.2,
+    "Model.vocab_size": 300,
+    "Model.num_layers": 2,
+    "Model.num_heads": 2,
+    "Model.head_dim": 8,
+    "Model.num_residual_layers": 1,
+    "Model.context_length": 32,
+    "Optimizer.warmup_steps": 2,
+    "Training.steps": STEPS,
+    "Training.log_every": 2,
+    "Training.eval_every": 4,
+    "Training.eval_rows": 12,
+    "Training.gap_threshold": 1e-9,
+    "Training.sample_tokens": 4,
+    "Training.tensorboard": False,
+    "Checkpoint.every_steps": 3,
+}
+QUICK = {"Training.steps": 2, "Training.sample_prompt": "", "Optimizer.warmup_steps": 1}
+
+
+def make_corpus(folder: Path, documents: int = 40) -> Path:
+    """A folder of small text files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for k in range(documents):
+        words = random.Random(k).choices(WORDS, k=300)
+        (folder / f"{k:02d}.txt").write_text(f"document {k}\n{' '.join(words)}\n")
+    return folder
+
+
+@functools.cache
+def corpus_of(session: Path) -> Path:
+    """The text that the tests of one session share."""
+    return make_corpus(session / "shared" / "text")
+
+
+def overrides(source: Path, fields: dict[str, Any] | None = None) -> list[str]:
+    """`Group.field=value` of the small config, with some fields changed."""
+    chosen = {"Data.source": source, **TINY, **(fields or {})}
+    return [f"{name}={value}" for name, value in chosen.items()]
+
+
+def flags(source: Path, fields: dict[str, Any] | None = None) -> list[str]:
+    """The same as flags of the programs."""
+    return [f"--gin.{override}" for override in overrides(source, fields)]
+
+
+def tiny_config(source: Path, fields: dict[str, Any] | None = None) -> ExperimentConfig:
+    return load_config([], overrides(source, fields))
+
+
+def start(program: str, *arguments: object) -> subprocess.Popen[str]:
+    """`python train.py ...` at the root of the repository, on one device."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.Popen(
+        [sys.executable, program, *map(str, arguments)],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run_program(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return finish(start(program, *arguments))
+
+
+def run_here(capsys: pytest.CaptureFixture[str], main: Any, *arguments: object) -> tuple[Any, ...]:
+    """A program in this process: exit status, stdout, stderr."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    capsys.readouterr()
+    status: Any = 0
+    try:
+        run(main, [str(argument) for argument in arguments])
+    except SystemExit as end:
+        status = end.code
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+    return status, *capsys.readouterr()
+
+
+@functools.cache
+def finished_run(session: Path) -> tuple[Path, str]:
+    """The folder and the output of `train.py`, run once in a session; nobody may change the folder."""
+    run_dir = session / "shared" / "run"
+    fields = {"Training.tensorboard": True}
+    result = run_program("train.py", f"--run_dir={run_dir}", *flags(corpus_of(session), fields))
+    assert result.returncode == 0, result.stderr
+    return run_dir, result.stdout
+
+
+def train_here(config: ExperimentConfig, run_dir: Path, **arguments: Any) -> dict[str, float]:
+    """`train` in this process, on one of its devices."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "build_mesh", one_device_mesh)
+        return loop.train(config, run_dir, **arguments)
+
+
+def one_device_mesh(config: Any) -> jax.sharding.Mesh:
+    return build_mesh(config, jax.devices()[:1])
+
+
+def record_batches(patch: pytest.MonkeyPatch, on_batch: Any = lambda n: None) -> list[np.ndarray]:
+    """Keeps each batch that training takes; `on_batch` is called with their number."""
+    batches: list[np.ndarray] = []
+    take = TrainIterator.__next__
+
+    def record(self: TrainIterator) -> np.ndarray:
+        batches.append(np.array(take(self)))
+        on_batch(len(batches))
+        return batches[-1]
+
+    patch.setattr(TrainIterator, "__next__", record)
+    return batches
+
+
+def stored(run_dir: Path, step: int | None = None) -> tuple[TrainState, dict[str, Any], int]:
+    """State, data position and step of a checkpoint."""
+    with Checkpointer(run_dir, tiny_config(run_dir).checkpoint) as checkpointer:
+        config = config_from_dict(checkpointer.read_config() or {})
+        g_lm = predefined_g_lm(config.model)
+        target = abstract_state(config, one_device_mesh(config.mesh), g_lm)
+        restored = checkpointer.restore(target, step)
+    return jax.device_get(restored.state), restored.data_state, restored.step
+
+
+def rows_of(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without their times."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "time"} for row in rows]
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    """Bit for bit: parameters, optimiser, data position, metrics, samples, config."""
+    assert rows_of(one) == rows_of(other)
+    for name in ("samples.txt", "config.gin", "tokenizer.model"):
+        if (other / name).exists() or (one / name).exists():
+            assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    (state, data, step), (other_state, *rest) = stored(one), stored(other)
+    assert [data, step] == rest
+    assert_same_bits(state, other_state)
+
+
+def assert_same_bits(one: Any, other: Any) -> None:
+    leaves, others = jax.tree.leaves_with_path(one), jax.tree.leaves_with_path(other)
+    assert [path for path, _ in leaves] == [path for path, _ in others]
+    for (path, x), (_, y) in zip(leaves, others, strict=True):
+        assert np.asarray(x).dtype == np.asarray(y).dtype
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), jax.tree_util.keystr(path)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
