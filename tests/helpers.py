@@ -1,20 +1,23 @@
-"""What the tests of whole runs share: a small text, a small config, and the programs as a user starts them."""
+"""What the tests of whole runs share: a small text, a small config, the programs as a user starts
+them."""
 
+import contextlib
 import functools
 import json
 import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from pldr_jax.cli.common import run
-from pldr_jax.cli.train import train_main
+from pldr_jax.cli.common import keep_compiled_programs, run
 from pldr_jax.config import ExperimentConfig
 from pldr_jax.data.pipeline import TrainIterator
 from pldr_jax.flags import config_from_dict, load_config
@@ -38,6 +41,7 @@ TINY = {
     "Model.num_residual_layers": 1,
     "Model.context_length": 32,
     "Optimizer.warmup_steps": 2,
+    "Optimizer.decay_steps": STEPS,
     "Training.steps": STEPS,
     "Training.log_every": 2,
     "Training.eval_every": 4,
@@ -47,6 +51,7 @@ TINY = {
     "Training.tensorboard": False,
     "Checkpoint.every_steps": 3,
 }
+FINISHED = {"Training.tensorboard": True, "Checkpoint.every_steps": 1}
 QUICK = {"Training.steps": 2, "Training.sample_prompt": "", "Optimizer.warmup_steps": 1}
 
 
@@ -107,33 +112,43 @@ def run_program(program: str, *arguments: object) -> subprocess.CompletedProcess
 
 def run_here(capsys: pytest.CaptureFixture[str], main: Any, *arguments: object) -> tuple[Any, ...]:
     """A program in this process: exit status, stdout, stderr."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
     capsys.readouterr()
     status: Any = 0
+    with compiled_programs_kept():
+        try:
+            run(main, [str(argument) for argument in arguments])
+        except SystemExit as end:
+            status = end.code
+    return status, *capsys.readouterr()
+
+
+@contextlib.contextmanager
+def compiled_programs_kept() -> Iterator[None]:
+    """As the programs do, and only here: most of the time of these tests is compilation."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    keep_compiled_programs(None)
+    reset_cache()  # JAX reads the setting once
     try:
-        run(main, [str(argument) for argument in arguments])
-    except SystemExit as end:
-        status = end.code
+        yield
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
-    return status, *capsys.readouterr()
+        reset_cache()
 
 
 @functools.cache
 def finished_run(session: Path) -> tuple[Path, str]:
-    """The folder and the output of `train.py`, run once in a session; nobody may change the folder."""
+    """The folder and the output of `train.py`, run once a session; nothing may change it."""
     run_dir = session / "shared" / "run"
-    fields = {"Training.tensorboard": True}
-    result = run_program("train.py", f"--run_dir={run_dir}", *flags(corpus_of(session), fields))
+    result = run_program("train.py", f"--run_dir={run_dir}", *flags(corpus_of(session), FINISHED))
     assert result.returncode == 0, result.stderr
     return run_dir, result.stdout
 
 
 def train_here(config: ExperimentConfig, run_dir: Path, **arguments: Any) -> dict[str, float]:
     """`train` in this process, on one of its devices."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, compiled_programs_kept():
         patch.setattr(loop, "build_mesh", one_device_mesh)
         return loop.train(config, run_dir, **arguments)
 
@@ -194,5 +209,3 @@ def assert_same_bits(one: Any, other: Any) -> None:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file under a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-

@@ -19,7 +19,8 @@ FANS = {
     "head": (D, V),
     "ffn/w1": (D, F), "ffn/w2": (D, F), "ffn/w3": (F, D),
     "attention/q": (D, D), "attention/k": (D, D), "attention/v": (D, D), "attention/out": (D, D),
-    **{f"unit_{u}/{w}": (M, H) if w == "w3" else (H, M) for u in (0, 1) for w in ("w1", "w2", "w3")},
+    **{f"unit_{u}/{w}": (H, M) for u in (0, 1) for w in ("w1", "w2")},
+    **{f"unit_{u}/w3": (M, H) for u in (0, 1)},
 }  # fmt: skip
 SIGMAS = 5
 
@@ -69,7 +70,7 @@ def test_kernels_are_glorot_uniform(parameters: dict[str, np.ndarray]) -> None:
 
 
 def assert_normal(value: np.ndarray, std: float, name: str) -> None:
-    """Mean, standard deviation, share beyond two of them and kurtosis: a truncated normal fails the last two."""
+    """Mean, standard deviation, share beyond two of them, kurtosis: the last two fail truncated."""
     n = value.size
     assert value.std() / std == pytest.approx(1, abs=SIGMAS * math.sqrt(0.5 / n)), name
     assert abs(value.mean()) < SIGMAS * std / math.sqrt(n), name

@@ -60,14 +60,15 @@ def test_dag_loss_far_beyond_the_overflow_of_the_exponential(size: int) -> None:
     assert np.asarray(gradient) == pytest.approx(np.full((size, size), 2e3 / size), rel=1e-5)
 
 
-@pytest.mark.parametrize("scale", [0.3, 2.0, 40.0])
-def test_dag_loss_is_zero_for_acyclic_graphs(scale: float) -> None:
+@pytest.mark.parametrize("scale,rounding", [(0.1, 0.0), (0.7, 1e-6), (2.0, 1e-5), (40.0, 1e-3)])
+def test_dag_loss_is_zero_for_acyclic_graphs(scale: float, rounding: float) -> None:
+    """Exactly, where no squaring is needed; else to the rounding of the scales' logarithms."""
     x = np.triu(scale * np.random.default_rng(2).normal(size=(3, 5, 5)), 1).astype(np.float32)
     permutation = np.random.default_rng(3).permutation(5)
     for matrix in (x, x.swapaxes(-1, -2), x[:, permutation][:, :, permutation]):
-        assert float(jax.jit(dag_loss)(matrix)) == 0
+        assert abs(float(jax.jit(dag_loss)(matrix))) <= rounding
     x[0, 4, 0] = x[0, 0, 4] = scale
-    assert float(jax.jit(dag_loss)(x)) > 1e-4
+    assert float(jax.jit(dag_loss)(x)) > max(1e-6, 2 * rounding)
 
 
 @pytest.mark.parametrize("scale", [0.05, 0.7, 3.0])
@@ -94,7 +95,9 @@ def test_token_loss_leaves_padding_out() -> None:
     logits = rng.normal(size=(2, 4, 7)).astype(np.float32)
     targets = np.array([[3, 0, 6, 0], [1, 5, 0, 0]])
     logits[0, 0, 3] = logits[1, 0, 0] = 9.0  # one target found; at the other, the pad id is
-    nats = -(logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum(-1))[..., None])
+    nats = -(
+        logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum(-1))[..., None]
+    )
     rows, columns = np.nonzero(targets)
     each = nats[rows, columns, targets[rows, columns]]
     tokens = token_loss(jnp.asarray(logits), jnp.asarray(targets))

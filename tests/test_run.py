@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 from helpers import (
+    FINISHED,
     QUICK,
-    STEPS,
     contents,
     corpus_of,
     finished_run,
@@ -36,6 +36,7 @@ EVALUATION = {
     *(f"eval/order_parameter/{name}" for name in OUTPUTS),
     *(f"eval/dag_loss/{name}" for name in OUTPUTS[1:]),
 }
+PREDEFINED = {"eval/loss", "eval/accuracy", "eval/perplexity", "eval/bits_per_byte"}
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_run_folder_holds_what_is_documented(finished, source) -> None:
 
 
 def test_config_of_a_run_can_be_fed_back(finished, source) -> None:
-    expected = tiny_config(source, {"Training.tensorboard": True})
+    expected = tiny_config(source, FINISHED)
     assert load_config([finished[0] / "config.gin"]) == expected
 
 
@@ -98,94 +99,91 @@ def test_loss_falls(finished) -> None:
     assert held_out[-1]["eval/bits_per_byte"] < 8 * held_out[-1]["eval/loss"] / 5.55
 
 
-def test_last_step_is_logged_and_a_gap_warned_of(source, tmp_path, finished, capsys) -> None:
-    fields = {**QUICK, "Training.log_every": 100, "Training.gap_threshold": 50.0}
-    train_here(tiny_config(source, fields), tmp_path / "run")
-    assert [row["step"] for row in training(tmp_path / "run")] == [2]
-    assert "causal gap" in (output := capsys.readouterr().out) and "warning" not in output
+def test_a_causal_gap_is_warned_of(finished) -> None:
     warnings = [line for line in finished[1].splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 3 and "G_LM" in warnings[0]
 
 
-@pytest.mark.parametrize("g_source", ["identity", "random", "external"])
-def test_predefined_g_lm(source, tmp_path, g_source: str) -> None:
-    fields: dict[str, Any] = {**QUICK, "Model.g_source": g_source, "Model.g_seed": 3}
+def test_external_g_lm_is_in_the_checkpoint(source, tmp_path) -> None:
     g_file, run_dir = tmp_path / "g.npz", tmp_path / "run"
     g_lm = np.random.default_rng(0).normal(size=(2, 2, 8, 8)).astype(np.float32)
-    if g_source == "external":
-        np.savez(g_file, G_LM=g_lm)
-        fields["Model.g_file"] = g_file
-    metrics = train_here(tiny_config(source, fields), run_dir)
-    assert set(metrics) == {f"eval/{x}" for x in ("loss", "accuracy", "perplexity", "bits_per_byte")}
-    g_file.unlink(missing_ok=True)
+    np.savez(g_file, G_LM=g_lm)
+    fields = {**QUICK, "Model.g_source": "external", "Model.g_file": g_file}
+    assert set(train_here(tiny_config(source, fields), run_dir)) == PREDEFINED
+    g_file.unlink()
     lm = pldr_jax.load(run_dir)
-    assert lm.config.g_source == g_source
-    used = np.asarray(lm([[5, 6, 7]]).deductive.G_LM)[:, 0]
-    if g_source == "external":
-        np.testing.assert_array_equal(used, g_lm)
-    elif g_source == "identity":
-        np.testing.assert_array_equal(used, np.broadcast_to(np.eye(8), used.shape))
-    else:
-        np.testing.assert_array_equal(used, np.asarray(stored(run_dir)[0].g_lm)[:, 0])
-        assert 0.8 < used.std() < 1.2
+    np.testing.assert_array_equal(np.asarray(lm([[5, 6, 7]]).deductive.G_LM)[:, 0], g_lm)
     assert len(lm.generate("def ", max_new_tokens=3, stop_ids=[])[0].tokens) == 3
-    # The checkpoint is enough to continue, too.
-    longer = tiny_config(source, {**fields, "Training.steps": 3})
-    train_here(longer, run_dir)
+    # It is enough to continue from, too.
+    train_here(tiny_config(source, {**fields, "Training.steps": 3}), run_dir)
     assert [row["step"] for row in evaluations(run_dir)] == [2, 3]
+    np.testing.assert_array_equal(np.asarray(pldr_jax.load(run_dir).g_lm)[:, 0], g_lm)
 
 
-def test_bfloat16_with_remat(source, tmp_path, finished) -> None:
-    fields = {"Model.dtype": "bfloat16", "Model.remat": "full", "Training.sample_prompt": ""}
-    train_here(tiny_config(source, fields), tmp_path / "run")
-    state, _, step = stored(tmp_path / "run")
-    assert step == STEPS
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.params)} == {"float32"}
-    rows, reference = training(tmp_path / "run"), training(finished[0])
-    for row, other in zip(rows, reference, strict=True):
-        assert row["train/loss"] == pytest.approx(other["train/loss"], abs=0.05)
-    assert rows != reference
+def test_identity_g_lm(source, tmp_path) -> None:
+    config = tiny_config(source, {**QUICK, "Model.g_source": "identity"})
+    assert set(train_here(config, tmp_path)) == PREDEFINED
+    lm = pldr_jax.load(tmp_path)
+    given = lm([[5, 6, 7]], g_lm=np.broadcast_to(np.eye(8), (2, 2, 8, 8))).logits
+    np.testing.assert_allclose(lm([[5, 6, 7]]).logits, given, atol=1e-5)
+    assert len(lm.generate("def ", max_new_tokens=3, stop_ids=[])[0].tokens) == 3
 
 
-def test_decay_mask_and_clip(source, tmp_path) -> None:
-    common = {**QUICK, "Training.log_every": 1}
-    quiet = {**common, "Optimizer.decay_mask": "matrices", "Optimizer.clip": "norm"}
-    quiet |= {"Optimizer.clip_threshold": 1e-12, "Optimizer.weight_decay": 1.0}
-    train_here(tiny_config(source, {**common, "Optimizer.clip": "none"}), tmp_path / "plain")
-    train_here(tiny_config(source, quiet), tmp_path / "quiet")
-    first, last = (stored(tmp_path / "quiet", step)[0].params for step in (1, 2))
-    mask = decayed_matrices(first)
-    assert {True, False} == set(jax.tree.leaves(mask))
-    rate = training(tmp_path / "quiet")[1]["train/learning_rate"]
+def test_random_g_lm_with_decay_of_matrices_only(source, tmp_path) -> None:
+    fields = {**QUICK, "Model.g_source": "random", "Training.log_every": 1}
+    fields |= {"Optimizer.decay_mask": "matrices", "Optimizer.weight_decay": 1.0}
+    fields |= {"Optimizer.clip": "norm", "Optimizer.clip_threshold": 1e-12}
+    fields |= {"Checkpoint.every_steps": 1}
+    assert set(train_here(tiny_config(source, fields), tmp_path)) == PREDEFINED
+    first, last = (stored(tmp_path, step)[0] for step in (1, 2))
+    used = np.asarray(pldr_jax.load(tmp_path)([[5, 6, 7]]).deductive.G_LM)
+    np.testing.assert_array_equal(used, first.g_lm)
+    np.testing.assert_array_equal(used, last.g_lm)
+    assert 0.8 < used.std() < 1.2
     # Clipped to nothing, the update is the decay of the matrices and nothing else.
+    rows, mask = training(tmp_path), decayed_matrices(first.params)
+    assert rows[1]["train/grad_norm"] > 1e-3  # measured before clipping
+    assert {True, False} == set(jax.tree.leaves(mask))
+    rate = rows[1]["train/learning_rate"]
     for (path, decays), before, after in zip(
-        jax.tree.leaves_with_path(mask), jax.tree.leaves(first), jax.tree.leaves(last), strict=True
+        jax.tree.leaves_with_path(mask),
+        jax.tree.leaves(first.params),
+        jax.tree.leaves(last.params),
+        strict=True,
     ):
         expected = before * (1 - rate) if decays else before
-        np.testing.assert_allclose(after, expected, atol=1e-7, err_msg=str(path))
-    norms = {n: training(tmp_path / n)[1]["train/grad_norm"] for n in ("plain", "quiet")}
-    assert norms["plain"] == pytest.approx(norms["quiet"], rel=1e-5)  # measured before clipping
+        np.testing.assert_allclose(after, expected, atol=1e-6, err_msg=str(path))
 
 
-def test_dag_losses_are_trained_on(source, tmp_path) -> None:
+def test_bfloat16_remat_and_dag_losses(source, tmp_path, capsys) -> None:
     weights = {"a_lm": 0.5, "a_p": 0.25, "g_lm": 2.0}
     fields = {**QUICK, **{f"Loss.dag_{name}": value for name, value in weights.items()}}
-    train_here(tiny_config(source, fields), tmp_path / "run")
-    row = training(tmp_path / "run")[-1]
+    fields |= {"Model.dtype": "bfloat16", "Model.remat": "full"}
+    fields |= {"Training.log_every": 100, "Training.gap_threshold": 50.0}
+    train_here(tiny_config(source, fields), tmp_path)
+    (row,) = training(tmp_path)
+    assert row["step"] == 2  # the last one is always logged
     dag = {name: row[f"train/dag_loss/{name.upper()}"] for name in weights}
     assert all(value > 0 for value in dag.values())
     total = row["train/loss"] + sum(weights[name] * dag[name] for name in weights)
     assert row["train/total_loss"] == pytest.approx(total, rel=1e-5)
+    output = capsys.readouterr().out
+    assert "causal gap" in output and "warning" not in output
+    lm = pldr_jax.load(tmp_path)
+    assert (lm.config.dtype, lm.config.remat) == ("bfloat16", "full")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(lm.params)} == {"float32"}
+    assert np.isfinite(lm([[5, 6, 7]]).logits).all()
 
 
 def test_loss_that_is_not_finite_ends_the_run(source, tmp_path) -> None:
     run_dir = tmp_path / "run"
     # The first update has learning rate 0, the second 1e30.
-    fields = {"Optimizer.learning_rate": 1e30, "Optimizer.clip": "none", "Checkpoint.every_steps": 1}
-    fields |= {"Optimizer.warmup_steps": 1, "Training.log_every": 100}
+    fields = {"Optimizer.learning_rate": 1e30, "Optimizer.clip": "none"}
+    fields |= {"Checkpoint.every_steps": 1, "Optimizer.warmup_steps": 1, "Training.log_every": 100}
     result = run_program("train.py", f"--run_dir={run_dir}", *flags(source, fields))
     assert result.returncode == 1
-    assert re.fullmatch(r"error: step \d+: train/\w+ = .*Optimizer\.learning_rate.*\n", result.stderr)
+    message = r"error: step \d+: train/\w+ = .*Optimizer\.learning_rate.*\n"
+    assert re.fullmatch(message, result.stderr)
     good = stored(run_dir)[2]
     assert f"step {good} in {run_dir} is the last good checkpoint" in result.stderr
     broken = training(run_dir)[-1]
@@ -217,9 +215,8 @@ REFUSED = {
 def test_what_cannot_be_used_is_one_line(source, tmp_path, capsys, case: str) -> None:
     extra, named = REFUSED[case]
     run_dir = tmp_path / "run"
-    status, _, error = run_here(
-        capsys, train_main, f"--run_dir={run_dir}", *flags(source), *extra
-    )
+    arguments = (f"--run_dir={run_dir}", *flags(source), *extra)
+    status, _, error = run_here(capsys, train_main, *arguments)
     assert status == 2
     assert error.startswith(("error: ", "train.py: error: ")) and error.count("\n") == 1
     assert named in error
@@ -236,10 +233,11 @@ def test_run_dir_that_cannot_be_made(source, tmp_path, capsys) -> None:
 
 
 def test_program_refuses_in_one_line(source, tmp_path) -> None:
-    for arguments in (["--gin.Model.num_layer=2"], ["--gin.Data.source=missing_folder"]):
-        result = run_program("train.py", f"--run_dir={tmp_path / 'run'}", *flags(source), *arguments)
+    common = (f"--run_dir={tmp_path / 'run'}", *flags(source))
+    for name, value in (("Model.num_layer", "2"), ("Data.source", "missing_folder")):
+        result = run_program("train.py", *common, f"--gin.{name}={value}")
         assert (result.returncode, result.stdout) == (2, "")
-        assert re.fullmatch(r"(train\.py: )?error: .*(Model\.num_layer|Data\.source).*\n", result.stderr)
+        assert re.fullmatch(rf"(train\.py: )?error: .*{re.escape(name)}.*\n", result.stderr)
     assert list(tmp_path.iterdir()) == []
 
 

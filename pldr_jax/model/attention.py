@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pldr_jax.config import ModelConfig
 from pldr_jax.model.cache import LayerCache
 from pldr_jax.model.deductive import DeductiveOutputs
-from pldr_jax.model.layers import Linear
+from pldr_jax.model.layers import Linear, full_product_operand
 from pldr_jax.model.plga import PowerLawGraphAttention
 from pldr_jax.model.rope import rotate
 
@@ -49,7 +49,8 @@ def apply_metric(q_BTNH: jax.Array, g_lm_BNHJ: jax.Array | None) -> jax.Array:
 
 def attention_scores(q_BTNJ: jax.Array, k_BSNJ: jax.Array) -> jax.Array:
     """(q G_LM) K^T / sqrt(H), [B,N,T,S] in float32, before the mask."""
-    scores = jnp.einsum("BTNJ,BSNJ->BNTS", q_BTNJ, k_BSNJ, preferred_element_type=jnp.float32)
+    q, k = full_product_operand(q_BTNJ), full_product_operand(k_BSNJ)
+    scores = jnp.einsum("BTNJ,BSNJ->BNTS", q, k, preferred_element_type=jnp.float32)
     return scores / math.sqrt(q_BTNJ.shape[-1])
 
 

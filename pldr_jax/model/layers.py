@@ -66,6 +66,15 @@ class Linear(nn.Module):
         return y + bias.astype(self.dtype)
 
 
+def full_product_operand(x: jax.Array) -> jax.Array:
+    """`x` as an operand of a product with a float32 result: itself, but float32 on a CPU.
+
+    XLA's CPU backend lacks some products of bfloat16 with a float32 result; widening changes no
+    number, since those products are exact in float32.
+    """
+    return x.astype(jnp.float32) if jax.default_backend() == "cpu" else x
+
+
 def layer_norm(epsilon: float, name: str | None = None) -> nn.LayerNorm:
     """LayerNorm over the last axis, computed and returned in float32."""
     return nn.LayerNorm(

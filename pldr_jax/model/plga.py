@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from pldr_jax.config import ModelConfig
 from pldr_jax.model.deductive import DeductiveOutputs
-from pldr_jax.model.layers import GLU, Initializer, layer_norm, logical
+from pldr_jax.model.layers import GLU, Initializer, full_product_operand, layer_norm, logical
 
 A_LM_FLOOR = 1e-9
 
@@ -51,7 +51,8 @@ def density_matrix(q_BTNH: jax.Array, valid_BT: jax.Array | None = None) -> jax.
     """
     if valid_BT is not None:
         q_BTNH = jnp.where(valid_BT[:, :, None, None], q_BTNH, 0)
-    return jnp.einsum("BTNH,BTNJ->BNHJ", q_BTNH, q_BTNH, preferred_element_type=jnp.float32)
+    q = full_product_operand(q_BTNH)
+    return jnp.einsum("BTNH,BTNJ->BNHJ", q, q, preferred_element_type=jnp.float32)
 
 
 class ResidualLayer(nn.Module):

@@ -15,6 +15,7 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -241,7 +242,7 @@ class _Run:
             evaluation = self._evaluator(state.params, state.g_lm)
         if self._is_main:
             curves = write_curves(self._run_dir)
-            progress.print(_summary(evaluation) + (f"curves: {curves}" if curves else ""))
+            progress.print(_summary(evaluation) + (f"\ncurves: {curves}" if curves else ""))
         return evaluation
 
     def _next_batch(self) -> jax.Array:

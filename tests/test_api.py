@@ -1,0 +1,180 @@
+"""The Python API: loading, a forward pass, generating, and what it says when something is wrong."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDENS, Golden
+from safetensors.numpy import load_file, save_file
+
+import pldr_jax
+from pldr_jax import ConfigError
+
+TINY = GOLDENS / "tiny"
+PROMPTS = [[5, 9, 3], [7, 8, 9, 10, 11, 12, 13], [4]]
+
+
+@pytest.fixture(scope="module")
+def lm() -> Any:
+    loaded = pldr_jax.load(TINY)
+    # As loaded, but for scans, which compile in a fraction of the time.
+    config = dataclasses.replace(loaded.config, unroll=False)
+    return pldr_jax.LanguageModel(config, loaded.params, loaded.g_lm, loaded.tokenizer)
+
+
+def test_load_and_call(lm: Any) -> None:
+    assert (lm.config.num_layers, lm.config.num_heads, lm.config.head_dim) == (2, 2, 8)
+    assert lm.config.vocab_size == 61 and lm.config.context_length == 48
+    assert lm.params["embedding"]["table"].shape == (61, 16)
+    assert lm.g_lm is None and lm.tokenizer is None
+    out = lm([[5, 9, 3, 7], [1, 2, 3, 4]])
+    assert out.logits.shape == (2, 4, 61) and out.logits.dtype == jnp.float32
+    assert out.hidden.shape == (2, 4, 16)
+    for name in ("A", "A_LM", "A_P", "G_LM"):
+        assert getattr(out.deductive, name).shape == (2, 2, 2, 8, 8)
+    assert float(out.deductive.A_LM.min()) > 0
+    assert np.array_equal(lm(np.array([[5, 9, 3, 7], [1, 2, 3, 4]])).logits, out.logits)
+
+
+def test_load_is_the_golden(golden: Callable[[str], Golden]) -> None:
+    case = golden("tiny")
+    logits = pldr_jax.load(TINY)(case.rows[:, :-1]).logits
+    assert np.abs(logits - case.tensors["logits"]).max() < 1e-4
+
+
+def test_call_with_a_given_g_lm(lm: Any) -> None:
+    tokens = [[5, 9, 3, 7], [1, 2, 3, 4]]
+    own = lm(tokens)
+    again = lm(tokens, g_lm=own.deductive.G_LM)
+    assert np.abs(again.logits - own.logits).max() < 1e-5
+    assert again.deductive.A is None and again.deductive.G_LM is not None
+    first = lm(tokens, g_lm=own.deductive.G_LM[:, 0])
+    assert np.abs(first.logits[0] - own.logits[0]).max() < 1e-5
+    assert np.abs(first.logits[1] - own.logits[1]).max() > 1e-4
+
+
+def test_generate_from_one_prompt_or_many(lm: Any) -> None:
+    (one,) = lm.generate(PROMPTS[1], max_new_tokens=6)
+    (same,) = lm.generate([PROMPTS[1]], max_new_tokens=6)
+    assert one == same
+    assert one.prompt_tokens == PROMPTS[1]
+    assert len(one.tokens) == 6 and one.finish_reason == "length" and one.text == ""
+    together = lm.generate(PROMPTS, max_new_tokens=6)
+    assert [result.tokens for result in together] == [
+        lm.generate(prompt, max_new_tokens=6)[0].tokens for prompt in PROMPTS
+    ]
+    assert len({tuple(result.tokens) for result in together}) == 3
+
+
+def test_drawn_texts_do_not_depend_on_the_batch(lm: Any) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 6, "temperature": 1.0, "top_p": 0.95, "top_k": 40}
+    together = lm.generate(PROMPTS, seed=5, **settings)
+    alone = [lm.generate(prompt, seed=5 + i, **settings)[0] for i, prompt in enumerate(PROMPTS)]
+    assert together == alone
+    assert lm.generate(PROMPTS, seed=6, **settings) != together
+
+
+def test_generate_stops(lm: Any) -> None:
+    (free,) = lm.generate(PROMPTS[1], max_new_tokens=6)
+    stop = free.tokens[3]
+    (stopped,) = lm.generate(PROMPTS[1], max_new_tokens=6, stop_ids=[stop])
+    assert stopped.tokens == free.tokens[: free.tokens.index(stop)]
+    assert stopped.finish_reason == "stop"
+    (full,) = lm.generate(list(range(1, 46)), max_new_tokens=9)
+    assert len(full.tokens) == 3 and full.finish_reason == "context"
+
+
+def test_stream_grows_to_what_generate_returns(lm: Any) -> None:
+    seen = [[list(r.tokens) for r in results] for results in lm.stream(PROMPTS, max_new_tokens=6)]
+    assert [len(tokens[0]) for tokens in seen] == [1, 2, 3, 4, 5, 6]
+    assert seen[-1] == [r.tokens for r in lm.generate(PROMPTS, max_new_tokens=6)]
+
+
+def test_generate_with_a_given_g_lm(lm: Any) -> None:
+    g_lm = lm([PROMPTS[1]]).deductive.G_LM[:, 0]
+    given, own = (lm.generate(PROMPTS, max_new_tokens=6, g_lm=g) for g in (g_lm, None))
+    assert given[1] == own[1]
+    assert given[0].tokens != own[0].tokens
+
+
+def fails(message: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        function(*args, **kwargs)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_prompts(lm: Any) -> None:
+    fails("prompt 1: is empty", lm.generate, [[1], []])
+    fails("prompts: none", lm.generate, [])
+    fails("prompt 0: has 48 tokens, .*context of 48", lm.generate, [[1] * 48])
+    fails("prompt 0: .*outside the vocabulary of 61", lm.generate, [1, 61])
+    fails("prompt 0: .*outside the vocabulary of 61", lm.generate, [-1])
+    fails("no tokenizer", lm.generate, "text")
+    fails("max_new_tokens = 0", lm.generate, [1], max_new_tokens=0)
+    fails("top_p = 0", lm.generate, [1], top_p=0.0)
+    fails("must be 'G_LM', 'A' or 'none'", lm.generate, [1], g_cache="B")
+    fails("turn the key-value cache off", lm.generate, [1], g_cache="none")
+
+
+def test_bad_tokens_and_g_lm(lm: Any) -> None:
+    fails("outside the vocabulary of 61", lm, [[61]])
+    fails("outside the vocabulary of 61", lm, [[-1]])
+    fails("must be integer ids", lm, [1, 2])
+    fails("must be integer ids", lm, [[0.5]])
+    fails("must be integer ids", lm, np.zeros((1, 0), np.int32))
+    for shape in [(2, 2, 8, 4), (3, 2, 8, 8), (2, 8, 8), (2, 1, 1, 8, 8)]:
+        fails("g_lm: has shape .*needs \\(2, 2, 8, 8\\)", lm, [[1]], g_lm=np.zeros(shape))
+        fails("g_lm: has shape", lm.generate, [1], g_lm=np.zeros(shape))
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(TINY / name, tmp_path)
+    return tmp_path
+
+
+def test_missing_files(copy: Path) -> None:
+    fails("no such folder", pldr_jax.load, copy / "nowhere")
+    (copy / "model.safetensors").unlink()
+    fails("model.safetensors: no such file", pldr_jax.load, copy)
+
+
+def test_missing_unknown_and_misshaped_tensors(copy: Path) -> None:
+    path = copy / "model.safetensors"
+    tensors = load_file(path)
+    name = "decoder.dec_layers.1.mha1.wk.bias"
+    save_file({key: value for key, value in tensors.items() if key != name}, path)
+    fails(f"the tensor '{name}' is missing", pldr_jax.load, copy)
+    save_file({**tensors, "decoder.extra": tensors[name]}, path)
+    fails("unknown tensor 'decoder.extra'", pldr_jax.load, copy)
+    save_file({**tensors, name: tensors[name][:-1]}, path)
+    fails(f"'{name}' has 15 entries, the config needs 16", pldr_jax.load, copy)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 200, 60_000])
+def test_truncated_weights(copy: Path, kept: int) -> None:
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    fails("model.safetensors: cannot be read, it may be truncated", pldr_jax.load, copy)
+
+
+def test_bad_config_files(copy: Path) -> None:
+    path = copy / "config.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps({**raw, "model_type": "llama"}))
+    fails("model_type = 'llama'", pldr_jax.load, copy)
+    path.write_text(json.dumps({**raw, "attention_bias": False}))
+    fails("attention_bias = False", pldr_jax.load, copy)
+    path.write_text(json.dumps({key: value for key, value in raw.items() if key != "A_dff"}))
+    fails("'A_dff' is missing", pldr_jax.load, copy)
+    path.write_text("{")
+    fails("cannot be read as JSON", pldr_jax.load, copy)
+    path.write_text(json.dumps({**raw, "num_hidden_layers": 3}))
+    fails("decoder.dec_layers.2.* is missing", pldr_jax.load, copy)

@@ -1,0 +1,293 @@
+"""The network by itself: positions, padding, causality, caches, dtypes, rematerialisation."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pldr_jax.config import ModelConfig
+from pldr_jax.inference.decode import decode_step, prefill
+from pldr_jax.model.decoder import Params, forward, init_params, unstack_layers
+from pldr_jax.model.deductive import identity_g_lm, random_g_lm
+from pldr_jax.model.rope import rotate
+from pldr_jax.training.losses import token_loss
+
+CONFIG = ModelConfig(
+    vocab_size=37,
+    num_layers=2,
+    num_heads=2,
+    head_dim=8,
+    num_residual_layers=2,
+    num_gated_units=1,
+    unroll=False,
+    context_length=16,
+)
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(1, 37, (3, 12)), jnp.int32)
+
+
+def variant(**changes: Any) -> ModelConfig:
+    return dataclasses.replace(CONFIG, **changes)
+
+
+@functools.cache
+def make_params(config: ModelConfig = CONFIG) -> Params:
+    """Parameters without zeros: initial ones, and noise on top, so that biases count too."""
+    params = jax.jit(lambda key: nn.unbox(init_params(config, key)))(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(1)
+    noisy = [leaf + 0.05 * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves]
+    return jax.tree.unflatten(tree, noisy)
+
+
+@functools.cache
+def jitted(config: ModelConfig = CONFIG) -> Any:
+    return jax.jit(functools.partial(forward, config))
+
+
+def without_plga(params: Params) -> Params:
+    attention = {k: v for k, v in params["layers"]["attention"].items() if k != "plga"}
+    return {**params, "layers": {**params["layers"], "attention": attention}}
+
+
+def gap(a: Any, b: Any) -> float:
+    return float(np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).max())
+
+
+# Positions
+
+
+def test_rotation_by_hand() -> None:
+    x = np.random.default_rng(2).normal(size=(1, 3, 1, 4)).astype(np.float32)
+    positions = np.array([[0, 1, 5]])
+    pairs = {"interleaved": [(0, 1), (2, 3)], "half_split": [(0, 2), (1, 3)]}
+    for layout, of_layout in pairs.items():
+        expected = x.astype(np.float64)
+        for t, position in enumerate(positions[0]):
+            for i, (one, two) in enumerate(of_layout):
+                angle = position * 100.0 ** (-2 * i / 4)
+                turned = np.exp(1j * angle) * (x[0, t, 0, one] + 1j * x[0, t, 0, two])
+                expected[0, t, 0, [one, two]] = turned.real, turned.imag
+        actual = rotate(jnp.asarray(x), jnp.asarray(positions), 100.0, layout)
+        assert gap(actual, expected) < 1e-6
+
+
+def test_rope_layouts_agree_under_a_permutation_of_the_head_dimension() -> None:
+    """Half-split channel i is interleaved channel 2i, and i + H/2 is 2i + 1."""
+    order = np.concatenate([np.arange(0, 8, 2), np.arange(1, 8, 2)])
+    params, g_lm = make_params(), random_g_lm(CONFIG, 3)
+    attention = dict(params["layers"]["attention"])
+    for name in ("q", "k"):
+        attention[name] = {key: value[..., order] for key, value in attention[name].items()}
+    permuted = {**params, "layers": {**params["layers"], "attention": attention}}
+    expected = jitted()(params, TOKENS, g_lm).logits
+    half_split = jitted(variant(rope_layout="half_split"))
+    permuted_g_lm = g_lm[..., order, :][..., order]
+    assert gap(half_split(permuted, TOKENS, permuted_g_lm).logits, expected) < 1e-5
+    assert gap(half_split(params, TOKENS, g_lm).logits, expected) > 1e-2
+
+
+# Padding and causality
+
+
+def test_a_padded_row_gives_what_it_gives_alone() -> None:
+    params, lengths = make_params(), [5, 12, 9]
+    batch = jitted()(params, TOKENS, None, jnp.array(lengths))
+    ignored = jitted()(params, TOKENS)
+    for row, length in enumerate(lengths):
+        alone = jitted()(params, TOKENS[row : row + 1, :length])
+        logits = alone.logits[0]
+        assert gap(batch.logits[row, :length], logits) < 1e-5 * float(jnp.abs(logits).max())
+        for name, value in batch.deductive.items():
+            own = getattr(alone.deductive, name)[:, 0]
+            assert gap(value[:, row], own) < 2e-5 * float(jnp.abs(own).max()), name
+        assert (gap(ignored.logits[row, :length], logits) > 1e-3) == (length < 12)
+
+
+def test_what_padding_holds_does_not_matter() -> None:
+    params, lengths = make_params(), jnp.array([5, 12, 9])
+    other = jnp.where(jnp.arange(12) < lengths[:, None], TOKENS, 36)
+    one, two = (jitted()(params, tokens, None, lengths) for tokens in (TOKENS, other))
+    for row, length in enumerate(lengths.tolist()):
+        assert gap(one.logits[row, :length], two.logits[row, :length]) < 1e-6
+    assert gap(one.logits, two.logits) > 1e-2
+
+
+@pytest.mark.parametrize("seen", [2, 6, 11])
+def test_later_tokens_reach_earlier_ones_through_g_lm_alone(seen: int) -> None:
+    params = make_params()
+    other = TOKENS.at[:, seen:].set((TOKENS[:, seen:] + 7) % 37)
+    g_lm = random_g_lm(CONFIG, 4)
+    given = [jitted()(params, tokens, g_lm).logits for tokens in (TOKENS, other)]
+    assert gap(given[0][:, :seen], given[1][:, :seen]) < 1e-6
+    assert gap(given[0][:, seen:], given[1][:, seen:]) > 1e-2
+    computed = [jitted()(params, tokens).logits for tokens in (TOKENS, other)]
+    assert gap(computed[0][:, :seen], computed[1][:, :seen]) > 1e-3
+
+
+# Caches
+
+
+@functools.cache
+def decoding(keep: str) -> tuple[Any, Any]:
+    first = functools.partial(prefill, CONFIG, slots=14, keep=keep)
+    return jax.jit(first), jax.jit(functools.partial(decode_step, CONFIG))
+
+
+@pytest.mark.parametrize("keep", ["G_LM", "A"])
+def test_cached_decoding_is_the_full_forward_pass(keep: str) -> None:
+    """At every split point, given the prompt's G_LM, which decoding leaves as it is bit for bit."""
+    params, (first, step) = make_params(), decoding(keep)
+    unstacked = unstack_layers(CONFIG, params)
+    for split in range(1, 12):
+        length = jnp.full(3, split, jnp.int32)
+        g_lm = jitted()(params, TOKENS, None, length).deductive.G_LM
+        full = jitted()(params, TOKENS, g_lm).logits
+        logits, cache = first(params, TOKENS, length, None)
+        kept = [np.asarray(getattr(layer.deductive, keep)) for layer in cache.layers]
+        if keep == "G_LM":
+            assert gap(np.stack(kept), g_lm) < 1e-6 * float(jnp.abs(g_lm).max())
+        tolerance = 1e-5 * float(jnp.abs(full).max())
+        assert gap(logits, full[:, split - 1]) < tolerance, split
+        for position in range(split, 12):
+            logits, cache = step(unstacked, TOKENS[:, position], cache)
+            assert gap(logits, full[:, position]) < tolerance, (split, position)
+        assert cache.length_B.tolist() == [12] * 3
+        for layer, before in zip(cache.layers, kept, strict=True):
+            assert np.array_equal(getattr(layer.deductive, keep), before)
+
+
+def test_rows_of_different_lengths_decode_side_by_side() -> None:
+    params, (first, step) = make_params(), decoding("G_LM")
+    unstacked, lengths = unstack_layers(CONFIG, params), jnp.array([3, 9, 6])
+    g_lm = jitted()(params, TOKENS, None, lengths).deductive.G_LM
+    full = jitted()(params, TOKENS, g_lm).logits
+    _, cache = first(params, TOKENS, lengths, None)
+    for i in range(3):
+        at = lengths + i
+        logits, cache = step(unstacked, TOKENS[jnp.arange(3), at], cache)
+        assert gap(logits, full[jnp.arange(3), at]) < 1e-5 * float(jnp.abs(full).max())
+
+
+# Precision
+
+
+def test_bfloat16_keeps_parameters_and_deductive_outputs_in_float32() -> None:
+    config = variant(dtype="bfloat16")
+    fresh = jax.eval_shape(lambda key: nn.unbox(init_params(config, key)), jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(fresh)} == {jnp.dtype("float32")}
+    g_lm = random_g_lm(CONFIG, 5)
+    outputs = jitted(config)(make_params(), TOKENS)
+    assert outputs.logits.dtype == jnp.float32
+    assert [value.dtype for _, value in outputs.deductive.items()] == [jnp.float32] * 4
+    assert outputs.layers.k_BSNH.dtype == outputs.hidden.dtype == jnp.bfloat16
+    loss, gradient = loss_and_gradient(config)
+    assert float(loss) == pytest.approx(float(loss_and_gradient(CONFIG)[0]), abs=0.2)
+    for leaf in jax.tree.leaves(gradient):
+        assert leaf.dtype == jnp.float32 and np.isfinite(leaf).all()
+    # With one G_LM, logits of magnitude 4 differ by rounding to 8 bits.
+    low, full = (jitted(c)(make_params(), TOKENS, g_lm).logits for c in (config, CONFIG))
+    relative = gap(low, full) / float(jnp.abs(full).max())
+    assert 1e-5 < relative < 5e-2
+    # With its own, G_LM amplifies the rounding of the queries; most logits stay close all the same.
+    own = jitted()(make_params(), TOKENS).logits
+    assert float(jnp.abs(outputs.logits - own).mean() / jnp.abs(own).mean()) < 0.1
+
+
+# Rematerialisation and unrolling
+
+
+@functools.cache
+def loss_and_gradient(config: ModelConfig) -> tuple[jax.Array, Any]:
+    def loss(params: Params) -> jax.Array:
+        logits = forward(config, params, TOKENS[:, :-1]).logits
+        return token_loss(logits, TOKENS[:, 1:]).loss
+
+    return jax.jit(jax.value_and_grad(loss))(make_params())
+
+
+@pytest.mark.parametrize("changes", [{"remat": "dots"}, {"remat": "full"}, {"unroll": True}])
+def test_remat_and_unroll_change_no_number(changes: dict[str, Any]) -> None:
+    """The gradient as a whole: single tensors follow the rounding order (test_parity.py)."""
+    loss, gradient = loss_and_gradient(CONFIG)
+    other_loss, other_gradient = loss_and_gradient(variant(**changes))
+    assert float(other_loss) == pytest.approx(float(loss), abs=1e-6)
+    one, other = (
+        np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
+        for tree in (gradient, other_gradient)
+    )
+    assert np.linalg.norm(other - one) < 1e-3 * np.linalg.norm(one)
+    for leaf in jax.tree.leaves(gradient):
+        assert np.asarray(leaf).any()
+
+
+# Predefined G_LM
+
+
+def test_identity_is_g_lm_of_ones_on_the_diagonal() -> None:
+    config, params = variant(g_source="identity"), make_params()
+    bare = without_plga(params)
+    expected = jax.eval_shape(lambda key: nn.unbox(init_params(config, key)), jax.random.key(0))
+    assert jax.tree.structure(bare) == jax.tree.structure(expected)
+    outputs = jitted(config)(bare, TOKENS)
+    eye = jnp.broadcast_to(jnp.eye(8), (2, 1, 2, 8, 8))
+    assert np.array_equal(identity_g_lm(CONFIG), eye)
+    assert gap(outputs.logits, jitted()(params, TOKENS, eye).logits) < 1e-6
+    assert outputs.deductive.items() == []
+    # And that is ordinary attention: doubling G_LM changes it.
+    assert gap(outputs.logits, jitted()(params, TOKENS, 2 * eye).logits) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "changes", [{"g_source": "random"}, {"g_source": "external", "g_file": "g.npz"}]
+)
+def test_a_model_without_plga_needs_its_g_lm(changes: dict[str, Any]) -> None:
+    config, bare = variant(**changes), without_plga(make_params())
+    with pytest.raises(ValueError, match=f"g_source = '{changes['g_source']}'.*pass G_LM"):
+        forward(config, bare, TOKENS)
+    g_lm = random_g_lm(config, 6)
+    expected = jitted()(make_params(), TOKENS, g_lm).logits
+    assert gap(jitted(config)(bare, TOKENS, g_lm).logits, expected) < 1e-6
+
+
+def test_random_g_lm_is_standard_normal_and_seeded() -> None:
+    wide = variant(head_dim=32)
+    one, again, other = (np.asarray(random_g_lm(wide, seed)) for seed in (1, 1, 2))
+    assert np.array_equal(one, again) and not np.array_equal(one, other)
+    assert one.shape == (2, 1, 2, 32, 32)
+    assert one.std() == pytest.approx(1, abs=0.05) and abs(one.mean()) < 0.06
+    assert not np.array_equal(one[0], one[1])
+
+
+# Compilation
+
+
+def test_the_compiled_program_names_its_parts() -> None:
+    text = jitted().lower(make_params(), TOKENS).compile().as_text()
+    for scope in ("plga", "metric_learner", "power_law", "attention", "ffn", "head", "embedding"):
+        assert f"{scope}/" in text, scope
+
+
+def test_new_values_compile_nothing_again() -> None:
+    traces = []
+
+    @jax.jit
+    def run(params: Params, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+        traces.append(None)
+        return forward(CONFIG, params, tokens, None, lengths).logits
+
+    run(make_params(), TOKENS, jnp.array([12, 12, 12]))
+    run(jax.tree.map(lambda leaf: 2 * leaf, make_params()), TOKENS[::-1], jnp.array([4, 2, 9]))
+    assert len(traces) == 1
+    step = decoding("G_LM")[1]
+    first = decoding("G_LM")[0]
+    unstacked = unstack_layers(CONFIG, make_params())
+    for length in (3, 7):
+        _, cache = first(make_params(), TOKENS, jnp.full(3, length, jnp.int32), None)
+        for position in range(length, length + 3):
+            _, cache = step(unstacked, TOKENS[:, position], cache)
+    assert first._cache_size() == step._cache_size() == 1

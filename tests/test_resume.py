@@ -1,0 +1,194 @@
+"""A run that was stopped, by whatever means, continues to the same bits."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import (
+    FINISHED,
+    STEPS,
+    assert_equal_runs,
+    assert_same_bits,
+    contents,
+    corpus_of,
+    finish,
+    finished_run,
+    flags,
+    make_corpus,
+    record_batches,
+    rows_of,
+    run_here,
+    run_program,
+    start,
+    stored,
+    tiny_config,
+    train_here,
+)
+
+from pldr_jax.cli.train import train_main
+from pldr_jax.training.checkpoint import Checkpointer
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return corpus_of(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished_run(tmp_path_factory.getbasetemp())[0]
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(source, tmp_path_factory) -> tuple[Path, list[np.ndarray]]:
+    """A run in this process, and the batches that it took."""
+    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        batches = record_batches(patch)
+        train_here(tiny_config(source), run_dir)
+    assert len(batches) == STEPS
+    return run_dir, batches
+
+
+@pytest.mark.parametrize(("name", "at"), [("SIGTERM", 5), ("SIGINT", 8)])
+def test_signal_saves_and_the_rest_is_bit_for_bit(
+    source, tmp_path, uninterrupted, capsys, monkeypatch, name: str, at: int
+) -> None:
+    reference, expected = uninterrupted
+    run_dir, number = tmp_path / "run", getattr(signal, name)
+
+    def on_batch(n: int) -> None:
+        if n == at:
+            os.kill(os.getpid(), number)
+
+    handler = signal.getsignal(number)
+    batches = record_batches(monkeypatch, on_batch)
+    train_here(tiny_config(source), run_dir)
+    output = capsys.readouterr().out
+    assert f"{name}: saved step {at} of {STEPS} in {run_dir}" in output
+    assert len(batches) == at and signal.getsignal(number) is handler
+    state, data, step = stored(run_dir)
+    assert (step, int(state.step), data) == (at, at, {"next_index": at})
+    train_here(tiny_config(source), run_dir, resume="required")
+    assert f"continuing at step {at}" in capsys.readouterr().out
+    assert [batch.tobytes() for batch in batches] == [batch.tobytes() for batch in expected]
+    assert_equal_runs(run_dir, reference)
+
+
+def test_signal_at_the_last_step_ends_the_run_as_usual(
+    source, tmp_path, uninterrupted, capsys, monkeypatch
+) -> None:
+    record_batches(monkeypatch, lambda n: n < STEPS or os.kill(os.getpid(), signal.SIGTERM))
+    train_here(tiny_config(source), tmp_path)
+    assert "saved step" not in capsys.readouterr().out and (tmp_path / "curves.png").exists()
+    assert_equal_runs(tmp_path, uninterrupted[0])
+
+
+def wait_for(condition: Callable[[], bool], process) -> None:
+    deadline = time.monotonic() + 120
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.0005)
+
+
+def test_killed_at_any_moment_then_stopped_then_finished(source, tmp_path, finished) -> None:
+    run_dir, rng = tmp_path / "run", random.Random(time.time_ns())
+    command = ("train.py", f"--run_dir={run_dir}", *flags(source, FINISHED))
+    saved = Checkpointer(run_dir, tiny_config(source).checkpoint)
+
+    def newer() -> Callable[[], bool]:
+        before = saved.latest_step() or 0
+        return lambda: (saved.latest_step() or 0) > before
+
+    killed = []
+    # Before the first checkpoint; while one is written; a moment after one was written.
+    for moment, delay in (
+        (lambda: (run_dir / "config.gin").exists(), 0.0),
+        (lambda: any(saved.folder.glob("*tmp*")), rng.uniform(0, 0.02)),
+        (newer, rng.uniform(0, 0.2)),
+    ):
+        condition = moment() if moment is newer else moment
+        process = start(*command)
+        wait_for(condition, process)
+        time.sleep(delay)
+        killed.append(process.poll() is None)
+        process.kill()
+        finish(process)
+        assert not killed[0] or len(killed) > 1 or saved.latest_step() is None
+    assert killed[:2] == [True, True], killed
+    if (saved.latest_step() or 0) < STEPS - 2:
+        process = start(*command)
+        wait_for(newer(), process)
+        process.send_signal(signal.SIGTERM)
+        result = finish(process)
+        assert result.returncode == 0, result.stderr
+        if step := re.search(r"SIGTERM: saved step (\d+) of 12", result.stdout):
+            assert saved.latest_step() == int(step[1])
+        else:
+            assert saved.latest_step() == STEPS
+    result = run_program(*command)
+    assert result.returncode == 0, result.stderr
+    assert_equal_runs(run_dir, finished)
+    assert not list(saved.folder.glob("*tmp*"))
+
+
+def test_program_started_again_after_the_end(copy, finished) -> None:
+    before = contents(copy / "checkpoints")
+    result = run_program("train.py", f"--gin_file={copy / 'config.gin'}", f"--run_dir={copy}")
+    assert result.returncode == 0, result.stderr
+    assert "nothing left to train" in result.stdout
+    assert f"eval/loss {rows_of(copy)[-1]['eval/loss']:.4f}" in re.sub(" +", " ", result.stdout)
+    assert contents(copy / "checkpoints") == before
+    assert_equal_runs(copy, finished)
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        (["--gin.Model.num_residual_layers=2"], "Model.num_residual_layers: 1 -> 2"),
+        (["--gin.Model.g_source=identity"], "Model.g_source: 'learned' -> 'identity'"),
+        (["--resume=never"], "--resume=never"),
+    ],
+)
+def test_refused_before_anything_is_changed(copy, source, capsys, extra, named: str) -> None:
+    before = contents(copy)
+    arguments = (f"--run_dir={copy}", *flags(source, FINISHED), *extra)
+    status, _, error = run_here(capsys, train_main, *arguments)
+    assert status == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert named in error and str(copy) in error
+    assert contents(copy) == before
+
+
+def test_changed_text_with_another_tokenizer_is_refused(copy, tmp_path, capsys) -> None:
+    other = make_corpus(tmp_path / "text", 50)
+    before = contents(copy)
+    arguments = (f"--run_dir={copy}", *flags(other, FINISHED))
+    status, _, error = run_here(capsys, train_main, *arguments)
+    assert status == 2 and error.count("\n") == 1 and "Data.tokenizer" in error
+    assert contents(copy) == before
+
+
+def test_more_steps_continue_with_a_note(source, tmp_path, uninterrupted, capsys) -> None:
+    reference, _ = uninterrupted
+    run_dir = shutil.copytree(reference, tmp_path / "run")
+    longer = tiny_config(source, {"Training.steps": STEPS + 2, "Training.eval_rows": 8})
+    train_here(longer, run_dir)
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 2 and "Training.steps: 12 -> 14" in notes[0]
+    assert stored(run_dir)[2] == STEPS + 2
+    assert_same_bits(stored(run_dir, STEPS)[0], stored(reference)[0])
+    rows = rows_of(run_dir)
+    assert rows[: len(rows_of(reference))] == rows_of(reference)
+    assert rows[-1]["step"] == STEPS + 2 and "eval/loss" in rows[-1]
+    assert "Training.steps = 14" in (run_dir / "config.gin").read_text()

@@ -1,0 +1,134 @@
+"""One-way imports, one file for each outside library, files of a readable size."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "pldr_jax"
+FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+MAY_IMPORT = {
+    "config": set(),
+    "gin": {"config"},
+    "flags": {"config", "gin"},
+    "partition": {"config"},
+    "model": {"config", "partition"},
+    "interop": {"config", "partition", "model"},
+    "inference": {"config", "partition", "model"},
+    "data": {"config", "partition", "model"},
+    "training": {"config", "partition", "model", "interop", "inference", "data"},
+    "api": {"config", "flags", "partition", "model", "interop", "inference", "data", "training"},
+    "cli": {
+        "config", "flags", "partition", "model", "interop", "inference", "data", "training", "api",
+    },
+    "": {"api", "config"},
+}  # fmt: skip
+"""What each part may import, besides itself; "" is the package's own __init__."""
+
+EXTRA = {"training/loop.py": {"flags"}}
+
+
+def part(file: str) -> str:
+    """`training/loop.py` -> `training`, `config.py` -> `config`, `__init__.py` -> ""."""
+    return "" if file == "__init__.py" else file.split("/")[0].removesuffix(".py")
+
+
+def module_name(file: str) -> str:
+    name = "pldr_jax." + file.removesuffix(".py").replace("/", ".")
+    return name.removesuffix(".__init__")
+
+
+MODULES = {module_name(file) for file in FILES}
+
+
+def imports(file: str, everywhere: bool = True) -> set[str]:
+    """Modules that a file imports; with `everywhere` also those inside functions."""
+    tree = ast.parse(FILES[file].read_text())
+    found: set[str] = set()
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            for alias in node.names:
+                inside = f"{node.module}.{alias.name}"
+                found.add(inside if inside in MODULES else str(node.module))
+    return found
+
+
+def attributes(file: str) -> set[str]:
+    """Every `name.attribute` a file reads."""
+    nodes = ast.walk(ast.parse(FILES[file].read_text()))
+    return {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
+
+
+def test_the_files_are_found() -> None:
+    assert {part(file) for file in FILES} == set(MAY_IMPORT)
+    assert "pldr_jax.model.decoder" in imports("api.py")
+    assert "pldr_jax.interop.transformers" in imports("api.py")
+    assert "pldr_jax.interop.transformers" not in imports("api.py", everywhere=False)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_imports_go_one_way(file: str) -> None:
+    allowed = MAY_IMPORT[part(file)] | {part(file)} | EXTRA.get(file, set())
+    for name in imports(file):
+        if name == "pldr_jax" and file == "__init__.py":
+            continue
+        if name.split(".")[0] == "pldr_jax":
+            assert name != "pldr_jax", f"{file}: imports the package, not a module of it"
+            assert name.split(".")[1] in allowed, f"{file}: imports {name}"
+
+
+def test_there_are_no_import_cycles() -> None:
+    """Not even through imports inside functions."""
+    graph = {
+        module_name(file): {name for name in imports(file) if name in MODULES}
+        for file in FILES
+        if file != "__init__.py"
+    }
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path, module))
+        if module in done:
+            return
+        for name in graph.get(module, set()):
+            visit(name, (*path, module))
+        done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+@pytest.mark.parametrize(
+    "library,owner",
+    [
+        ("orbax", "training/checkpoint.py"),
+        ("grain", "data/pipeline.py"),
+        ("matplotlib", "training/plots.py"),
+    ],
+)
+def test_one_file_owns_each_library(library: str, owner: str) -> None:
+    users = {file for file in FILES for name in imports(file) if name.split(".")[0] == library}
+    assert users == {owner}
+
+
+def test_the_command_line_is_read_in_one_place() -> None:
+    """The entry point takes sys.argv and hands it to flags.py, which alone knows what it means."""
+    assert {file for file in FILES if "sys.argv" in attributes(file)} == {"cli/common.py"}
+    libraries = {"argparse", "optparse", "getopt", "absl.flags"}
+    assert {file for file in FILES if imports(file) & libraries} <= {"flags.py"}
+
+
+def test_config_files_are_read_by_flags_alone() -> None:
+    readers = {file for file in FILES if "pldr_jax.gin" in imports(file)}
+    assert readers == {"flags.py"}
+    for file in FILES:
+        assert "gin" not in {name.split(".")[0] for name in imports(file)}, file
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_no_file_is_over_400_lines(file: str) -> None:
+    assert len(FILES[file].read_text().splitlines()) <= 400
