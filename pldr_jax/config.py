@@ -164,8 +164,8 @@ class OptimizerConfig(_Validated):
     alpha: float = _field(0.2, "final learning rate as a fraction of the peak", low=0, high=1)
     beta1: float = _field(0.9, "decay of the first moment", low=0, high=1)
     beta2: float = _field(0.95, "decay of the second moment", low=0, high=1)
-    eps: float = _field(1e-5, "added to the root of the second moment", above=0)
-    weight_decay: float = _field(0.5, "decoupled weight decay", low=0)
+    eps: float = _field(1e-4, "added to the root of the second moment", above=0)
+    weight_decay: float = _field(1.0, "decoupled weight decay", low=0)
     decay_mask: Literal["all", "matrices"] = _field(
         "all", "parameters decayed: all, or all but biases and norms"
     )
@@ -232,7 +232,7 @@ class CheckpointConfig(_Validated):
 class TrainingConfig(_Validated):
     """Length of the run, evaluation and logging."""
 
-    steps: int = _field(1200, "optimiser steps", low=1)
+    steps: int = _field(1000, "optimiser steps", low=1)
     seed: int = _field(0, "seed of the initial parameters", low=0)
     log_every: int = _field(10, "steps between rows of training metrics", low=1)
     eval_every: int = _field(200, "steps between evaluations", low=1)

@@ -96,6 +96,24 @@ def test_signal_at_the_last_step_ends_the_run_as_usual(
     assert_equal_runs(tmp_path, uninterrupted[0])
 
 
+def test_crash_between_checkpoints_repeats_nothing(
+    source, tmp_path, uninterrupted, monkeypatch
+) -> None:
+    """The evaluation and the sample of step 4 were written, its state was not."""
+
+    def on_batch(n: int) -> None:
+        if n == 6:
+            raise OSError("crash")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="crash"):
+        record_batches(patch, on_batch)
+        train_here(tiny_config(source), tmp_path)
+    assert stored(tmp_path)[2] == 3 and rows_of(tmp_path)[-1]["step"] == 4
+    assert "--- step 4\n" in (tmp_path / "samples.txt").read_text()
+    train_here(tiny_config(source), tmp_path)
+    assert_equal_runs(tmp_path, uninterrupted[0])
+
+
 def wait_for(condition: Callable[[], bool], process) -> None:
     deadline = time.monotonic() + 120
     while not condition() and process.poll() is None and time.monotonic() < deadline:
