@@ -8,7 +8,7 @@ of either). Every field carries its meaning, which `--help` prints, and its boun
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 
 class ConfigError(ValueError):
@@ -60,7 +60,7 @@ class _Validated:
             if bounds["high"] is not None and value > bounds["high"]:
                 self.fail(field.name, f"must be at most {bounds['high']}")
 
-    def fail(self, name: str, remedy: str) -> None:
+    def fail(self, name: str, remedy: str) -> NoReturn:
         """Raises the one-line `ConfigError` for field `name`."""
         raise ConfigError(f"{group_name(type(self))}.{name} = {getattr(self, name)!r}: {remedy}")
 
@@ -98,7 +98,9 @@ class ModelConfig(_Validated):
     )
     g_seed: int = _field(0, "seed of the random G_LM (g_source = 'random')", low=0)
     g_file: str | None = _field(
-        None, "npz or safetensors file holding G_LM [L,N,H,H] (g_source = 'external')"
+        None,
+        "npz or safetensors file holding G_LM [L,N,H,H] (g_source = 'external'); None where a "
+        "checkpoint holds it",
     )
     layer_norm_eps: float = _field(1e-6, "epsilon of every LayerNorm", above=0)
     dtype: Literal["float32", "bfloat16"] = _field(
@@ -118,8 +120,6 @@ class ModelConfig(_Validated):
         super().__post_init__()
         if self.head_dim % 2:
             self.fail("head_dim", "must be even: rotary embedding rotates pairs")
-        if self.g_source == "external" and self.g_file is None:
-            self.fail("g_file", "g_source = 'external' needs the file that holds G_LM")
         if self.g_source != "external" and self.g_file is not None:
             self.fail("g_file", f"is only read when g_source = 'external', not {self.g_source!r}")
         if self.attention_kernel == "cudnn" and self.dtype != "bfloat16":
@@ -251,15 +251,33 @@ class TrainingConfig(_Validated):
 class GenerationConfig(_Validated):
     """Decoding: where G_LM comes from and how the next token is drawn."""
 
-    max_new_tokens: int = _field(128, "new tokens for each prompt", low=1)
+    max_new_tokens: int = _field(128, "new tokens for each prompt", low=1, high=2**31 - 1)
     temperature: float = _field(0.0, "0 is greedy; otherwise logits are divided by it", low=0)
-    top_k: int = _field(0, "draw from the k most probable tokens; 0 is off", low=0)
+    top_k: int = _field(0, "draw from the k most probable tokens; 0 is off", low=0, high=2**31 - 1)
     top_p: float = _field(
         1.0, "draw from the smallest set whose probability reaches p; 1 is off", above=0, high=1
     )
-    seed: int = _field(0, "seed of the draws", low=0)
-    g_mode: Literal["prompt", "recompute", "frozen"] = _field(
-        "prompt", "G_LM: the prompt's, recomputed at every token, or g_file"
+    min_p: float = _field(
+        0.0,
+        "draw from tokens at least this share as probable as the best one; 0 is off",
+        low=0,
+        high=1,
+    )
+    repetition_penalty: float = _field(
+        1.0, "above 1 makes tokens already in the text less probable; 1 is off", above=0
+    )
+    seed: int = _field(
+        0, "seed of the draws; the prompt of row i draws with seed + i", low=0, high=2**32 - 1
+    )
+    rows: int = _field(8, "prompts decoded side by side", low=1)
+    truncate: Literal["error", "left"] = _field(
+        "error",
+        "a prompt that is too long: an error, or cut at its start so that max_new_tokens fit too",
+    )
+    g_mode: Literal["prompt", "first", "frozen", "identity", "recompute"] = _field(
+        "prompt",
+        "G_LM: each prompt's, the first prompt's, g_file's or the checkpoint's own, the identity, "
+        "or recomputed at every token",
     )
     g_file: str | None = _field(
         None, "npz or safetensors file holding G_LM [L,N,H,H] (g_mode = 'frozen')"
@@ -268,11 +286,14 @@ class GenerationConfig(_Validated):
     g_cache: bool = _field(
         True, "cache G_LM itself; off caches the metric tensor A and recomputes the last steps"
     )
+    cache_dtype: Literal["auto", "float32", "bfloat16"] = _field(
+        "auto", "dtype of cached keys and values; auto is Model.dtype"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.g_mode == "frozen") != (self.g_file is not None):
-            self.fail("g_file", "must be given with g_mode = 'frozen', and only then")
+        if self.g_file is not None and self.g_mode != "frozen":
+            self.fail("g_file", f"is only read when g_mode = 'frozen', not {self.g_mode!r}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -192,6 +192,10 @@ def describe_differences(
     ]
 
 
+Options = argparse.Namespace
+"""A parsed command line: plain options, `gin_files` and `overrides`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Option:
     """A plain option of a program, such as `--run_dir PATH`.

@@ -184,7 +184,7 @@ def test_bfloat16_keeps_parameters_and_deductive_outputs_in_float32() -> None:
     outputs = jitted(config)(make_params(), TOKENS)
     assert outputs.logits.dtype == jnp.float32
     assert [value.dtype for _, value in outputs.deductive.items()] == [jnp.float32] * 4
-    assert outputs.layers.k_BSNH.dtype == outputs.hidden.dtype == jnp.bfloat16
+    assert outputs.layers.k_BTNH.dtype == outputs.hidden.dtype == jnp.bfloat16
     loss, gradient = loss_and_gradient(config)
     assert float(loss) == pytest.approx(float(loss_and_gradient(CONFIG)[0]), abs=0.2)
     for leaf in jax.tree.leaves(gradient):

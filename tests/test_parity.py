@@ -62,13 +62,13 @@ def forward_of(case: Golden) -> tuple[ModelOutputs, jax.Array]:
 def test_forward(case: Golden) -> None:
     # worst of all: A_P, 2.5e-6 and 1.2e-5; logits 4e-7 and 1.4e-6
     outputs, query_LBTNH = forward_of(case)
-    keys = outputs.layers.k_BSNH
+    keys = outputs.layers.k_BTNH
     actual = {
         "logits": outputs.logits,
         "hidden": outputs.hidden,
         **dict(outputs.deductive.items()),
         "keys": keys,
-        "values": outputs.layers.v_BSNH,
+        "values": outputs.layers.v_BTNH,
         "attention_logits": jax.vmap(attention_scores)(query_LBTNH, keys),
     }
     assert len(actual) == 9

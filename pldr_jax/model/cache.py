@@ -12,32 +12,43 @@ from pldr_jax.config import ModelConfig
 from pldr_jax.model.deductive import DeductiveOutputs
 
 
-class LayerCache(flax.struct.PyTreeNode):
-    """One layer's cache. `deductive` is written by prefill alone: `append` names only keys and
-    values.
+class LayerOutputs(flax.struct.PyTreeNode):
+    """What one layer's forward pass leaves for others; [L, ...] stacked out of the decoder.
 
     Attributes:
-      k_BSNH: keys after RoPE; slot s holds the token at position s.
-      v_BSNH: values.
-      deductive: G_LM to decode with ("KV+G"), or A, from which the decode step recomputes it
-        ("KV").
+      k_BTNH: keys after RoPE.
+      v_BTNH: values.
+      deductive: the deductive outputs of the row.
     """
 
-    k_BSNH: jax.Array
-    v_BSNH: jax.Array
+    k_BTNH: jax.Array
+    v_BTNH: jax.Array
+    deductive: DeductiveOutputs
+
+
+class LayerCache(flax.struct.PyTreeNode):
+    """One layer's cache. Prefill alone writes `deductive`: `append` names keys and values only.
+
+    Attributes:
+      k_BNSH: keys after RoPE; slot s holds the token at position s.
+      v_BNSH: values.
+      deductive: G_LM to decode with ("KV+G"; one for all rows if its batch axis is 1), or A, from
+        which the decode step recomputes it ("KV"); neither where G_LM is the identity.
+    """
+
+    k_BNSH: jax.Array
+    v_BNSH: jax.Array
     deductive: DeductiveOutputs
 
     def append(self, k_BTNH: jax.Array, v_BTNH: jax.Array, slot_B: jax.Array) -> "LayerCache":
         """The cache with one more token (T = 1), written at each row's own slot."""
 
-        def write(old_SNH: jax.Array, new_TNH: jax.Array, slot: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice(
-                old_SNH, new_TNH.astype(old_SNH.dtype), (slot, 0, 0)
-            )
-
-        k_BSNH = jax.vmap(write)(self.k_BSNH, k_BTNH, slot_B)
-        v_BSNH = jax.vmap(write)(self.v_BSNH, v_BTNH, slot_B)
-        return self.replace(k_BSNH=k_BSNH, v_BSNH=v_BSNH)
+        # One scatter of [H] pieces: the form that XLA writes in place at every batch size.
+        rows, heads = k_BTNH.shape[0], k_BTNH.shape[2]
+        at = (jnp.arange(rows)[:, None], jnp.arange(heads)[None, :], slot_B[:, None])
+        k_BNSH = self.k_BNSH.at[at].set(k_BTNH[:, 0].astype(self.k_BNSH.dtype))
+        v_BNSH = self.v_BNSH.at[at].set(v_BTNH[:, 0].astype(self.v_BNSH.dtype))
+        return self.replace(k_BNSH=k_BNSH, v_BNSH=v_BNSH)
 
 
 class Cache(flax.struct.PyTreeNode):
@@ -58,7 +69,7 @@ class Cache(flax.struct.PyTreeNode):
     @property
     def slots(self) -> int:
         """S, the tokens a row can hold."""
-        return self.layers[0].k_BSNH.shape[1]
+        return self.layers[0].k_BNSH.shape[2]
 
     @property
     def nbytes(self) -> int:
@@ -67,27 +78,36 @@ class Cache(flax.struct.PyTreeNode):
 
 
 def build_cache(
-    stacked: LayerCache, length_B: jax.Array, slots: int, config: ModelConfig, keep: str
+    outputs: LayerOutputs,
+    length_B: jax.Array,
+    slots: int,
+    config: ModelConfig,
+    keep: str,
+    dtype: Any = None,
 ) -> Cache:
     """A cache from what a forward pass over the prompts returned.
 
     Args:
-      stacked: keys and values [L,B,T,N,H] and deductive outputs [L,B,N,H,J] of all layers.
+      outputs: keys and values [L,B,T,N,H] and deductive outputs [L,B,N,H,J] of all layers.
       length_B: real tokens of each row.
       slots: S, at least T: room for the prompt and what will be generated.
       keep: the deductive output that decoding uses: "G_LM", or "A" to recompute the last steps of
         PLGA each token.
+      dtype: of keys and values; None keeps theirs.
     """
-    room = slots - stacked.k_BSNH.shape[2]
 
-    def pad(x_LBTNH: jax.Array) -> jax.Array:
-        return jnp.pad(x_LBTNH, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0)))
+    def room(x_LBTNH: jax.Array) -> jax.Array:
+        x_LBNTH = jnp.swapaxes(x_LBTNH, 2, 3).astype(dtype or x_LBTNH.dtype)
+        width = slots - x_LBNTH.shape[3]
+        return jnp.pad(x_LBNTH, ((0, 0), (0, 0), (0, 0), (0, width), (0, 0)))
 
-    kept: Any = getattr(stacked.deductive, keep)
-    k_LBSNH, v_LBSNH = pad(stacked.k_BSNH), pad(stacked.v_BSNH)
+    kept: Any = getattr(outputs.deductive, keep)
+    k_LBNSH, v_LBNSH = room(outputs.k_BTNH), room(outputs.v_BTNH)
     layers = tuple(
         LayerCache(
-            k_LBSNH[i], v_LBSNH[i], DeductiveOutputs(**{keep: None if kept is None else kept[i]})
+            k_LBNSH[i],
+            v_LBNSH[i],
+            DeductiveOutputs(**{keep: None if kept is None else kept[i]}),
         )
         for i in range(config.num_layers)
     )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pldr_jax.config import ModelConfig
 from pldr_jax.model.attention import Attention, AttentionInputs
-from pldr_jax.model.cache import Cache, LayerCache
+from pldr_jax.model.cache import Cache, LayerCache, LayerOutputs
 from pldr_jax.model.deductive import DeductiveOutputs
 from pldr_jax.model.layers import GLU, Linear, layer_norm, logical
 from pldr_jax.partition import constrain
@@ -34,7 +34,7 @@ class ModelOutputs(flax.struct.PyTreeNode):
     logits: jax.Array
     deductive: DeductiveOutputs
     hidden: jax.Array
-    layers: LayerCache
+    layers: LayerOutputs
 
 
 class DecoderLayer(nn.Module):
@@ -52,7 +52,7 @@ class DecoderLayer(nn.Module):
 
     def __call__(
         self, x_BTD: jax.Array, inputs: AttentionInputs, g_lm_BNHJ: jax.Array | None
-    ) -> tuple[jax.Array, LayerCache]:
+    ) -> tuple[jax.Array, LayerOutputs]:
         """Hidden states [B,T,D] to hidden states, and this layer's keys, values and deductive
         outputs.
         """
@@ -135,7 +135,7 @@ class Decoder(nn.Module):
         tokens_BT: jax.Array,
         g_lm_LBNHJ: jax.Array | None = None,
         length_B: jax.Array | None = None,
-    ) -> tuple[jax.Array, LayerCache]:
+    ) -> tuple[jax.Array, LayerOutputs]:
         """As `__call__`, without the head: hidden states [B,T,D], and what every layer returned,
         stacked [L, ...].
         """
@@ -150,7 +150,7 @@ class Decoder(nn.Module):
 
         def body(
             layer: DecoderLayer, x_BTD: jax.Array, g_lm_BNHJ: jax.Array | None
-        ) -> tuple[jax.Array, LayerCache]:
+        ) -> tuple[jax.Array, LayerOutputs]:
             return layer(x_BTD, inputs, g_lm_BNHJ)
 
         if self.config.remat != "none":

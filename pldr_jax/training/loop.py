@@ -26,7 +26,7 @@ from pldr_jax.data.corpus import Corpus, prepare
 from pldr_jax.data.pipeline import TrainIterator, train_iterator, validation_rows
 from pldr_jax.flags import config_from_dict, config_to_dict, describe_differences, dump_config
 from pldr_jax.inference.engine import Engine
-from pldr_jax.inference.sampling import Sampling
+from pldr_jax.inference.request import Request
 from pldr_jax.model.deductive import g_lm_shape, predefined_g_lm
 from pldr_jax.model.shapes import count_params
 from pldr_jax.partition import batch_sharding, build_mesh
@@ -310,9 +310,8 @@ class _Run:
         if not prompt or jax.process_count() > 1:
             return ""
         engine = Engine(self._config.model, state.params, state.g_lm)
-        (completion,) = engine.generate(
-            [prompt], training.sample_tokens, Sampling.create(1), frozenset([tokenizer.eos_id])
-        )
+        request = Request(tuple(prompt), training.sample_tokens, stop_ids=(tokenizer.eos_id,))
+        (completion,) = engine.generate([request], rows=1)
         return training.sample_prompt + tokenizer.decode(completion.tokens)
 
     def _save(self, step: int, state: TrainState, evaluation: dict[str, float], wait: bool) -> None:
