@@ -8,7 +8,7 @@ of either). Every field carries its meaning, which `--help` prints, and its boun
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 
 class ConfigError(ValueError):
@@ -60,7 +60,7 @@ class _Validated:
             if bounds["high"] is not None and value > bounds["high"]:
                 self.fail(field.name, f"must be at most {bounds['high']}")
 
-    def fail(self, name: str, remedy: str) -> None:
+    def fail(self, name: str, remedy: str) -> NoReturn:
         """Raises the one-line `ConfigError` for field `name`."""
         raise ConfigError(f"{group_name(type(self))}.{name} = {getattr(self, name)!r}: {remedy}")
 
@@ -98,7 +98,9 @@ class ModelConfig(_Validated):
     )
     g_seed: int = _field(0, "seed of the random G_LM (g_source = 'random')", low=0)
     g_file: str | None = _field(
-        None, "npz or safetensors file holding G_LM [L,N,H,H] (g_source = 'external')"
+        None,
+        "npz or safetensors file holding G_LM [L,N,H,H] (g_source = 'external'); None where a "
+        "checkpoint holds it",
     )
     layer_norm_eps: float = _field(1e-6, "epsilon of every LayerNorm", above=0)
     dtype: Literal["float32", "bfloat16"] = _field(
@@ -110,16 +112,16 @@ class ModelConfig(_Validated):
     unroll: bool = _field(
         True, "unroll the scans over layers: slower to compile, faster to run on small models"
     )
-    attention_kernel: Literal["auto", "xla", "cudnn"] = _field(
-        "auto", "auto takes the fused kernel where the platform has one"
+    attention_kernel: Literal["auto", "xla", "blocks", "cudnn"] = _field(
+        "auto",
+        "auto takes the fused kernel where the platform has one, and from 2048 tokens on blocks: "
+        "scores of 512 queries at a time",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.head_dim % 2:
             self.fail("head_dim", "must be even: rotary embedding rotates pairs")
-        if self.g_source == "external" and self.g_file is None:
-            self.fail("g_file", "g_source = 'external' needs the file that holds G_LM")
         if self.g_source != "external" and self.g_file is not None:
             self.fail("g_file", f"is only read when g_source = 'external', not {self.g_source!r}")
         if self.attention_kernel == "cudnn" and self.dtype != "bfloat16":
@@ -150,6 +152,11 @@ class LossConfig(_Validated):
     dag_a_lm: float = _field(0.0, "coefficient of the DAG loss of A_LM", low=0)
     dag_a_p: float = _field(0.0, "coefficient of the DAG loss of A_P", low=0)
     dag_g_lm: float = _field(0.0, "coefficient of the DAG loss of G_LM", low=0)
+    chunk: int = _field(
+        0,
+        "positions of each row whose logits are in memory at once, in training; 0 is all of them",
+        low=0,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +187,15 @@ class DataConfig(_Validated):
     """Text, tokenizer and batches."""
 
     source: str = _field(
-        "stdlib", "'stdlib' (the interpreter's own sources), or a text file, folder or glob"
+        "stdlib",
+        "'stdlib' (the interpreter's own sources), a text file, folder or glob, or a folder that "
+        "pldr-data build has made",
+    )
+    mixture: tuple[str, ...] = _field(
+        (), "folders that pldr-data build has made, trained on together; takes source's place"
+    )
+    mixture_weights: tuple[float, ...] = _field(
+        (), "shares of the rows, one a folder of mixture; () is by their tokens"
     )
     tokenizer: str | None = _field(
         None,
@@ -190,13 +205,37 @@ class DataConfig(_Validated):
         1_000_000, "text that a new tokenizer is trained on", low=1000
     )
     validation_fraction: float = _field(
-        0.05, "share of the documents held out, chosen by their names", above=0, high=0.5
+        0.05,
+        "share of the documents held out, chosen by their names; prepared text has its own",
+        above=0,
+        high=0.5,
     )
+    packing: Literal["pack", "document", "segment"] = _field(
+        "pack",
+        "what a row is: documents joined and cut, a document or a piece of one, or several of "
+        "these side by side, each with its own G_LM",
+    )
+    max_segments: int = _field(8, "documents in a row at most (packing = 'segment')", low=1)
     batch_size: int = _field(16, "sequences in a step, over all devices", low=1)
     seed: int = _field(0, "seed of the shuffle", low=0)
+    epochs: int | None = _field(
+        None, "passes over the text at most, more Training.steps are an error; None is any", low=1
+    )
     cache_dir: str | None = _field(
         None, "where tokenised text is kept; None is the user's cache folder"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mixture_weights and len(self.mixture_weights) != len(self.mixture):
+            self.fail("mixture_weights", f"must be one a folder of mixture, {len(self.mixture)}")
+        if any(not 0 < weight < math.inf for weight in self.mixture_weights):
+            self.fail("mixture_weights", "must all be greater than 0")
+
+    @property
+    def segments_per_row(self) -> int:
+        """K, the segments of a row that are kept apart; 1 unless packing is 'segment'."""
+        return self.max_segments if self.packing == "segment" else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +272,21 @@ class TrainingConfig(_Validated):
     """Length of the run, evaluation and logging."""
 
     steps: int = _field(1000, "optimiser steps", low=1)
+    accumulate: int = _field(
+        1,
+        "parts that a batch is split into, computed one after the other; the update is that of the "
+        "whole batch",
+        low=1,
+    )
+    skip_nonfinite: bool = _field(
+        False, "leave out updates whose loss or gradient is not finite, instead of stopping"
+    )
+    max_nonfinite: int = _field(
+        10, "such updates in a row after which training stops all the same", low=1
+    )
+    spike_nats: float = _field(
+        1.0, "a loss so far above the mean of the last 100 steps is counted as a spike", above=0
+    )
     seed: int = _field(0, "seed of the initial parameters", low=0)
     log_every: int = _field(10, "steps between rows of training metrics", low=1)
     eval_every: int = _field(200, "steps between evaluations", low=1)
@@ -245,21 +299,42 @@ class TrainingConfig(_Validated):
     )
     sample_tokens: int = _field(64, "new tokens in that sample", low=1)
     tensorboard: bool = _field(True, "also write TensorBoard event files")
+    wandb_project: str | None = _field(
+        None, "also send metrics to this project of Weights & Biases (the extra wandb)"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig(_Validated):
     """Decoding: where G_LM comes from and how the next token is drawn."""
 
-    max_new_tokens: int = _field(128, "new tokens for each prompt", low=1)
+    max_new_tokens: int = _field(128, "new tokens for each prompt", low=1, high=2**31 - 1)
     temperature: float = _field(0.0, "0 is greedy; otherwise logits are divided by it", low=0)
-    top_k: int = _field(0, "draw from the k most probable tokens; 0 is off", low=0)
+    top_k: int = _field(0, "draw from the k most probable tokens; 0 is off", low=0, high=2**31 - 1)
     top_p: float = _field(
         1.0, "draw from the smallest set whose probability reaches p; 1 is off", above=0, high=1
     )
-    seed: int = _field(0, "seed of the draws", low=0)
-    g_mode: Literal["prompt", "recompute", "frozen"] = _field(
-        "prompt", "G_LM: the prompt's, recomputed at every token, or g_file"
+    min_p: float = _field(
+        0.0,
+        "draw from tokens at least this share as probable as the best one; 0 is off",
+        low=0,
+        high=1,
+    )
+    repetition_penalty: float = _field(
+        1.0, "above 1 makes tokens already in the text less probable; 1 is off", above=0
+    )
+    seed: int = _field(
+        0, "seed of the draws; the prompt of row i draws with seed + i", low=0, high=2**32 - 1
+    )
+    rows: int = _field(8, "prompts decoded side by side", low=1)
+    truncate: Literal["error", "left"] = _field(
+        "error",
+        "a prompt that is too long: an error, or cut at its start so that max_new_tokens fit too",
+    )
+    g_mode: Literal["prompt", "first", "frozen", "identity", "recompute"] = _field(
+        "prompt",
+        "G_LM: each prompt's, the first prompt's, g_file's or the checkpoint's own, the identity, "
+        "or recomputed at every token",
     )
     g_file: str | None = _field(
         None, "npz or safetensors file holding G_LM [L,N,H,H] (g_mode = 'frozen')"
@@ -268,11 +343,14 @@ class GenerationConfig(_Validated):
     g_cache: bool = _field(
         True, "cache G_LM itself; off caches the metric tensor A and recomputes the last steps"
     )
+    cache_dtype: Literal["auto", "float32", "bfloat16"] = _field(
+        "auto", "dtype of cached keys and values; auto is Model.dtype"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.g_mode == "frozen") != (self.g_file is not None):
-            self.fail("g_file", "must be given with g_mode = 'frozen', and only then")
+        if self.g_file is not None and self.g_mode != "frozen":
+            self.fail("g_file", f"is only read when g_mode = 'frozen', not {self.g_mode!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,6 +372,8 @@ class ExperimentConfig:
             self.optimizer.fail(
                 "warmup_steps", f"must be below the {decay_steps} steps of the schedule"
             )
+        if self.data.packing == "segment" and self.model.attention_kernel == "cudnn":
+            self.model.fail("attention_kernel", "the fused kernel knows no segments; take 'auto'")
         dag_terms = (self.loss.dag_a_lm, self.loss.dag_a_p, self.loss.dag_g_lm)
         if self.model.g_source != "learned" and any(dag_terms):
             self.model.fail(

@@ -35,6 +35,7 @@ from pldr_jax.gin import (
 _WIDTH = 100
 _DOC_COLUMN = 63
 _SIGNS = (("low", ">="), ("above", ">"), ("high", "<="))
+_VALUE = re.compile(r"""(?:^|(?<=,))((?:"[^"]*"|'[^']*'|[^,])*)""")
 _ATTRIBUTES = {group_name(type(f.default)): f.name for f in dataclasses.fields(ExperimentConfig)}
 _FIELDS = {
     f"{group}.{name}": annotation
@@ -110,6 +111,25 @@ def load_config(
             hint = _same_field(name) or suggest(name, sorted(used), "%")
             raise binding.error(f"nothing uses %{name}{hint}")
     return _build(base or ExperimentConfig(), groups, {b.key: b.where for b in settings})
+
+
+def parse_values(text: str, flag: str) -> tuple[str, tuple[str, ...]]:
+    """`Group.field=A,B` -> the field and its values, as texts for `load_config`; a value with a
+    comma in it is quoted.
+
+    Raises:
+        ConfigError: there is no such field, or no value.
+    """
+    key, equals, values = text.partition("=")
+    shown = f"{flag} {text}"
+    if not equals or "." not in key:
+        raise ConfigError(f"{shown}: expected Group.field=A,B,...")
+    if problem := _unknown(key):
+        raise ConfigError(f"{shown}: {problem}")
+    parts = tuple(part.strip() for part in _VALUE.findall(values))
+    if not all(parts):
+        raise ConfigError(f"{shown}: a value is missing")
+    return key, parts
 
 
 def _build(
@@ -192,12 +212,17 @@ def describe_differences(
     ]
 
 
+Options = argparse.Namespace
+"""A parsed command line: plain options, `gin_files` and `overrides`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Option:
     """A plain option of a program, such as `--run_dir PATH`.
 
     `name` is without its dashes, and is the attribute of the result. `repeat` collects the values
-    in a list. An option of type bool takes no value.
+    in a list. An option of type bool takes no value. `place` is an argument without a flag, which
+    must be given; several stand in their order.
     """
 
     name: str
@@ -208,6 +233,7 @@ class Option:
     repeat: bool = False
     choices: Sequence[str] | None = None
     metavar: str | None = None
+    place: bool = False
 
 
 class _Parser(argparse.ArgumentParser):
@@ -216,40 +242,57 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
+    fields = True
+
     def format_help(self) -> str:
-        return super().format_help() + "\n" + describe_fields()
+        fields = "\n" + describe_fields() if self.fields else ""
+        return super().format_help() + fields
 
 
 def parse_args(
-    argv: Sequence[str], program: str, description: str, options: Sequence[Option] = ()
+    argv: Sequence[str],
+    program: str,
+    description: str,
+    options: Sequence[Option] = (),
+    fields: bool = True,
 ) -> argparse.Namespace:
     """The command line: an attribute for each option, `gin_files` and `overrides`.
 
     `argv` is without the program's name. The last two are for `load_config`, which checks the
-    values of config fields.
+    values of config fields; `fields` False is a program that takes none.
 
     Raises:
         SystemExit: status 0 after printing the help for `--help`; status 2 after one line on
             stderr where a flag is unknown, malformed or missing.
     """
+    places = [option.metavar or option.name for option in options if option.place]
+    gin = ["[--gin_file=PATH ...] [--gin.Group.field=VALUE ...]"] if fields else []
     parser = _Parser(
         program,
-        usage=f"{program} [--gin_file=PATH ...] [--gin.Group.field=VALUE ...] [options]",
+        usage=" ".join([program, *places, *gin, "[options]"]),
         description=description,
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(
             prog, max_help_position=28, width=_WIDTH
         ),
     )
-    parser.add_argument(
-        "--gin_file",
-        action="append",
-        default=[],
-        dest="gin_files",
-        metavar="PATH",
-        help="config file; repeatable, a later file wins, and --gin.* flags win over files",
-    )
+    parser.fields = fields
+    if fields:
+        parser.add_argument(
+            "--gin_file",
+            action="append",
+            default=[],
+            dest="gin_files",
+            metavar="PATH",
+            help="config file; repeatable, a later file wins, and --gin.* flags win over files",
+        )
     for option in options:
+        if option.place:
+            # Its absence is reported below, in the words of every other option.
+            parser.add_argument(
+                option.name, nargs="?", type=option.type, metavar=option.metavar, help=option.doc
+            )
+            continue
         note = " (required)" if option.required else " (repeatable)" if option.repeat else ""
         if option.default is not None and option.type is not bool:
             note += f" (default {option.default})"
@@ -262,19 +305,25 @@ def parse_args(
             keywords |= {"action": "append", "default": []} if option.repeat else {}
         parser.add_argument(f"--{option.name}", dest=option.name, **keywords)
     try:
-        plain, overrides = _split_overrides(argv)
+        plain, overrides = _split_overrides(argv) if fields else (list(argv), [])
     except ConfigError as error:
         parser.error(str(error))
     namespace, unknown = parser.parse_known_args(plain)
     if unknown:
         flag = unknown[0].partition("=")[0]
-        known = ["--gin_file", "--help", *(f"--{option.name}" for option in options)]
+        known = [
+            *(["--gin_file"] if fields else []),
+            "--help",
+            *(f"--{option.name}" for option in options),
+        ]
         parser.error(
             f"{flag}: no such flag{suggest(flag, known)}"
             if flag.startswith("-")
             else f"{flag!r} follows no flag"
         )
     for option in options:
+        if option.place and getattr(namespace, option.name) is None:
+            parser.error(f"{option.metavar or option.name} is required: {option.doc}")
         if option.required and getattr(namespace, option.name) in (None, []):
             parser.error(f"--{option.name} is required: {option.doc}")
     namespace.overrides = overrides

@@ -9,6 +9,7 @@ whole on every device: 14 heads over 4 tensor devices stay whole, F = 2389 (a pr
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import flax.linen as nn
@@ -119,6 +120,11 @@ def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
     """The sharding of an array `[B, ...]`: batch over the data and fsdp axes."""
     names = ("batch",) + (None,) * (len(shape) - 1)
     return NamedSharding(mesh, partition_spec(shape, names, dict(mesh.shape)))
+
+
+def mesh_scope(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """The scope in which `constrain` knows the mesh; None is a single device, without one."""
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

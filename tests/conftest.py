@@ -75,5 +75,8 @@ def case(request: pytest.FixtureRequest) -> Golden:
 def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or writes the user's own cache of tokenised text."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PLDR_CACHE", str(tmp_path_factory.mktemp("pldr_cache")))
+        folder = tmp_path_factory.getbasetemp()
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            folder = folder.parent  # shared by the workers: what one compiled, the other reads
+        patch.setenv("PLDR_CACHE", str(folder / "pldr_cache"))
         yield

@@ -26,7 +26,14 @@ PUBLISHED = {
     "sub_110m_2": (3e-4, 2000, 250_000),
     "pldr_110m": (1.0e-3, 1000, 250_000),
 }
-PARAMETERS = {"sdpa_110m": 105_606_482, "pldr_104m": 104_237_120}
+PARAMETERS = {
+    "sdpa_110m": 105_606_482,
+    "pldr_104m": 104_237_120,
+    "pldr_350m": 339_918_848,
+    "pldr_1b": 1_077_820_544,
+    "pldr_7b": 6_891_491_584,
+}
+CHIPS = {"pldr_350m": 8, "pldr_1b": 32, "pldr_7b": 64}
 
 
 def load(name: str) -> ExperimentConfig:
@@ -70,7 +77,7 @@ def test_published_settings(name):
 
 def test_variants_change_what_they_are_named_for():
     base, dag = load("pldr_110m"), load("dag_110m")
-    assert dataclasses.astuple(dag.loss) == (0.05, 0.05, 0.05)
+    assert (dag.loss.dag_a_lm, dag.loss.dag_a_p, dag.loss.dag_g_lm) == (0.05, 0.05, 0.05)
     assert dataclasses.replace(dag, loss=base.loss) == base
     sdpa = load("sdpa_110m")
     assert sdpa.model == dataclasses.replace(base.model, g_source="identity")
@@ -84,7 +91,20 @@ def test_parameter_counts(path):
     config = load_config([path])
     shapes = jax.eval_shape(lambda key: init_params(config.model, key), jax.random.key(0))
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    if path.stem == "nano":
+    if path.stem in ("nano", "phase"):
         assert count < 1_000_000
     else:
         assert count == PARAMETERS.get(path.stem, 109_689_362)
+    stated = re.findall(r"([\d,]{7,}) parameters", path.read_text(encoding="utf-8"))
+    assert not stated or [int(text.replace(",", "")) for text in stated] == [count]
+
+
+@pytest.mark.parametrize("name", CHIPS)
+def test_larger_shapes_state_a_mesh_that_divides(name):
+    config = load(name)
+    mesh, model = config.mesh, config.model
+    assert mesh.data * mesh.fsdp * mesh.tensor == CHIPS[name]
+    assert f"on {CHIPS[name]} chips" in (CONFIGS / f"{name}.gin").read_text(encoding="utf-8")
+    assert config.data.batch_size % (mesh.data * mesh.fsdp) == 0
+    widths = (model.num_heads, model.ffn_width, model.vocab_size)
+    assert all(width % mesh.tensor == 0 for width in widths) and model.model_dim % mesh.fsdp == 0

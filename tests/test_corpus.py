@@ -142,7 +142,9 @@ def test_whatever_changes_the_tokens_changes_the_entry(folder) -> None:
     assert len(digests) == 6
 
 
-@pytest.mark.parametrize("name", ["train.bin", "validation.bin", "tokenizer.model", "meta.json"])
+@pytest.mark.parametrize(
+    "name", ["train.bin", "validation.lengths", "tokenizer.model", "meta.json"]
+)
 @pytest.mark.parametrize("damage", ["cut", "removed"])
 def test_damaged_entry_is_made_again(folder, name: str, damage: str) -> None:
     first, _ = prepared(folder)

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +216,35 @@ def test_summary_table() -> None:
         0
     ] == "held-out loss"
     assert "2.31" in table and "a [b]" in table and "c [d]" in table
+
+
+def test_rows_go_to_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under one id, before and after a restart."""
+    sent: list[Any] = []
+
+    class Run:
+        def log(self, values: dict[str, float], step: int) -> None:
+            sent.append((step, values))
+
+        def finish(self) -> None:
+            sent.append("finished")
+
+    def init(**settings: Any) -> Run:
+        sent.append(settings)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    for resume_step in (None, 1):
+        with MetricWriter(tmp_path, False, resume_step, wandb_project="mine") as writer:
+            writer.write(1 if resume_step is None else 2, {"train/loss": 2.5})
+    assert sent[0]["project"] == "mine" and sent[0]["resume"] == "allow"
+    assert sent[1:3] == [(1, {"train/loss": 2.5}), "finished"]
+    assert sent[3] == sent[0] and sent[4][0] == 2
+
+
+def test_weights_and_biases_missing_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MetricsError, match=r"^Training\.wandb_project = 'mine': needs wandb"):
+        MetricWriter(tmp_path, False, None, wandb_project="mine")

@@ -12,6 +12,7 @@ import pytest
 
 from pldr_jax.config import ModelConfig
 from pldr_jax.inference.decode import decode_step, prefill
+from pldr_jax.model.attention import attend, attend_in_blocks
 from pldr_jax.model.decoder import Params, forward, init_params, unstack_layers
 from pldr_jax.model.deductive import identity_g_lm, random_g_lm
 from pldr_jax.model.rope import rotate
@@ -184,7 +185,7 @@ def test_bfloat16_keeps_parameters_and_deductive_outputs_in_float32() -> None:
     outputs = jitted(config)(make_params(), TOKENS)
     assert outputs.logits.dtype == jnp.float32
     assert [value.dtype for _, value in outputs.deductive.items()] == [jnp.float32] * 4
-    assert outputs.layers.k_BSNH.dtype == outputs.hidden.dtype == jnp.bfloat16
+    assert outputs.layers.k_BTNH.dtype == outputs.hidden.dtype == jnp.bfloat16
     loss, gradient = loss_and_gradient(config)
     assert float(loss) == pytest.approx(float(loss_and_gradient(CONFIG)[0]), abs=0.2)
     for leaf in jax.tree.leaves(gradient):
@@ -228,6 +229,32 @@ def test_remat_and_unroll_change_no_number(changes: dict[str, Any]) -> None:
 
 
 # Predefined G_LM
+
+
+@pytest.mark.parametrize("block", [1, 5, 12, 64])
+def test_attention_in_blocks_is_attention(block: int) -> None:
+    """The same numbers and gradients, without the scores of all pairs."""
+    q, k, v, weight = jax.random.normal(jax.random.key(0), (4, 2, 12, 3, 8))
+
+    def whole(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return (weight * attend(q, k, v, "xla")).sum()
+
+    def parts(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return (weight * attend_in_blocks(q, k, v, block)).sum()
+
+    assert gap(attend_in_blocks(q, k, v, block), attend(q, k, v, "xla")) < 1e-6
+    gradients = [jax.jit(jax.grad(f, argnums=(0, 1, 2)))(q, k, v) for f in (whole, parts)]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), *gradients)
+    program = jax.jit(jax.grad(parts)).lower(q, k, v).as_text()
+    assert ("tensor<2x3x12x12xf32>" in program) == (block == 12)
+
+
+def test_long_contexts_go_in_blocks() -> None:
+    shapes = [jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32) for length in (2047, 2048)]
+    for shape, whole in zip(shapes, (True, False), strict=True):
+        length = shape.shape[1]
+        program = jax.jit(lambda q, k, v: attend(q, k, v, "auto")).lower(shape, shape, shape)
+        assert (f"tensor<1x1x{length}x{length}xf32>" in program.as_text()) == whole
 
 
 def test_identity_is_g_lm_of_ones_on_the_diagonal() -> None:

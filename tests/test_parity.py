@@ -26,7 +26,7 @@ from conftest import Golden
 from pldr_jax.api import LanguageModel
 from pldr_jax.config import ExperimentConfig, OptimizerConfig, TrainingConfig
 from pldr_jax.inference.decode import decode_step, full_step, prefill
-from pldr_jax.interop.transformers import to_tensors
+from pldr_jax.interop.names import to_tensors
 from pldr_jax.model.attention import attention_scores
 from pldr_jax.model.cache import Cache, LayerCache
 from pldr_jax.model.decoder import Decoder, ModelOutputs, forward, unstack_layers
@@ -62,13 +62,13 @@ def forward_of(case: Golden) -> tuple[ModelOutputs, jax.Array]:
 def test_forward(case: Golden) -> None:
     # worst of all: A_P, 2.5e-6 and 1.2e-5; logits 4e-7 and 1.4e-6
     outputs, query_LBTNH = forward_of(case)
-    keys = outputs.layers.k_BSNH
+    keys = outputs.layers.k_BTNH
     actual = {
         "logits": outputs.logits,
         "hidden": outputs.hidden,
         **dict(outputs.deductive.items()),
         "keys": keys,
-        "values": outputs.layers.v_BSNH,
+        "values": outputs.layers.v_BTNH,
         "attention_logits": jax.vmap(attention_scores)(query_LBTNH, keys),
     }
     assert len(actual) == 9

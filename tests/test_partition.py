@@ -1,12 +1,17 @@
 """Meshes, logical axes, and the same training step on every mesh of eight simulated devices."""
 
+import collections
 import dataclasses
 import functools
+import re
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from conftest import GOLDENS
+from helpers import REPOSITORY
 from jax.sharding import PartitionSpec
 
 from pldr_jax.config import (
@@ -18,7 +23,9 @@ from pldr_jax.config import (
     OptimizerConfig,
     TrainingConfig,
 )
-from pldr_jax.partition import RULES, batch_sharding, build_mesh, partition_spec
+from pldr_jax.flags import load_config
+from pldr_jax.model.shapes import abstract_params
+from pldr_jax.partition import RULES, batch_sharding, build_mesh, partition_spec, shardings
 from pldr_jax.training.step import TrainState, abstract_state, create_state, jit_train_step
 
 CONFIG = ExperimentConfig(
@@ -47,8 +54,8 @@ def born(mesh_config: MeshConfig, devices: int) -> TrainState:
 
 
 @functools.cache
-def one_step(mesh_config: MeshConfig, devices: int) -> tuple[TrainState, dict[str, float]]:
-    """The state after a step from the same initial state, and the step's metrics."""
+def some_steps(mesh_config: MeshConfig, devices: int) -> tuple[TrainState, dict[str, float]]:
+    """The state after three steps from the same initial state, and the last one's metrics."""
     mesh = build_mesh(mesh_config, jax.devices()[:devices])
     rows = np.random.default_rng(0).integers(1, 64, (8, 12)).astype(np.int32)
     whole = jax.tree.map(np.array, born(MeshConfig(1, 1, 1), 1))
@@ -59,20 +66,22 @@ def one_step(mesh_config: MeshConfig, devices: int) -> tuple[TrainState, dict[st
         state = jax.device_put(whole, layout)
         rows = jax.device_put(rows, batch_sharding(mesh, rows.shape))
         lowered = jit_train_step(CONFIG, mesh, state).lower(state, rows)
-        after, metrics = lowered.compile({"xla_backend_optimization_level": 0})(state, rows)
-    return after, {name: float(value) for name, value in metrics.items()}
+        step = lowered.compile({"xla_backend_optimization_level": 0})
+        for _ in range(3):
+            state, metrics = step(state, rows)
+    return state, {name: float(value) for name, value in metrics.items()}
 
 
 def test_eight_devices_are_simulated() -> None:
     assert len(jax.devices()) == 8
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
-def test_a_step_is_the_same_on_every_mesh(sizes: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)])
+def test_three_steps_are_the_same_on_every_mesh(sizes: tuple[int, int, int]) -> None:
     before = born(MeshConfig(1, 1, 1), 1)
-    whole, whole_metrics = one_step(MeshConfig(1, 1, 1), 1)
-    after, metrics = one_step(MeshConfig(*sizes), 8)
-    assert metrics["train/learning_rate"] == pytest.approx(1e-2)
+    whole, whole_metrics = some_steps(MeshConfig(1, 1, 1), 1)
+    after, metrics = some_steps(MeshConfig(*sizes), 8)
+    assert metrics["train/learning_rate"] == pytest.approx(whole_metrics["train/learning_rate"])
     assert metrics["train/loss"] == pytest.approx(whole_metrics["train/loss"], abs=1e-5)
     assert metrics["train/grad_norm"] == pytest.approx(whole_metrics["train/grad_norm"], rel=1e-3)
 
@@ -124,13 +133,13 @@ def test_the_state_is_born_sharded() -> None:
 
 
 def test_a_step_keeps_the_shardings() -> None:
-    after = one_step(MeshConfig(2, 2, 2), 8)[0]
+    after = some_steps(MeshConfig(2, 2, 2), 8)[0]
     query = after.params["layers"]["attention"]["q"]["kernel"]
     assert {shard.data.shape for shard in query.addressable_shards} == {(2, 8, 1, 8)}
 
 
 def test_axes_that_do_not_divide_stay_whole() -> None:
-    params = one_step(MeshConfig(1, 1, 8), 8)[0].params
+    params = some_steps(MeshConfig(1, 1, 8), 8)[0].params
     # 2 heads and F = 42 over 8 devices; the vocabulary of 64 divides.
     for leaf, shape in {
         "q": (params["layers"]["attention"]["q"]["kernel"], (2, 16, 2, 8)),
@@ -176,3 +185,48 @@ def test_mesh_sizes() -> None:
         MeshConfig(-1, -1, 1)
     with pytest.raises(ConfigError, match="^Mesh.tensor = 0"):
         dataclasses.replace(MeshConfig(), tensor=0)
+
+
+def table_110m(sizes: tuple[int, int, int]) -> list[tuple[str, tuple[int, ...], PartitionSpec]]:
+    """Name, shape and PartitionSpec of every parameter of the published model; nothing is made."""
+    boxed = abstract_params(load_config([REPOSITORY / "configs" / "pldr_110m.gin"], []).model)
+    placed = jax.tree.leaves(shardings(boxed, build_mesh(MeshConfig(*sizes))))
+    leaves = jax.tree.leaves_with_path(nn.unbox(boxed))
+    return [
+        ("/".join(key.key for key in path), leaf.shape, sharding.spec)
+        for (path, leaf), sharding in zip(leaves, placed, strict=True)
+    ]
+
+
+def test_where_each_parameter_of_the_published_model_lies() -> None:
+    lines = []
+    for name, shape, spec in table_110m((2, 2, 2)):
+        axes = [axis or "-" for axis in padded(spec, len(shape))]
+        lines.append(f"{name:60s} {'x'.join(map(str, shape)):22s} {' '.join(axes)}")
+    assert lines == (GOLDENS / "partition_110m_2x2x2.txt").read_text().splitlines()
+
+
+def test_no_large_parameter_is_whole_everywhere_under_fsdp() -> None:
+    for name, shape, spec in table_110m((1, 8, 1)):
+        if 4 * np.prod(shape) > 2**20:
+            assert "fsdp" in spec, name
+
+
+def test_an_fsdp_step_gathers_parameters_and_reduces_gradients() -> None:
+    """No collective holds more than a parameter's part or a batch's activations."""
+    config = dataclasses.replace(
+        CONFIG, model=dataclasses.replace(CONFIG.model, g_source="identity", vocab_size=512)
+    )
+    mesh = build_mesh(MeshConfig(1, 8, 1))
+    with jax.set_mesh(mesh):
+        state = create_state(config, mesh)
+        rows = jax.device_put(np.ones((8, 12), np.int32), batch_sharding(mesh, (8, 12)))
+        text = jit_train_step(config, mesh, state).lower(state, rows).compile().as_text()
+    made = re.findall(
+        r"= [^=]*? (all-[a-z-]+|reduce-scatter|collective-permute)(?:-start)?\(", text
+    )
+    assert set(made) <= {"all-gather", "all-reduce", "reduce-scatter"}, collections.Counter(made)
+    gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather(?:-start)?\(", text)
+    assert "512,16" in gathered  # the embedding table, before its rows are taken
+    logits = {"8,11,512", "8,512,11"}
+    assert not logits & set(gathered)

@@ -9,7 +9,8 @@ import pytest
 
 from pldr_jax.config import ConfigError
 from pldr_jax.data.corpus import TokenFile
-from pldr_jax.data.pipeline import TokenRows, TrainIterator, train_iterator, validation_rows
+from pldr_jax.data.pipeline import TrainIterator, train_iterator, validation_rows
+from pldr_jax.data.rows import TokenRows
 
 C, B, ROWS = 4, 8, 50
 
@@ -31,7 +32,7 @@ def take(iterator: TrainIterator, n: int) -> np.ndarray:
 
 
 def batches(token_file: TokenFile, n: int, seed: int = 0, process=(0, 1)) -> np.ndarray:
-    with train_iterator(token_file, C, B, seed, *process) as iterator:
+    with train_iterator([TokenRows(token_file, C)], B, seed, *process) as iterator:
         return take(iterator, n)
 
 
@@ -95,12 +96,12 @@ def test_processes_share_each_global_batch(token_file, processes: int) -> None:
 @pytest.mark.parametrize("taken", [0, 1, 6, 7, 20])
 def test_resumed_stream_equals_the_uninterrupted_one(token_file, taken: int) -> None:
     expected = batches(token_file, taken + 10)
-    with train_iterator(token_file, C, B, 0) as first:
+    with train_iterator([TokenRows(token_file, C)], B, 0) as first:
         for _ in range(taken):
             next(first)
         state = json.loads(json.dumps(first.state))
     assert state == {"next_index": taken}
-    with train_iterator(token_file, C, B, 0) as second:
+    with train_iterator([TokenRows(token_file, C)], B, 0) as second:
         next(second)  # whatever was read ahead must be dropped
         second.state = state
         assert second.state == state
@@ -111,7 +112,7 @@ def test_state_moves_to_another_number_of_processes(token_file) -> None:
     expected = batches(token_file, 9)[5:]
     parts = []
     for p in range(2):
-        with train_iterator(token_file, C, B, 0, p, 2) as iterator:
+        with train_iterator([TokenRows(token_file, C)], B, 0, p, 2) as iterator:
             iterator.state = {"next_index": 5}
             parts.append(take(iterator, 4))
     for k in range(4):
@@ -121,12 +122,15 @@ def test_state_moves_to_another_number_of_processes(token_file) -> None:
 
 @pytest.mark.parametrize("state", [{}, {"next_index": -1}, {"next_index": "5"}])
 def test_bad_state_is_refused(token_file, state) -> None:
-    with train_iterator(token_file, C, B, 0) as iterator, pytest.raises(ValueError, match="state"):
+    with (
+        train_iterator([TokenRows(token_file, C)], B, 0) as iterator,
+        pytest.raises(ValueError, match="state"),
+    ):
         iterator.state = state
 
 
 def test_closed_iterator_gives_nothing(token_file) -> None:
-    iterator = train_iterator(token_file, C, B, 0)
+    iterator = train_iterator([TokenRows(token_file, C)], B, 0)
     next(iterator)
     iterator.close()
     iterator.close()
@@ -137,17 +141,17 @@ def test_closed_iterator_gives_nothing(token_file) -> None:
 def test_less_text_than_a_batch_is_a_one_line_error(tmp_path) -> None:
     assert batches(numbered(tmp_path, B * C), 1).shape == (1, B, C)
     with pytest.raises(ConfigError, match=r"^Data\.batch_size = 8: .*Data\.source.* 7 rows") as e:
-        train_iterator(numbered(tmp_path, B * C - 1), C, B, 0)
+        train_iterator([TokenRows(numbered(tmp_path, B * C - 1), C)], B, 0)
     assert "\n" not in str(e.value)
 
 
 def test_processes_must_divide_the_batch(token_file) -> None:
     with pytest.raises(ConfigError, match=r"^Data\.batch_size = 8: .*3 processes"):
-        train_iterator(token_file, C, B, 0, 0, 3)
+        train_iterator([TokenRows(token_file, C)], B, 0, 0, 3)
 
 
 def test_validation_rows_spread_and_never_overlap_calibration(token_file) -> None:
-    chosen = validation_rows(token_file, C, 20, calibration_rows=10)
+    chosen = validation_rows([TokenRows(token_file, C)], 20, calibration_rows=10)
     rows, calibration = row_numbers(chosen.rows_RC), row_numbers(chosen.calibration_RC)
     assert (len(rows), len(calibration)) == (20, 10)
     assert len({*rows, *calibration}) == 30
@@ -156,28 +160,91 @@ def test_validation_rows_spread_and_never_overlap_calibration(token_file) -> Non
 
 
 def test_validation_rows_are_repeatable_and_nested(token_file) -> None:
-    few, more = (validation_rows(token_file, C, n) for n in (5, 20))
+    few, more = (validation_rows([TokenRows(token_file, C)], n) for n in (5, 20))
     np.testing.assert_array_equal(few.rows_RC, more.rows_RC[:5])
     np.testing.assert_array_equal(few.calibration_RC, more.calibration_RC)
-    other = validation_rows(token_file, C, 20, seed=1)
+    other = validation_rows([TokenRows(token_file, C)], 20, seed=1)
     assert (other.rows_RC != more.rows_RC).any()
 
 
 @pytest.mark.parametrize("rows", [0, 1000])
 def test_all_validation_rows(token_file, rows: int) -> None:
-    chosen = validation_rows(token_file, C, rows, calibration_rows=10)
+    chosen = validation_rows([TokenRows(token_file, C)], rows, calibration_rows=10)
     both = [*row_numbers(chosen.rows_RC), *row_numbers(chosen.calibration_RC)]
     assert sorted(both) == list(range(ROWS))
     assert len(chosen.calibration_RC) == 10
 
 
 def test_no_calibration_rows(token_file) -> None:
-    chosen = validation_rows(token_file, C, 0, calibration_rows=0)
+    chosen = validation_rows([TokenRows(token_file, C)], 0, calibration_rows=0)
     assert chosen.calibration_RC.shape == (0, C) and chosen.rows_RC.shape == (ROWS, C)
 
 
 def test_short_held_out_text(tmp_path) -> None:
-    chosen = validation_rows(numbered(tmp_path, 2 * C), C, 0)
+    chosen = validation_rows([TokenRows(numbered(tmp_path, 2 * C), C)], 0)
     assert (len(chosen.rows_RC), len(chosen.calibration_RC)) == (1, 1)
     with pytest.raises(ConfigError, match=r"^Data\.source: .*only 1 rows.*validation_fraction"):
-        validation_rows(numbered(tmp_path, 2 * C - 1), C, 0)
+        validation_rows([TokenRows(numbered(tmp_path, 2 * C - 1), C)], 0)
+
+
+def test_the_stream_is_the_one_it_always_was(token_file) -> None:
+    """The default run must not change: these numbers were taken before there were packings."""
+    first = row_numbers(batches(token_file, 2)).reshape(2, B)
+    assert first.tolist() == [[21, 37, 31, 14, 9, 46, 28, 6], [24, 41, 36, 15, 23, 38, 5, 4]]
+    part = row_numbers(batches(token_file, 2, seed=3, process=(1, 2))).reshape(2, B // 2)
+    assert part.tolist() == [[30, 7, 3, 19], [0, 23, 49, 41]]
+    held_out = validation_rows([TokenRows(token_file, C)], 5)
+    assert row_numbers(held_out.rows_RC).tolist() == [47, 22, 10, 45, 30]
+
+
+@pytest.fixture
+def two(tmp_path, token_file) -> list[TokenRows]:
+    """Two texts of 50 and 20 rows; the second's numbers start at 1000."""
+    path = tmp_path / "second.bin"
+    np.arange(1000, 1000 + 20 * C, dtype=np.uint16).tofile(path)
+    return [TokenRows(token_file, C), TokenRows(TokenFile(path, "uint16", 1, 80, 80), C)]
+
+
+def mixed(two: list[TokenRows], n: int, process=(0, 1), **settings) -> np.ndarray:
+    with train_iterator(two, B, 0, *process, weights=(0.75, 0.25), **settings) as iterator:
+        return take(iterator, n)
+
+
+def test_a_mixture_has_its_shares_and_every_row_once_an_epoch(two) -> None:
+    stream = row_numbers(mixed(two, 40))
+    second = stream >= 250
+    assert second.mean() == 0.25
+    for k in range(0, len(stream), 40):
+        assert second[k : k + 40].sum() == 10  # evenly spread
+    for rows, size, offset in ((stream[~second], ROWS, 0), (stream[second], 20, 250)):
+        for k in range(len(rows) // size):
+            epoch = sorted(rows[k * size : (k + 1) * size])
+            assert epoch == list(range(offset, offset + size))
+
+
+def test_a_mixture_is_shared_and_resumed_like_one_text(two) -> None:
+    whole = mixed(two, 12)
+    parts = [mixed(two, 12, process=(p, 2)) for p in range(2)]
+    for k in range(12):
+        together = np.concatenate([row_numbers(part[k]) for part in parts])
+        assert sorted(together) == sorted(row_numbers(whole[k]))
+    with train_iterator(two, B, 0, weights=(0.75, 0.25), digest="d") as iterator:
+        iterator.state = {"next_index": 5, "text": "d"}
+        np.testing.assert_array_equal(take(iterator, 7), whole[5:])
+        assert iterator.state == {"next_index": 12, "text": "d"}
+        with pytest.raises(ConfigError, match="not the text"):
+            iterator.state = {"next_index": 5, "text": "other"}
+
+
+def test_epochs_end_the_stream(token_file) -> None:
+    with train_iterator([TokenRows(token_file, C)], B, 0, epochs=2) as iterator:
+        rows = row_numbers(np.stack(list(iterator)))
+        assert iterator.n_batches == 2 * ROWS // B == len(rows) // B
+    assert np.bincount(rows).max() == 2
+
+
+def test_held_out_rows_of_a_mixture_by_weight(two) -> None:
+    chosen = validation_rows(two, 12, 4, weights=(0.75, 0.25))
+    rows = row_numbers(chosen.rows_RC)
+    assert (rows >= 250).sum() == 3 and len(rows) == 12
+    assert len(chosen.calibration_RC) == 4 and row_numbers(chosen.calibration_RC).max() < 250

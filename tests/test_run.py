@@ -1,5 +1,6 @@
 """Whole runs: what a run leaves behind, every kind of model, and what is refused."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from pldr_jax.cli.train import train_main
 from pldr_jax.config import GROUPS
 from pldr_jax.data.tokenizer import Tokenizer
 from pldr_jax.flags import load_config
+from pldr_jax.training.lock import locked
 from pldr_jax.training.optimizer import decayed_matrices
 
 OUTPUTS = ("A", "A_LM", "A_P", "G_LM")
@@ -248,3 +250,26 @@ def test_help_lists_every_field() -> None:
         for name in cls.__dataclass_fields__:
             assert f"--gin.{group}.{name} " in result.stdout
     assert "--run_dir" in result.stdout and "--resume" in result.stdout
+
+
+def test_profile_of_some_steps(source, tmp_path, capsys) -> None:
+    arguments = (f"--run_dir={tmp_path / 'run'}", *flags(source, QUICK))
+    status, out, _ = run_here(capsys, train_main, *arguments, "--profile=1:1")
+    assert status == 0 and f"trace: {tmp_path / 'run' / 'profile'}" in out
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    for wrong in ("1", "0:3", "a:b"):
+        status, _, err = run_here(capsys, train_main, *arguments, f"--profile={wrong}")
+        assert (
+            status == 2
+            and err == f"error: --profile={wrong}: must be STEP:COUNT, two positive numbers\n"
+        )
+
+
+def test_a_run_folder_in_use_is_refused(source, tmp_path, capsys) -> None:
+    run_dir = tmp_path / "run"
+    with locked(run_dir):
+        status, _, err = run_here(capsys, train_main, f"--run_dir={run_dir}", *flags(source, QUICK))
+    assert status == 2 and err.count("\n") == 1
+    assert err.startswith(f"error: --run_dir={run_dir}: is in use by process {os.getpid()}")
+    with locked(run_dir):  # a lock that was left is no lock
+        pass

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pldr_jax.config import ConfigError
-from pldr_jax.inference.sampling import Sampling, draw, filter_logits
+from pldr_jax.inference.sampling import Sampling, draw, filter_logits, most_probable, penalize
 
 keep_logits = jax.jit(filter_logits)
 draw_tokens = jax.jit(draw)
@@ -95,6 +95,25 @@ def test_draws_depend_on_seed_and_position_alone() -> None:
     assert len(set(draw_tokens(logits, settings, jnp.zeros(64, int)).tolist())) > 5
 
 
+def test_min_p_is_relative_to_the_best_token() -> None:
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+    for min_p, kept in ((0.0, 4), (0.09, 4), (0.11, 3), (0.31, 2), (0.61, 1), (1.0, 1)):
+        settings = Sampling.create(1, temperature=1.0, min_p=min_p)
+        assert np.isfinite(filter_logits(logits, settings)).sum() == kept, min_p
+
+
+def test_repetition_penalty_makes_seen_tokens_less_probable() -> None:
+    logits, seen = jnp.array([[2.0, -2.0, 2.0, -2.0]]), jnp.array([[True, True, False, False]])
+    made = penalize(logits, seen, jnp.array([1.25]))
+    np.testing.assert_allclose(made, [[1.6, -2.5, 2.0, -2.0]], rtol=1e-6)
+    assert np.array_equal(penalize(logits, seen, jnp.array([1.0])), logits)
+
+
+def test_the_first_of_equal_tokens_is_the_greedy_one() -> None:
+    logits = jnp.array([[0.0, 3.0, 1.0, 3.0], [-1.0, -2.0, -3.0, -1.0], [1.0, 1.0, 1.0, 1.5]])
+    assert most_probable(logits).tolist() == [1, 0, 3] == jnp.argmax(logits, -1).tolist()
+
+
 @pytest.mark.parametrize("temperature,top_p,top_k", [(1.0, 1.0, 0), (0.7, 0.8, 0), (1.5, 1.0, 3)])
 def test_frequencies_follow_the_distribution(temperature: float, top_p: float, top_k: int) -> None:
     probabilities = np.array([0.35, 0.05, 0.3, 0.1, 0.2])
@@ -123,6 +142,9 @@ def test_frequencies_follow_the_distribution(temperature: float, top_p: float, t
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
         ({"top_k": -1}, "top_k"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"seed": -1}, "seed"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, float], name: str) -> None:

@@ -1,9 +1,11 @@
 """Tokenizer: exact round trips, special pieces, determinism, and errors in one line."""
 
+import io
 import pickle
 import random
 
 import pytest
+import sentencepiece
 
 from pldr_jax.config import ConfigError
 from pldr_jax.data.tokenizer import Tokenizer
@@ -128,3 +130,23 @@ def test_too_little_text_names_the_largest_vocabulary() -> None:
 def test_no_text_names_the_source(texts: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"^Data\.source: "):
         Tokenizer.train(texts, 300)
+
+
+def test_a_continuation_keeps_its_first_space(tokenizer: Tokenizer) -> None:
+    """Also with a tokenizer that puts a space before every text, as the published one does."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([f"return the {w} of a value" for w in "abcdefgh" * 20]),
+        model_writer=model,
+        vocab_size=60,
+        byte_fallback=False,
+        hard_vocab_limit=False,
+    )
+    text = "return the h of a value"
+    for one in (tokenizer, Tokenizer.from_bytes(model.getvalue())):
+        ids = one.encode(text)
+        for cut in range(len(ids) + 1):
+            rest = one.decode_continuation(ids[:cut], ids[cut:])
+            assert one.decode(ids[:cut]) + rest == one.decode(ids) == text
+    cuts = range(1, len(ids))
+    assert any(one.decode(ids[k:]) != one.decode_continuation(ids[:k], ids[k:]) for k in cuts)

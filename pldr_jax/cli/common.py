@@ -20,11 +20,12 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> Non
         raise SystemExit(130) from None
     except RuntimeError as error:
         # Imported only now: --help and a typo must not wait for JAX.
+        from pldr_jax.data.shards import DataError
         from pldr_jax.training.checkpoint import CheckpointError
         from pldr_jax.training.loop import TrainingError
         from pldr_jax.training.metrics import MetricsError
 
-        if not isinstance(error, (CheckpointError, MetricsError, TrainingError)):
+        if not isinstance(error, (CheckpointError, DataError, MetricsError, TrainingError)):
             raise
         _exit(error, FAILURE)
 

@@ -1,15 +1,18 @@
-"""`infer.py`: generates text from a checkpoint."""
+"""`infer.py`: generates text from a checkpoint, for one prompt or a file of them."""
 
+import os
 import sys
-from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pldr_jax.cli.common import keep_compiled_programs, run
+from pldr_jax.cli.common import FAILURE, keep_compiled_programs, run
+from pldr_jax.cli.freeze import freeze_main
 from pldr_jax.config import ConfigError, ExperimentConfig
-from pldr_jax.flags import Option, load_config, parse_args
+from pldr_jax.flags import Option, Options, load_config, parse_args
+from pldr_jax.inference.jobs import JsonlWriter, count_prompts, read_prompts
+from pldr_jax.inference.progress import JobProgress
 
 if TYPE_CHECKING:
-    from pldr_jax.api import LanguageModel
+    from pldr_jax.cli.batch import Output
 
 DESCRIPTION = "Generates text with a trained PLDR-LLM; its config is read from the checkpoint."
 OPTIONS = (
@@ -26,71 +29,155 @@ OPTIONS = (
         metavar="STEP",
     ),
     Option("prompt", "text to continue", repeat=True, metavar="TEXT"),
+    Option(
+        "prompt_file",
+        "prompts, one a line: text, or JSONL with prompt or tokens and settings of its own; - is "
+        "stdin",
+        metavar="PATH",
+    ),
+    Option("output", "JSONL file for the results; default: stdout", metavar="PATH"),
+    Option("resume", "continue the output of a job that was stopped", type=bool),
+    Option("logprobs", "add the log-probability of each new token to JSONL", type=bool),
+    Option("format", "of stdout", choices=("text", "jsonl"), default="text"),
+    Option(
+        "stream",
+        "print each text as it grows, as lines of [id] piece; a single --prompt always is",
+        type=bool,
+    ),
+    Option("stop", "string that ends a text, which is cut before it", repeat=True, metavar="TEXT"),
+    Option(
+        "truncate",
+        "same as --gin.Generation.truncate; left keeps the end of a prompt that is too long",
+        metavar="HOW",
+    ),
     Option("max_new_tokens", "same as --gin.Generation.max_new_tokens", type=int, metavar="N"),
     Option(
         "temperature", "same as --gin.Generation.temperature; 0 is greedy", type=float, metavar="T"
     ),
     Option("top_k", "same as --gin.Generation.top_k", type=int, metavar="K"),
     Option("top_p", "same as --gin.Generation.top_p", type=float, metavar="P"),
+    Option("min_p", "same as --gin.Generation.min_p", type=float, metavar="P"),
+    Option(
+        "repetition_penalty",
+        "same as --gin.Generation.repetition_penalty",
+        type=float,
+        metavar="X",
+    ),
     Option("seed", "same as --gin.Generation.seed", type=int, metavar="SEED"),
+    Option("rows", "same as --gin.Generation.rows", type=int, metavar="N"),
+    Option(
+        "freeze_g",
+        "generate nothing, but write a checkpoint with one calibrated G_LM in place of the PLGA "
+        "network to the folder --output; see infer.py --freeze_g --help",
+        type=bool,
+    ),
 )
-SHORTHANDS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+FREEZE = "--freeze_g"
+SHORTHANDS = (
+    "truncate",
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "seed",
+    "rows",
+)
 
 
 def infer_main(argv: list[str]) -> None:
-    """Parses the command line, loads the checkpoint and prints each prompt with its
-    continuation.
+    """Parses the command line, loads the checkpoint and continues every prompt.
+
+    Raises:
+      SystemExit: status 1 if a prompt failed; the others are written all the same.
     """
+    if FREEZE in argv:
+        freeze_main([argument for argument in argv if argument != FREEZE])
+        return
     options = parse_args(argv, "infer.py", DESCRIPTION, OPTIONS)
     shorthands = [
-        f"Generation.{name}={getattr(options, name)!r}"
+        f"Generation.{name}={getattr(options, name)}"
         for name in SHORTHANDS
         if getattr(options, name) is not None
     ]
     config = load_config(options.gin_files, [*options.overrides, *shorthands])
-    if not options.prompt:
-        raise ConfigError('--prompt: none was given; add --prompt "..." (it may be repeated)')
-    keep_compiled_programs(config.data.cache_dir)
-    from pldr_jax.api import load
+    _check(options)
+    try:
+        _infer(options, config)
+    except BrokenPipeError:  # the reader of stdout has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(FAILURE) from None
+    except OSError as error:
+        name = error.filename or options.output or options.prompt_file or "stdout"
+        print(f"error: {name}: {error.strerror or error}", file=sys.stderr)
+        raise SystemExit(FAILURE) from None
 
-    generate(load(options.checkpoint, options.step), options.prompt, config)
+
+def _check(options: Options) -> None:
+    if not options.prompt and options.prompt_file is None:
+        raise ConfigError('--prompt: none was given; add --prompt "..." or --prompt_file PATH')
+    if options.prompt and options.prompt_file is not None:
+        raise ConfigError("--prompt_file: cannot be given together with --prompt; choose one")
+    if options.resume and options.output is None:
+        raise ConfigError("--resume: needs the --output that is to be continued")
+    if options.stream and options.format == "jsonl" and options.output is None:
+        raise ConfigError("--stream: prints text; give --output PATH, or leave --format at text")
+    if options.logprobs and options.format == "text" and options.output is None:
+        raise ConfigError("--logprobs: are written as JSONL; add --output PATH or --format=jsonl")
+    if "" in options.stop:
+        raise ConfigError("--stop: must not be an empty string")
 
 
-def generate(lm: "LanguageModel", prompts: list[str], config: ExperimentConfig) -> None:
-    """Prints the continuations: one prompt's token by token, several when they are finished."""
-    from pldr_jax.model.deductive import read_g_lm
-
+def _infer(options: Options, config: ExperimentConfig) -> None:
     settings = config.generation
-    frozen = None
-    if settings.g_file is not None:
-        frozen = read_g_lm(settings.g_file, lm.config, "Generation.g_file")
-    recompute = settings.g_mode == "recompute"
-    stream = lm.stream(
-        prompts,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        seed=settings.seed,
-        g_lm=frozen,
-        kv_cache=settings.kv_cache and not recompute,
-        g_cache="none" if recompute else "G_LM" if settings.g_cache else "A",
+    # What can be wrong with files is said before the checkpoint is loaded.
+    jobs = read_prompts(options.prompt, options.prompt_file)
+    total = count_prompts(options.prompt_file) if options.prompt_file else len(options.prompt)
+    writer = JsonlWriter(options.output, options.resume) if options.output is not None else None
+    try:
+        keep_compiled_programs(config.data.cache_dir)
+        import jax
+
+        from pldr_jax.api import load
+        from pldr_jax.cli.batch import run_batch
+
+        dtype = None if settings.cache_dtype == "auto" else settings.cache_dtype
+        mesh = config.mesh if jax.device_count() > 1 else None
+        lm = load(options.checkpoint, options.step, dtype, mesh)
+        output = _output(options, writer, total)
+        with output.progress:
+            run_batch(lm, jobs, settings, output, options.stop, total)
+    finally:
+        if writer is not None:
+            writer.close()
+    print(output.progress.summary(), file=sys.stderr)
+    if writer is not None and writer.failed:
+        print(f"{writer.failed} of the earlier results are failures", file=sys.stderr)
+    if output.progress.failures or (writer is not None and writer.failed):
+        raise SystemExit(FAILURE)
+
+
+def _output(options: Options, writer: JsonlWriter | None, total: int | None) -> "Output":
+    from pldr_jax.cli.batch import Output
+
+    plain = writer is None and options.format == "text"
+    single = plain and len(options.prompt) == 1 and not options.stream
+    settings: dict[str, Any] = {
+        "writer": writer,
+        "json": options.format == "jsonl",
+        "logprobs": options.logprobs,
+        "stream": "text" if single else "pieces" if options.stream else None,
+    }
+    # A bar and texts would overwrite each other on one terminal.
+    to_stdout = writer is None or options.stream
+    progress = JobProgress(
+        total,
+        len(writer.done) if writer is not None else 0,
+        enabled=not single,
+        terminal=sys.stderr.isatty() and not (to_stdout and sys.stdout.isatty()),
     )
-    if len(prompts) > 1:
-        for prompt, result in zip(prompts, deque(stream, maxlen=1).pop(), strict=True):
-            print(f"{prompt}{result.text}\n--- {len(result.tokens)} tokens, {result.finish_reason}")
-        return
-    shown = ""
-    for (result,) in stream:
-        # The last character may be half of one that needs several byte tokens: it waits for the
-        # next token.
-        text = result.text if result.finish_reason else result.text.rstrip("\ufffd")
-        text = prompts[0] + text
-        if text.startswith(shown):
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    print()
-    print(f"--- {len(result.tokens)} tokens, {result.finish_reason}", file=sys.stderr)
+    return Output(progress=progress, **settings)
 
 
 def main() -> None:

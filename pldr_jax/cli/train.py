@@ -1,9 +1,14 @@
-"""`train.py`: trains a model as a config says."""
+"""`train.py`: trains a model as a config says, or several models that differ in a few values."""
 
 from pathlib import Path
 
+from pldr_jax.cli import plan as planning
+from pldr_jax.cli import sweep as sweeping
 from pldr_jax.cli.common import keep_compiled_programs, run
-from pldr_jax.flags import Option, load_config, parse_args
+from pldr_jax.cli.finetune import start_from
+from pldr_jax.cli.tasks import task_metrics
+from pldr_jax.config import ConfigError
+from pldr_jax.flags import Option, Options, load_config, parse_args
 
 DESCRIPTION = (
     "Trains a PLDR-LLM. Without --gin_file it is the small default run, a few minutes on a laptop."
@@ -11,7 +16,8 @@ DESCRIPTION = (
 OPTIONS = (
     Option(
         "run_dir",
-        "run folder; default: runs/ and the name of the last gin file, or runs/nano",
+        "run folder; default: runs/ and the name of the last gin file, or runs/nano; of a sweep, "
+        "the folder of its runs, with _sweep behind that name",
         metavar="DIR",
     ),
     Option(
@@ -20,21 +26,86 @@ OPTIONS = (
         default="auto",
         choices=("auto", "never", "required"),
     ),
+    Option("profile", "write a trace of COUNT steps from STEP on", metavar="STEP:COUNT"),
+    Option(
+        "coordinator",
+        "HOST:PORT of process 0 in a run of several processes; TPU pods, Slurm and Open MPI need "
+        "none of these three",
+        metavar="HOST:PORT",
+    ),
+    Option("processes", "number of processes", type=int, metavar="N"),
+    Option("process_index", "of this process, from 0", type=int, metavar="I"),
+    Option(
+        "init_from",
+        "fine-tuning: run folder or transformers layout whose model, weights and tokenizer the run "
+        "begins with; a run that goes on does not read it again",
+        metavar="DIR",
+    ),
+    Option(
+        "eval_tasks",
+        "tasks of lm-evaluation-harness to run at each evaluation, comma-separated, as for "
+        "pldr-eval; metrics eval/tasks/...",
+        metavar="LIST",
+    ),
+    Option(
+        "eval_tasks_limit", "examples of each of these tasks; default: all", type=int, metavar="N"
+    ),
 )
 
 
 def train_main(argv: list[str]) -> None:
     """Parses the command line, binds the config and trains."""
-    options = parse_args(argv, "train.py", DESCRIPTION, OPTIONS)
-    config = load_config(options.gin_files, options.overrides)
+    options = parse_args(
+        argv, "train.py", DESCRIPTION, (*OPTIONS, *sweeping.OPTIONS, *planning.OPTIONS)
+    )
     name = Path(options.gin_files[-1]).stem if options.gin_files else "nano"
+    planning.check(options)
+    if options.sweep and options.plan:
+        raise ConfigError("--plan: plans one run; leave out --sweep")
+    if options.sweep:
+        folder = Path(options.run_dir or Path("runs") / f"{name}_sweep")
+        sweeping.sweep(options, folder, _forwarded(options))
+        return
+    sweeping.check(options)
+    run_dir, initial = Path(options.run_dir or Path("runs") / name), None
+    if options.eval_tasks_limit is not None and options.eval_tasks is None:
+        raise ConfigError("--eval_tasks_limit: limits tasks; name them with --eval_tasks")
+    if options.init_from is None:
+        config = load_config(options.gin_files, options.overrides)
+    else:
+        config, initial = start_from(
+            options.init_from, run_dir, options.gin_files, options.overrides
+        )
     keep_compiled_programs(config.data.cache_dir)
+    if options.plan:
+        planning.plan(options, config)
+        return
     # After the flags: --help and a typo answer at once, without waiting for JAX.
+    from pldr_jax.hosts import join
+
+    join(options.coordinator, options.processes, options.process_index)
     from pldr_jax.training.loop import train
 
-    train(config, options.run_dir or Path("runs") / name, options.resume)
+    measure = None
+    if options.eval_tasks is not None:
+        measure = task_metrics(options.eval_tasks, options.eval_tasks_limit, config.data.batch_size)
+    train(config, run_dir, options.resume, options.profile, initial, measure)
+
+
+def _forwarded(options: Options) -> list[str]:
+    """The options of this program that each run of a sweep gets as well."""
+    given = {option.name: getattr(options, option.name) for option in OPTIONS}
+    return [
+        f"--{option.name}" if option.type is bool else f"--{option.name}={given[option.name]}"
+        for option in OPTIONS
+        if option.name != "run_dir" and given[option.name] != option.default
+    ]
 
 
 def main() -> None:
     """Entry point."""
     run(train_main)
+
+
+if __name__ == "__main__":
+    main()

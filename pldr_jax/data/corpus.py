@@ -5,6 +5,7 @@ contents of the source files, tokenizer, vocabulary size and held-out share.
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -18,9 +19,10 @@ import sentencepiece
 
 from pldr_jax.config import ConfigError, DataConfig
 from pldr_jax.data import cache, sources
+from pldr_jax.data.shards import LENGTHS
 from pldr_jax.data.tokenizer import TRAINING_BLOCK, Tokenizer
 
-_FORMAT = 1
+_FORMAT = 2
 """Part of the cache key: raised whenever the same settings would give other tokens."""
 _SPLITS = ("train", "validation")
 
@@ -44,6 +46,27 @@ class TokenFile:
     def tokens(self) -> np.ndarray:
         """All ids [n_tokens], mapped from the file, read-only."""
         return np.memmap(self.path, self.dtype, "r", shape=(self.n_tokens,))
+
+    @property
+    def digest(self) -> str:
+        """Names the tokens: the cache entry is named after what they were made of."""
+        return f"{self.path.parent.name}/{self.path.name}"
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document [n_documents], end piece included."""
+        return np.fromfile(self.path.with_suffix(LENGTHS), "<u4", self.n_documents)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start..stop."""
+        return self._map[start:stop]
+
+    @functools.cached_property
+    def _map(self) -> np.ndarray:
+        return self.tokens
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_map"}
 
     @property
     def bytes_per_token(self) -> float:
@@ -178,11 +201,14 @@ def _write_tokens(
     held_out: frozenset[str],
     tokenizer: Tokenizer,
 ) -> dict[str, dict[str, Any]]:
-    """Writes train.bin and validation.bin; gives the counts that `TokenFile` has, by split."""
+    """Writes the tokens of both splits, and the lengths of their documents; gives the counts that
+    `TokenFile` has, by split.
+    """
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     counts: dict[str, dict[str, Any]] = {
         split: {"dtype": dtype, "n_documents": 0, "n_tokens": 0, "n_bytes": 0} for split in _SPLITS
     }
+    lengths: dict[str, list[int]] = {split: [] for split in _SPLITS}
     with (folder / "train.bin").open("wb") as train, (folder / "validation.bin").open("wb") as held:
         files: dict[str, BinaryIO] = {"train": train, "validation": held}
         for group in _groups(sources.documents(source), 64):
@@ -190,9 +216,12 @@ def _write_tokens(
             for document, row in zip(group, rows, strict=True):
                 split = "validation" if document.name in held_out else "train"
                 files[split].write(np.asarray([*row, tokenizer.eos_id], dtype).tobytes())
+                lengths[split].append(len(row) + 1)
                 counts[split]["n_documents"] += 1
                 counts[split]["n_tokens"] += len(row) + 1
                 counts[split]["n_bytes"] += len(document.text.encode())
+    for split in _SPLITS:
+        np.asarray(lengths[split], "<u4").tofile(folder / f"{split}{LENGTHS}")
     return counts
 
 
@@ -210,6 +239,8 @@ def _read_entry(entry: pathlib.Path) -> Corpus | None:
         files = {s: TokenFile(path=entry / f"{s}.bin", **meta[s]) for s in _SPLITS}
         for file in files.values():
             if file.path.stat().st_size != file.n_tokens * np.dtype(file.dtype).itemsize:
+                return None
+            if file.path.with_suffix(LENGTHS).stat().st_size != 4 * file.n_documents:
                 return None
         if tokenizer.digest != meta["tokenizer"]:
             return None

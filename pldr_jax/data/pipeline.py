@@ -1,71 +1,61 @@
-"""Token files to batches, with Grain: rows of context_length tokens, shuffled, shared by process.
+"""Rows to batches, with Grain: shuffled over all of the text, mixed, shared by process.
 
 The position in the stream is one number, the index of the next global batch. That batch holds the
 same rows for any number of processes, so a run can be resumed on another number of them.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
 from pldr_jax.config import ConfigError
-from pldr_jax.data.corpus import TokenFile
-
-
-class TokenRows:
-    """Random access to a token file as rows of C = context_length tokens.
-
-    Row k is tokens[k*C : (k+1)*C]; the last incomplete row is dropped. A row of C tokens gives
-    C - 1 inputs and targets. Documents are not kept apart: a row may hold the end of one and the
-    start of the next. Pickles as the file's path.
-    """
-
-    def __init__(self, token_file: TokenFile, context_length: int) -> None:
-        self._token_file, self._context_length = token_file, context_length
-        self._tokens = token_file.tokens
-
-    def __len__(self) -> int:
-        return self._token_file.n_tokens // self._context_length
-
-    def __getitem__(self, k: Any) -> np.ndarray:
-        """Row k, int32 [C]."""
-        if not 0 <= k < len(self):
-            raise IndexError(f"row {k} of {len(self)}")
-        start = int(k) * self._context_length
-        return self._tokens[start : start + self._context_length].astype(np.int32)
-
-    def __reduce__(self) -> tuple[type["TokenRows"], tuple[TokenFile, int]]:
-        return TokenRows, (self._token_file, self._context_length)
+from pldr_jax.data.rows import Rows
 
 
 class TrainIterator(Iterator[np.ndarray]):
-    """Endless batches int32 [b,C] of one process, b = batch_size / process_count.
+    """Batches int32 [b,C] or [b,3,T] of one process, b = batch_size / process_count.
 
     Call `close` at the end: it stops the threads that read ahead. Also a context manager.
+
+    Attributes:
+      n_batches: how many there are before the passes over the text are used up; None is no end.
     """
 
-    def __init__(self, dataset: grain.IterDataset) -> None:
+    def __init__(
+        self,
+        dataset: grain.IterDataset,
+        n_batches: int | None = None,
+        digest: str | None = None,
+    ) -> None:
         self._iterator: Any = iter(dataset)
+        self.n_batches, self._digest = n_batches, digest
 
     def __next__(self) -> np.ndarray:
         return np.asarray(next(self._iterator))
 
     @property
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         """{"next_index": k}: k global batches were taken. Fit for JSON; equal in all processes.
 
-        Valid for the same text, context length, batch size and seed, on any number of processes.
+        Valid for the same text, packing, context length, batch size and seed, on any number of
+        processes. Of prepared text it also holds the digest, as "text".
         """
-        return {"next_index": int(self._iterator.get_state()["next_index"])}
+        state: dict[str, Any] = {"next_index": int(self._iterator.get_state()["next_index"])}
+        return state if self._digest is None else {**state, "text": self._digest}
 
     @state.setter
-    def state(self, state: dict[str, int]) -> None:
+    def state(self, state: dict[str, Any]) -> None:
         next_index = state.get("next_index")
         if not isinstance(next_index, int) or next_index < 0:
             raise ValueError(f"state {state!r} of the training data: needs 'next_index', 0 or more")
+        if state.get("text") != self._digest:
+            raise ConfigError(
+                "Data.source, Data.mixture: not the text, or not the weights, that the checkpoint "
+                "was trained on; take those, or another --run_dir"
+            )
         self._iterator.set_state({"next_index": next_index})
 
     def close(self) -> None:
@@ -80,39 +70,55 @@ class TrainIterator(Iterator[np.ndarray]):
 
 
 def train_iterator(
-    token_file: TokenFile,
-    context_length: int,
+    rows: Sequence[Rows],
     batch_size: int,
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
     *,
+    weights: Sequence[float] = (1.0,),
+    epochs: int | None = None,
+    digest: str | None = None,
     num_threads: int = 2,
     prefetch_batches: int = 16,
 ) -> TrainIterator:
     """This process's part of every global batch of `batch_size` rows, shuffled anew each epoch.
 
-    Over the processes, the first len(rows) rows of the stream are all rows once, and so on; a batch
-    may span two epochs. ConfigError if the text is shorter than one batch, or if the processes
-    cannot have equal parts of it.
+    Over the processes, the first len(rows) rows of the stream of one text are all its rows once,
+    and so on; a batch may span two epochs. Of several texts each has its share of the rows by its
+    weight, as evenly spread as can be, and its own shuffles.
+
+    Args:
+      rows: of each text.
+      weights: their shares.
+      epochs: passes over a text, after which the stream ends; None is no end.
+      digest: kept in the state, to know the text again.
+
+    Raises:
+      ConfigError: a text is shorter than one batch, or the processes cannot have equal parts.
     """
-    rows = TokenRows(token_file, context_length)
-    if len(rows) < batch_size:
-        raise ConfigError(
-            f"Data.batch_size = {batch_size}: the training text of Data.source has only "
-            f"{len(rows)} rows of {context_length} tokens; give more text, or lower it or "
-            "Model.context_length"
-        )
+    for one in rows:
+        if len(one) < batch_size:
+            raise ConfigError(
+                f"Data.batch_size = {batch_size}: the training text of Data.source has only "
+                f"{len(one)} rows of {one.row_shape[-1] + len(one.row_shape) // 2} tokens; give "
+                "more text, or lower it or Model.context_length"
+            )
     if batch_size % process_count:
         raise ConfigError(
             f"Data.batch_size = {batch_size}: must be a multiple of the {process_count} processes"
         )
-    shuffled = grain.MapDataset.source(rows).seed(seed).shuffle().repeat(None)
+    shuffled = [
+        grain.MapDataset.source(one).seed(seed + k).shuffle().repeat(epochs)
+        for k, one in enumerate(rows)
+    ]
+    stream = shuffled[0] if len(rows) == 1 else grain.MapDataset.mix(shuffled, list(weights))
     # Sharing comes after the shuffle: before it, a process would only ever see its own rows.
-    own = shuffled[process_index::process_count]
+    own = stream[process_index::process_count]
     batches = own.batch(batch_size // process_count, drop_remainder=True)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch_batches)
-    return TrainIterator(batches.to_iter_dataset(options))
+    n_batches = None if epochs is None else len(stream) // batch_size
+    return TrainIterator(batches.to_iter_dataset(options), n_batches, digest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,33 +130,38 @@ class ValidationRows:
 
 
 def validation_rows(
-    token_file: TokenFile,
-    context_length: int,
-    rows: int,
+    parts: Sequence[Rows],
+    count: int,
     calibration_rows: int = 16,
     seed: int = 0,
+    weights: Sequence[float] = (1.0,),
 ) -> ValidationRows:
-    """Rows int32 [R,C] spread over the held-out text, the same for the same arguments.
+    """Rows int32 [R,C] or [R,3,T] spread over the held-out text, the same for the same arguments.
 
-    rows: how many to evaluate; 0 takes all but the calibration rows, and where the text has fewer,
-    all of these are taken too. calibration_rows: at most a quarter of the text, at least one row
-    unless 0; the choice does not depend on `rows`, and more rows begin with the fewer.
-    ConfigError if the text is too short for one row of each.
+    count: how many to evaluate, of several texts by their weights, at least one of each; 0 takes
+    all but the calibration rows, and where a text has fewer, all of these are taken too.
+    calibration_rows: of the first text, at most a quarter of it, at least one row unless 0; the
+    choice does not depend on `count`, and more rows begin with the fewer.
+    ConfigError if a text is too short for one row of each.
     """
-    source = TokenRows(token_file, context_length)
-    n_calibration = min(calibration_rows, max(1, len(source) // 4))
-    if len(source) <= n_calibration:
-        raise ConfigError(
-            f"Data.source: the held-out text has only {len(source)} rows of {context_length} "
-            "tokens; give more text, raise Data.validation_fraction or lower Model.context_length"
-        )
-    order = np.random.default_rng(seed).permutation(len(source))
-    evaluated = order[n_calibration : n_calibration + rows] if rows else order[n_calibration:]
-    return ValidationRows(
-        rows_RC=_stack(source, evaluated), calibration_RC=_stack(source, order[:n_calibration])
-    )
+    evaluated, calibration = [], []
+    for k, (rows, weight) in enumerate(zip(parts, weights, strict=True)):
+        wanted = calibration_rows if k == 0 else 0
+        n_calibration = min(wanted, max(1, len(rows) // 4))
+        if len(rows) <= n_calibration:
+            raise ConfigError(
+                f"Data.source: the held-out text has only {len(rows)} rows of "
+                f"{rows.row_shape[-1] + len(rows.row_shape) // 2} tokens; give more text, raise "
+                "Data.validation_fraction or lower Model.context_length"
+            )
+        order = np.random.default_rng(seed).permutation(len(rows))
+        share = count if len(parts) == 1 else max(1, round(count * weight))
+        end = n_calibration + share if count else len(rows)
+        evaluated.append(stack(rows, order[n_calibration:end]))
+        calibration.append(stack(rows, order[:n_calibration]))
+    return ValidationRows(np.concatenate(evaluated), np.concatenate(calibration))
 
 
-def _stack(rows: TokenRows, order: np.ndarray) -> np.ndarray:
-    empty = np.zeros((0, len(rows[0])), np.int32)
-    return np.stack([rows[k] for k in order]) if len(order) else empty
+def stack(rows: Rows, order: np.ndarray) -> np.ndarray:
+    """Rows of the given numbers, one array."""
+    return np.stack([np.zeros(rows.row_shape, np.int32), *(rows[k] for k in order)])[1:]

@@ -21,6 +21,9 @@ PAD_PIECE, UNK_PIECE, BOS_PIECE, EOS_PIECE = "[PAD]", "[UNK]", "[START]", "[END]
 TRAINING_BLOCK = 2048
 """Characters in one training sentence: SentencePiece drops sentences that are much longer."""
 
+_CONTEXT_IDS = 8
+"""Ids that decide how the next ones are written."""
+
 _SPACE_MARK = "\u2581"
 """What SentencePiece writes for a space; in a text of its own it must be spelled in bytes."""
 
@@ -64,11 +67,19 @@ class Tokenizer:
         *,
         allow_whitespace_only_pieces: bool = False,
         character_coverage: float = 0.9995,
+        byte_fallback: bool = True,
+        split_digits: bool = True,
+        control_symbols: Sequence[str] = (),
     ) -> "Tokenizer":
         """Trains a unigram model of exactly `vocab_size` pieces; equal texts give equal bytes.
 
+        Padding, unknown, start and end have the ids 0 to 3.
+
         allow_whitespace_only_pieces: also learn pieces such as eight spaces, which shortens code.
         character_coverage: share of the characters that get a piece; the rest is spelled in bytes.
+        byte_fallback: spell in bytes what has no piece; without it, such text becomes unknown.
+        split_digits: every digit is a piece of its own.
+        control_symbols: further special pieces, which no text gives; their ids start at 4.
         ConfigError if the text needs more pieces than `vocab_size`, or cannot support as many.
         """
         blocks = [
@@ -83,7 +94,8 @@ class Tokenizer:
                 model_writer=model,
                 model_type="unigram",
                 vocab_size=vocab_size,
-                byte_fallback=True,
+                byte_fallback=byte_fallback,
+                control_symbols=list(control_symbols),
                 character_coverage=character_coverage,
                 pad_id=0,
                 unk_id=1,
@@ -96,7 +108,7 @@ class Tokenizer:
                 normalization_rule_name="identity",
                 remove_extra_whitespaces=False,
                 add_dummy_prefix=False,
-                split_digits=True,
+                split_digits=split_digits,
                 allow_whitespace_only_pieces=allow_whitespace_only_pieces,
                 max_sentence_length=1 << 16,
                 num_threads=1,  # the thread count changes the order of near-equal pieces
@@ -118,7 +130,7 @@ class Tokenizer:
         """`encode` of each text; faster than one by one."""
         # A lone surrogate (an undecodable command line byte) has no UTF-8 form and becomes "?".
         clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-        split = [text.split(_SPACE_MARK) if self._is_exact else [text] for text in clean]
+        split = [text.split(_SPACE_MARK) if self.is_exact else [text] for text in clean]
         ids = iter(
             self._processor.encode([part for parts in split for part in parts], num_threads=1)
         )
@@ -134,6 +146,20 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`: special pieces are left out, an incomplete character becomes U+FFFD."""
         return str(self._processor.decode([int(i) for i in ids]))
+
+    def decode_continuation(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """Text that `ids` add after the ids `before`.
+
+        Alone, `decode` drops the space that a first word begins with in most tokenizers.
+        """
+        known = list(before[-_CONTEXT_IDS:])
+        text, whole = self.decode(known), self.decode([*known, *ids])
+        # Not len(text): half a character at the end of `before` is another one with its rest.
+        return whole[len(os.path.commonprefix([text, whole])) :]
+
+    def is_byte(self, token: int) -> bool:
+        """True for the pieces that spell one byte of what has no piece of its own."""
+        return bool(self._processor.is_byte(int(token)))
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -159,6 +185,19 @@ class Tokenizer:
     def eos_id(self) -> int:
         """Id of the end piece, -1 if the model has none."""
         return int(self._processor.eos_id())
+
+    def piece(self, token: int) -> str:
+        """The piece of an id, as it is written in the vocabulary."""
+        return str(self._processor.id_to_piece(token))
+
+    def is_special(self, token: int) -> bool:
+        """Whether an id stands for no text: padding, start, end, unknown and the like."""
+        return bool(self._processor.is_control(token) or self._processor.is_unknown(token))
+
+    def scored_pieces(self) -> list[tuple[str, float]]:
+        """Every piece and its log-probability in the unigram model, by id."""
+        score = self._processor.get_score
+        return [(self.piece(token), float(score(token))) for token in range(self.vocab_size)]
 
     @functools.cached_property
     def digest(self) -> str:
@@ -187,7 +226,7 @@ class Tokenizer:
         return [int(self._processor.piece_to_id(piece)) for piece in pieces]
 
     @functools.cached_property
-    def _is_exact(self) -> bool:
+    def is_exact(self) -> bool:
         """True if white space is kept and bytes can be spelled, as in tokenizers trained here."""
         processor, probe = self._processor, "  a \n b "
         spells_bytes = all(processor.is_byte(i) for i in self._space_mark_ids)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pldr_jax.config import ModelConfig
-from pldr_jax.model.cache import Cache, LayerCache, build_cache
+from pldr_jax.model.cache import Cache, LayerOutputs, build_cache
 from pldr_jax.model.decoder import Decoder, Params, apply, decode_token
 
 
@@ -80,7 +80,7 @@ def _last_logits(
     tokens_BT: jax.Array,
     length_B: jax.Array,
     g_lm_LBNHJ: jax.Array | None,
-) -> tuple[jax.Array, LayerCache]:
+) -> tuple[jax.Array, LayerOutputs]:
     decoder = Decoder(config)
     hidden_BTD, layers = apply(decoder, params, tokens_BT, g_lm_LBNHJ, length_B, method="hidden")
     # The head runs on the last token only: on all of them it would be most of a prefill's memory.

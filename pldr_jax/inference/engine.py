@@ -1,236 +1,263 @@
-"""The engine: prompts in, text out. It pads prompts to buckets, compiles once a bucket, and drives
-the decode step.
-"""
+"""The engine: a queue of requests in, completions out, with fixed shapes and few compilations."""
 
-import dataclasses
 import functools
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from pldr_jax.config import ConfigError, ModelConfig
-from pldr_jax.inference.decode import decode_step, full_step, prefill, prompt_g_lm
-from pldr_jax.inference.sampling import Sampling, draw
-from pldr_jax.model.cache import Cache
-from pldr_jax.model.decoder import Params, unstack_layers
+from pldr_jax.inference.compiled import compiled_functions
+from pldr_jax.inference.request import CacheMode, Completion, Request, check_request
+from pldr_jax.inference.sampling import Sampling
+from pldr_jax.inference.slots import Emitted, Limits, Slots
+from pldr_jax.model.decoder import Params
 
 SMALLEST_BUCKET = 16
+STOP_IDS = 8
+"""Stop tokens a request may have: a fixed number, so that it needs no compilation of its own."""
 
-
-@dataclasses.dataclass(frozen=True)
-class CacheMode:
-    """What is kept from the prompt while decoding (arXiv 2502.13502); every combination is exact
-    for its definition.
-
-    Attributes:
-      kv: keys and values are cached; off recomputes them from all tokens at every step.
-      g: "G_LM" keeps G_LM itself; "A" keeps the metric tensor, and the last steps of PLGA run
-        again at every step; "none" recomputes G_LM from all tokens at every step, which only makes
-        sense without a kv cache.
-    """
-
-    kv: bool = True
-    g: str = "G_LM"
-
-    def __post_init__(self) -> None:
-        if self.g not in ("G_LM", "A", "none"):
-            raise ConfigError(f"cache mode g = {self.g!r}: must be 'G_LM', 'A' or 'none'")
-        if self.kv and self.g == "none":
-            raise ConfigError(
-                "a recomputed G_LM changes every key: turn the key-value cache off, or keep G_LM"
-            )
-
-
-@dataclasses.dataclass
-class Completion:
-    """One prompt's continuation, growing while it is decoded.
-
-    Attributes:
-      prompt: the prompt's token ids.
-      tokens: new token ids; the stop token, if one ended the text, is not among them.
-      finish_reason: "stop" (a stop token), "length" (max_new_tokens) or "context" (the model's
-        context is full).
-    """
-
-    prompt: list[int]
-    tokens: list[int]
-    finish_reason: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Jitted:
-    """The jitted functions of one model config."""
-
-    prefill: Callable[..., Any]
-    decode: Callable[..., Any]
-    full: Callable[..., Any]
-    prompt_g_lm: Callable[..., Any]
-    unstack: Callable[..., Any]
-
-
-@functools.lru_cache(maxsize=8)
-def _jitted(config: ModelConfig) -> _Jitted:
-    """Shared by all engines of a config, so that new parameters (after each evaluation) compile
-    nothing again.
-    """
-
-    def bound(function: Callable[..., Any]) -> Callable[..., Any]:
-        return functools.partial(function, config)
-
-    return _Jitted(
-        prefill=jax.jit(bound(_prefill_and_draw), static_argnames=("slots", "keep")),
-        decode=jax.jit(bound(_decode_and_draw), donate_argnames="cache"),
-        full=jax.jit(bound(_full_and_draw)),
-        prompt_g_lm=jax.jit(bound(prompt_g_lm)),
-        unstack=jax.jit(bound(unstack_layers)),
-    )
+FindStop = Callable[[Completion], int | None]
+"""Tokens of a completion up to a stop string, if it has one; the engine knows no text."""
 
 
 class Engine:
-    """Decodes batches of prompts with one set of parameters.
+    """Decodes requests with one set of parameters.
 
     Args:
       config: of the model.
       params: stacked parameters.
       g_lm: the model's predefined G_LM [L,1,N,H,J], if it has one.
+      cache_dtype: "float32" or "bfloat16", of keys and values.
+      mesh: that `params` live on (`model.shapes.place_params`); slots are split over its data and
+        fsdp axes, heads over its tensor axis. None is a single device.
     """
 
-    def __init__(self, config: ModelConfig, params: Params, g_lm: jax.Array | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        g_lm: jax.Array | None = None,
+        cache_dtype: str | None = None,
+        mesh: Mesh | None = None,
+    ) -> None:
         self._config = config
         self._params = params
         self._g_lm = g_lm
-        self._jitted = _jitted(config)
+        self._cache_dtype = cache_dtype or config.dtype
+        self._jitted = compiled_functions(config, mesh)
+        self._shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
     @functools.cached_property
     def _unstacked(self) -> Params:
         return self._jitted.unstack(self._params)
 
-    def stream(
+    def run(
         self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        sampling: Sampling,
-        stop_ids: frozenset[int] = frozenset(),
+        requests: Iterable[Request],
+        rows: int = 8,
+        length: int | None = None,
         g_lm: jax.Array | None = None,
+        share_first: bool = False,
         mode: CacheMode | None = None,
-    ) -> Iterator[list[Completion]]:
-        """Decodes the prompts as one batch; yields the same list of completions after every new
-        token.
+        steps: int = 8,
+        find_stop: FindStop | None = None,
+    ) -> Iterator[Completion]:
+        """Decodes requests side by side; yields a completion whenever it has grown or ended.
+
+        A request that cannot be decoded ends with the finish reason "error", and the others go on.
 
         Args:
-          prompts: token ids, at least one each; they may have different lengths.
-          max_new_tokens: at most this many new tokens for each prompt.
-          sampling: settings, one row a prompt.
-          stop_ids: tokens that end a completion.
-          g_lm: G_LM for every prompt, [L,B,N,H,J] or [L,1,N,H,J]; None takes the model's own.
+          requests: read as slots become free: a generator of any length is fine.
+          rows: slots, requests decoded side by side; on a mesh, rounded up so that they divide.
+          length: tokens a slot holds; None is the model's context. Shorter slots are faster.
+          g_lm: G_LM for every request [L,1,N,H,J]; None takes the model's own.
+          share_first: the G_LM of the first prompt serves all requests.
           mode: what is cached; keys, values and G_LM unless told otherwise.
-
-        Raises:
-          ConfigError: no prompts, an empty one, one as long as the context, or an unknown id.
+          steps: decode steps in one call; 1 streams every token as soon as it is there.
+          find_stop: finds stop strings in a completion.
         """
         mode = mode or CacheMode()
-        completions = self._checked(prompts, max_new_tokens)
+        rows += -rows % self._shards
+        queue = iter(requests)
         given = g_lm if g_lm is not None else self._g_lm
-        steps = (
-            self._cached(completions, max_new_tokens, sampling, given, mode.g)
-            if mode.kv
-            else self._uncached(completions, max_new_tokens, sampling, given, mode.g)
-        )
-        for tokens_B in steps:
-            for completion, token in zip(completions, tokens_B.tolist(), strict=True):
-                if completion.finish_reason is None:
-                    self._take(completion, token, max_new_tokens, stop_ids)
-            yield completions
-            if all(completion.finish_reason for completion in completions):
+        numbered: Iterator[Completion] = (Completion(i, request) for i, request in enumerate(queue))
+        if given is None and share_first and self._config.g_source == "learned":
+            first = next(numbered, None)
+            if first is None:
                 return
+            numbered = itertools.chain([first], numbered)
+            if check_request(first.request, *self._bounds()) is None:
+                given = self._g_lm_of(first.request)
+        if mode.kv:
+            slots = min(length or self._config.context_length, self._config.context_length)
+            yield from self._cached(numbered, rows, slots, given, mode.g, steps, find_stop)
+        else:
+            yield from self._uncached(numbered, given, mode.g, find_stop)
 
-    def generate(self, *args: Any, **kwargs: Any) -> list[Completion]:
-        """The finished completions of `stream`, whose arguments it takes."""
-        return deque(self.stream(*args, **kwargs), maxlen=1).pop()
+    def _bounds(self) -> tuple[int, int]:
+        return self._config.context_length, self._config.vocab_size
+
+    def _g_lm_of(self, request: Request) -> jax.Array:
+        tokens, length = _padded(request, self._config.context_length)
+        return self._jitted.prompt_g_lm(self._params, tokens[None], length[None])
 
     def _cached(
         self,
-        completions: list[Completion],
-        max_new: int,
-        sampling: Sampling,
+        queue: Iterator[Completion],
+        rows: int,
+        length: int,
         g_lm: jax.Array | None,
         keep: str,
-    ) -> Iterator[np.ndarray]:
-        slots = self._slots(completions, max_new)
-        tokens_BT, length_B = _pad(
-            completions, bucket(int(max(len(c.prompt) for c in completions)), slots)
+        steps: int,
+        find_stop: FindStop | None,
+    ) -> Iterator[Completion]:
+        if g_lm is not None or self._config.g_source != "learned":
+            keep = "G_LM"
+        slots = self._jitted.empty(
+            rows=rows,
+            length=length,
+            stop_ids=STOP_IDS,
+            g_lm_LBNHJ=g_lm,
+            keep=keep,
+            dtype=self._cache_dtype,
         )
-        learned = self._config.g_source == "learned" and g_lm is None
-        token_B, cache = self._jitted.prefill(
-            self._params,
-            tokens_BT,
-            length_B,
-            g_lm,
-            sampling,
-            slots=slots,
-            keep=keep if learned else "G_LM",
-        )
+        running: list[Completion | None] = [None] * rows
         while True:
-            yield np.asarray(token_B)
-            token_B, cache = self._jitted.decode(self._unstacked, token_B, cache, sampling)
+            for slot in range(rows):
+                while running[slot] is None and (waiting := next(queue, None)) is not None:
+                    waiting.error = self._refusal(waiting.request, length)
+                    if waiting.error is not None:
+                        waiting.finish_reason = "error"
+                        yield waiting
+                        continue
+                    slots = self._admitted(slots, slot, waiting.request, g_lm, keep)
+                    running[slot] = waiting
+            if not any(running):
+                return
+            slots, emitted = self._jitted.decode(self._unstacked, slots, steps=steps)
+            made = jax.device_get(emitted)
+            ended_by_text = np.zeros((rows,), bool)
+            for slot, completion in enumerate(running):
+                if completion is None:
+                    continue
+                self._take(completion, slot, made)
+                if find_stop is not None and (cut := find_stop(completion)) is not None:
+                    ended_by_text[slot] = completion.finish_reason is None
+                    del completion.tokens[cut:], completion.logprobs[cut:]
+                    completion.finish_reason, completion.error = "stop", None
+                yield completion
+                if completion.finish_reason is not None:
+                    running[slot] = None
+            if ended_by_text.any():
+                slots = self._jitted.release(slots, ended_by_text)
+
+    def _refusal(self, request: Request, length: int) -> str | None:
+        wrong = check_request(request, *self._bounds())
+        if wrong is None and len(request.stop_ids) > STOP_IDS:
+            return f"stop_ids has {len(request.stop_ids)} ids, at most {STOP_IDS} are possible"
+        needed = len(request.prompt) + request.max_new_tokens
+        if wrong is None and min(needed, self._config.context_length) > length:
+            return f"the prompt and max_new_tokens need {needed} tokens, the slots hold {length}"
+        if wrong is None:
+            try:
+                _sampling(request)
+            except ConfigError as error:
+                return str(error)
+        return wrong
+
+    def _admitted(
+        self,
+        slots: Slots,
+        slot: int,
+        request: Request,
+        g_lm: jax.Array | None,
+        keep: str,
+    ) -> Slots:
+        # The bucket depends on the prompt alone, so that its G_LM does, too, to the last bit.
+        tokens, real = _padded(request, self._config.context_length)
+        stop = np.full((1, STOP_IDS), -1, np.int32)
+        stop[0, : len(request.stop_ids)] = request.stop_ids
+        left: Any = np.array([request.max_new_tokens], np.int32)
+        return self._jitted.admit(
+            self._params,
+            slots=slots,
+            slot=np.int32(slot),
+            tokens_T=tokens,
+            length=real,
+            sampling=_sampling(request),
+            limits=Limits(left, stop),  # type: ignore[arg-type]
+            g_lm_LBNHJ=g_lm,
+            keep=keep,
+        )
+
+    def _take(self, completion: Completion, slot: int, made: Emitted) -> None:
+        """Appends what the slot made, and says why it ended if it did."""
+        for i in range(made.token_CB.shape[0]):
+            if made.valid_CB[i, slot]:
+                completion.tokens.append(int(made.token_CB[i, slot]))
+                completion.logprobs.append(float(made.logprob_CB[i, slot]))
+            elif made.stopped_CB[i, slot]:
+                completion.finish_reason = "stop"
+            elif made.broken_CB[i, slot]:
+                completion.finish_reason = "error"
+                completion.error = "the logits are not finite: the checkpoint may be broken"
+        self._end_when_full(completion)
+
+    def _end_when_full(self, completion: Completion) -> None:
+        if completion.finish_reason is not None:
+            return
+        if len(completion.tokens) >= completion.request.max_new_tokens:
+            completion.finish_reason = "length"
+        elif len(completion.request.prompt) + len(completion.tokens) >= self._config.context_length:
+            completion.finish_reason = "context"
 
     def _uncached(
         self,
-        completions: list[Completion],
-        max_new: int,
-        sampling: Sampling,
-        g_lm: jax.Array | None,
+        queue: Iterator[Completion],
+        given: jax.Array | None,
         keep: str,
-    ) -> Iterator[np.ndarray]:
-        slots = self._slots(completions, max_new)
-        tokens_BS, length_B = _pad(completions, slots)
-        if g_lm is None and keep != "none" and self._config.g_source == "learned":
-            g_lm = self._jitted.prompt_g_lm(self._params, tokens_BS, length_B)
-        while True:
-            token_B, tokens_BS, length_B = self._jitted.full(
-                self._params, tokens_BS, length_B, g_lm, sampling
-            )
-            yield np.asarray(token_B)
-
-    def _slots(self, completions: list[Completion], max_new: int) -> int:
-        longest = max(len(completion.prompt) for completion in completions)
-        return bucket(
-            min(longest + max_new, self._config.context_length), self._config.context_length
-        )
-
-    def _checked(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Completion]:
-        if not prompts:
-            raise ConfigError("prompts: none were given")
-        if max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
-        limit, vocab = self._config.context_length, self._config.vocab_size
-        for i, prompt in enumerate(prompts):
-            if not prompt:
-                raise ConfigError(f"prompt {i}: is empty")
-            if len(prompt) >= limit:
-                raise ConfigError(
-                    f"prompt {i}: has {len(prompt)} tokens, which leaves no room in the model's "
-                    f"context of {limit}; shorten it"
+        find_stop: FindStop | None,
+    ) -> Iterator[Completion]:
+        """One request at a time, everything recomputed at every token but what the mode keeps."""
+        for completion in queue:
+            request = completion.request
+            completion.error = self._refusal(request, self._config.context_length)
+            if completion.error is not None:
+                completion.finish_reason = "error"
+                yield completion
+                continue
+            g_lm = given
+            if g_lm is None and keep != "none" and self._config.g_source == "learned":
+                g_lm = self._g_lm_of(request)
+            needed = min(len(request.prompt) + request.max_new_tokens, self._config.context_length)
+            tokens, length = _padded(request, self._config.context_length, needed)
+            sampling = _sampling(request)
+            while completion.finish_reason is None:
+                token, logprob, finite, tokens, length = self._jitted.full(
+                    self._params, tokens, length, g_lm, sampling
                 )
-            if not all(0 <= token < vocab for token in prompt):
-                raise ConfigError(f"prompt {i}: has a token id outside the vocabulary of {vocab}")
-        return [Completion(prompt=list(prompt), tokens=[]) for prompt in prompts]
+                if not finite:
+                    completion.finish_reason = "error"
+                    completion.error = "the logits are not finite: the checkpoint may be broken"
+                elif int(token) in request.stop_ids:
+                    completion.finish_reason = "stop"
+                else:
+                    completion.tokens.append(int(token))
+                    completion.logprobs.append(float(logprob))
+                    self._end_when_full(completion)
+                if find_stop is not None and (cut := find_stop(completion)) is not None:
+                    del completion.tokens[cut:], completion.logprobs[cut:]
+                    completion.finish_reason = "stop"
+                yield completion
 
-    def _take(
-        self, completion: Completion, token: int, max_new_tokens: int, stop_ids: frozenset[int]
-    ) -> None:
-        if token in stop_ids:
-            completion.finish_reason = "stop"
-            return
-        completion.tokens.append(token)
-        if len(completion.tokens) >= max_new_tokens:
-            completion.finish_reason = "length"
-        elif len(completion.prompt) + len(completion.tokens) >= self._config.context_length:
-            completion.finish_reason = "context"
+    def generate(self, requests: Iterable[Request], **options: Any) -> list[Completion]:
+        """The completions of all requests, in their order; options are those of `run`."""
+        finished = {c.index: c for c in self.run(requests, **options) if c.finish_reason}
+        return [finished[index] for index in sorted(finished)]
 
 
 def bucket(length: int, limit: int) -> int:
@@ -238,47 +265,19 @@ def bucket(length: int, limit: int) -> int:
     return min(max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()), limit)
 
 
-def _pad(completions: list[Completion], width: int) -> tuple[jax.Array, jax.Array]:
-    tokens = np.zeros((len(completions), width), np.int32)
-    for row, completion in zip(tokens, completions, strict=True):
-        row[: len(completion.prompt)] = completion.prompt
-    return jnp.asarray(tokens), jnp.asarray(
-        [len(completion.prompt) for completion in completions], jnp.int32
+def _padded(request: Request, limit: int, needed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.zeros((bucket(max(len(request.prompt), needed), limit),), np.int32)
+    tokens[: len(request.prompt)] = request.prompt
+    return tokens, np.int32(len(request.prompt))  # type: ignore[return-value]
+
+
+def _sampling(request: Request) -> Sampling:
+    return Sampling.create(
+        1,
+        request.temperature,
+        request.top_p,
+        request.top_k,
+        request.seed,
+        request.min_p,
+        request.repetition_penalty,
     )
-
-
-def _prefill_and_draw(
-    config: ModelConfig,
-    params: Params,
-    tokens_BT: jax.Array,
-    length_B: jax.Array,
-    g_lm: jax.Array | None,
-    sampling: Sampling,
-    slots: int,
-    keep: str,
-) -> tuple[jax.Array, Cache]:
-    logits_BV, cache = prefill(config, params, tokens_BT, length_B, g_lm, slots, keep)
-    return draw(logits_BV, sampling, length_B), cache
-
-
-def _decode_and_draw(
-    config: ModelConfig, unstacked: Params, token_B: jax.Array, cache: Cache, sampling: Sampling
-) -> tuple[jax.Array, Cache]:
-    logits_BV, cache = decode_step(config, unstacked, token_B, cache)
-    return draw(logits_BV, sampling, cache.length_B), cache
-
-
-def _full_and_draw(
-    config: ModelConfig,
-    params: Params,
-    tokens_BS: jax.Array,
-    length_B: jax.Array,
-    g_lm: jax.Array | None,
-    sampling: Sampling,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    token_B = draw(full_step(config, params, tokens_BS, length_B, g_lm), sampling, length_B)
-    # A finished row keeps writing; the slot is clamped to the last one, and its tokens are no
-    # longer read.
-    slot_B = jnp.minimum(length_B, tokens_BS.shape[1] - 1)
-    tokens_BS = tokens_BS.at[jnp.arange(len(slot_B)), slot_B].set(token_B)
-    return token_B, tokens_BS, jnp.minimum(length_B + 1, tokens_BS.shape[1])

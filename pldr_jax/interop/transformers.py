@@ -1,217 +1,109 @@
-"""The transformers layout of PLDR-LLM checkpoints: `config.json` and `model.safetensors`.
+"""Checkpoints in the transformers layout: a folder with `config.json`, weights and a tokenizer.
 
-One table maps every tensor of that layout to a parameter here. Linear weights are [out, in] there
-and [in, out] here, with heads as an axis of their own; what they keep per layer is stacked here.
+The weights are `model.safetensors`, or several files with an index. A model whose G_LM is not
+learned has it as `decoder.past_G_values` [L,3,1,N,H,J]: A, A_LM (both unused) and G_LM, and beside
+it `decoder.past_G_values_status` [L].
 """
 
 import dataclasses
-import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pldr_jax.config import ConfigError, ModelConfig
+from pldr_jax.interop.config_json import model_config, read_json
+from pldr_jax.interop.names import Array, as_float32, from_tensors, to_tensors
+from pldr_jax.interop.tensors import TensorFiles, read_folder
 from pldr_jax.model.decoder import Params
+from pldr_jax.model.deductive import g_lm_shape
 
-Array = np.ndarray
+CONFIG = "config.json"
+G_VALUES, G_STATUS = "decoder.past_G_values", "decoder.past_G_values_status"
+_PLANES = 3
+_G_LM = 2
 
 
-class _Entry(NamedTuple):
-    """Where a tensor of theirs goes: a path of ours, an index into its stacked axes, and how it is
-    turned.
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of others, as ours.
+
+    Attributes:
+      config: its model.
+      params: its parameters, float32.
+      g_lm: predefined G_LM [L,1,N,H,J]; None where it is learned or the identity.
+      source: its tensors as they were.
     """
 
-    theirs: str
-    ours: tuple[str, ...]
-    slot: tuple[int, ...]
-    turn: Callable[[Array], Array]
+    config: ModelConfig
+    params: Params
+    g_lm: jax.Array | None
+    source: TensorFiles
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """The model of a folder's `config.json`.
+def open_folder(folder: str | Path) -> Checkpoint:
+    """Reads a folder in the transformers layout.
 
     Raises:
-      ConfigError: not a PLDR-LLM, or one with parts this model does not have.
+      ConfigError: a file, a config field or a tensor that is missing, unknown, or of another shape
+        than the config says.
     """
-    path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON ({error})") from error
-    if raw.get("model_type") != "pldrllm":
-        raise ConfigError(f"{path}: model_type = {raw.get('model_type')!r}: must be 'pldrllm'")
-    for name, needed in {
-        "attention_bias": True,
-        "glu_bias": True,
-        "final_bias": True,
-        "tie_word_embeddings": False,
-        "hidden_act": "silu",
-    }.items():
-        if raw.get(name, needed) != needed:
-            raise ConfigError(f"{path}: {name} = {raw[name]!r}: only {needed!r} is supported")
-    try:
-        config = ModelConfig(
-            vocab_size=raw["vocab_size"],
-            num_layers=raw["num_hidden_layers"],
-            num_heads=raw["num_attention_heads"],
-            head_dim=raw["head_dim"],
-            ffn_dim=raw["intermediate_size"],
-            metric_dim=raw["A_dff"],
-            num_residual_layers=raw["num_reslayerA"],
-            num_gated_units=raw["num_denseA"],
-            context_length=raw["max_position_embeddings"],
-            rope_theta=float(raw.get("rope_theta", 10000.0)),
-            rope_layout="interleaved" if raw.get("reference_rope", True) else "half_split",
-            layer_norm_eps=raw.get("layer_norm_eps", 1e-6),
-            unroll=False,
-        )
-    except KeyError as error:
-        raise ConfigError(f"{path}: the field {error} is missing") from error
-    custom = raw.get("custom_G_type")
-    if custom == "identity":
-        return dataclasses.replace(config, g_source="identity")
-    if custom is not None:
-        return dataclasses.replace(
-            config, g_source="external", g_file=str(folder / "model.safetensors")
-        )
-    return config
+    folder = Path(folder)
+    config = model_config(read_json(folder / CONFIG), folder / CONFIG)
+    source = read_folder(folder)
+    return from_source(config, source, str(folder / next(iter(source.files))))
 
 
 def read_checkpoint(folder: str | Path) -> tuple[ModelConfig, Params, jax.Array | None]:
-    """Model config, parameters and predefined G_LM [L,1,N,H,J] (None where learned or identity) of
-    a folder.
+    """Config, parameters and predefined G_LM of `open_folder`."""
+    opened = open_folder(folder)
+    return opened.config, opened.params, opened.g_lm
+
+
+def from_source(config: ModelConfig, source: TensorFiles, where: str) -> Checkpoint:
+    """Gives every tensor its place.
 
     Raises:
-      ConfigError: a file or a tensor that is missing, unknown, or of another shape than the config
-        says.
+      ConfigError: as `open_folder`.
     """
-    from safetensors.numpy import load_file
-
-    folder = Path(folder)
-    config = read_config(folder)
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file")
-    try:
-        tensors = load_file(path)
-    except Exception as error:
-        raise ConfigError(f"{path}: cannot be read, it may be truncated ({error})") from error
-    g_values = tensors.pop("decoder.past_G_values", None)
-    tensors.pop("decoder.past_G_values_status", None)
-    params = from_tensors(config, tensors, str(path))
+    tensors = dict(source.tensors)
     g_lm = None
-    if config.g_source == "external":
-        if g_values is None:
-            raise ConfigError(f"{path}: the tensor 'decoder.past_G_values' is missing")
-        g_lm = jnp.asarray(g_values[:, 2], jnp.float32)
-    return config, params, g_lm
+    if config.g_source != "learned":
+        g_lm = _take_g_lm(config, tensors, where)
+    params = from_tensors(config, tensors, where)
+    return Checkpoint(config, params, g_lm, source)
 
 
-def from_tensors(
-    config: ModelConfig, tensors: dict[str, Array], where: str = "checkpoint"
-) -> Params:
-    """Parameters from tensors by their names in the transformers layout.
-
-    Raises:
-      ConfigError: naming the first tensor that is missing, left over or wrongly shaped.
-    """
-    from pldr_jax.model.shapes import param_shapes
-
-    shapes = param_shapes(config)
-    filled = {path: np.full(shape, np.nan, np.float32) for path, shape in shapes.items()}
-    left = dict(tensors)
-    for entry in _table(config):
-        if entry.theirs not in left:
-            raise ConfigError(f"{where}: the tensor {entry.theirs!r} is missing")
-        tensor = entry.turn(np.asarray(left.pop(entry.theirs), np.float32))
-        slot = filled[entry.ours][entry.slot]
-        if tensor.size != slot.size:
+def _take_g_lm(config: ModelConfig, tensors: dict[str, Array], where: str) -> jax.Array | None:
+    layers, _, *matrix = g_lm_shape(config)
+    for name, shape in {G_VALUES: (layers, _PLANES, 1, *matrix), G_STATUS: (layers,)}.items():
+        if name not in tensors:
+            raise ConfigError(f"{where}: the tensor {name!r} is missing")
+        if tensors[name].shape != shape:
             raise ConfigError(
-                f"{where}: {entry.theirs!r} has {tensor.size} entries, the config needs {slot.size}"
+                f"{where}: {name!r} has the shape {tensors[name].shape}, the config needs {shape}"
             )
-        filled[entry.ours][entry.slot] = tensor.reshape(slot.shape)
-    if left:
-        raise ConfigError(f"{where}: unknown tensor {sorted(left)[0]!r} ({len(left)} in all)")
-    params: dict[str, Any] = {}
-    for path, array in filled.items():
-        node = params
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = jnp.asarray(array)
-    return params
+    g_lm = as_float32(tensors.pop(G_VALUES), f"{where}: {G_VALUES!r}")[:, _G_LM]
+    tensors.pop(G_STATUS)
+    if config.g_source != "identity":
+        return jnp.asarray(g_lm)
+    if not np.array_equal(g_lm, np.broadcast_to(np.eye(config.head_dim), g_lm.shape)):
+        raise ConfigError(
+            f"{where}: {G_VALUES!r} is not the identity that custom_G_type = 'identity' says"
+        )
+    return None
 
 
-def to_tensors(config: ModelConfig, params: Params) -> dict[str, Array]:
-    """Our parameters (or gradients, or anything of their structure) by their names in the
-    transformers layout.
-    """
-    flat = {
-        tuple(key.key for key in path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-    out = {}
-    for entry in _table(config):
-        array = flat[entry.ours][entry.slot]
-        if entry.ours[-1] == "kernel":
-            fan_out = array.size // _fan_in(config, entry.ours)
-            array = array.reshape(-1, fan_out).T
-        elif entry.ours[-1] == "bias":
-            array = array.reshape(-1)
-        out[entry.theirs] = np.ascontiguousarray(array)
-    return out
+def to_source(config: ModelConfig, params: Params, g_lm: jax.Array | None) -> dict[str, Array]:
+    """Every tensor of the layout, float32, for a model of ours."""
+    tensors = to_tensors(config, params)
+    return tensors if config.g_source == "learned" else {**tensors, **g_tensors(config, g_lm)}
 
 
-def _fan_in(config: ModelConfig, path: tuple[str, ...]) -> int:
-    if "plga" in path:
-        return config.metric_width if path[-2] == "w3" else config.head_dim
-    return config.ffn_width if path[-2] == "w3" else config.model_dim
-
-
-def _table(config: ModelConfig) -> Iterator[_Entry]:
-    """One entry for each tensor of theirs."""
-
-    def linear(theirs: str, ours: tuple[str, ...], index: tuple[int, ...] = ()) -> Iterator[_Entry]:
-        yield _Entry(f"{theirs}.weight", (*ours, "kernel"), index, np.transpose)
-        yield _Entry(f"{theirs}.bias", (*ours, "bias"), index, np.asarray)
-
-    def norm(theirs: str, ours: tuple[str, ...], index: tuple[int, ...] = ()) -> Iterator[_Entry]:
-        yield _Entry(f"{theirs}.weight", (*ours, "scale"), index, np.asarray)
-        yield _Entry(f"{theirs}.bias", (*ours, "bias"), index, np.asarray)
-
-    yield _Entry("decoder.embedding.weight", ("embedding", "table"), (), np.asarray)
-    yield from norm("decoder.layernorm1", ("embedding", "norm"))
-    yield from linear("final_layer", ("head",))
-    for i in range(config.num_layers):
-        theirs = f"decoder.dec_layers.{i}"
-        yield from norm(f"{theirs}.layernorm1", ("layers", "attention_norm"), (i,))
-        yield from norm(f"{theirs}.layernorm2", ("layers", "ffn_norm"), (i,))
-        for unit in ("w1", "w2", "w3"):
-            yield from linear(f"{theirs}.ffn.glu{unit}", ("layers", "ffn", unit), (i,))
-        for name, mine in {"wq": "q", "wk": "k", "wv": "v", "dense": "out"}.items():
-            yield from linear(f"{theirs}.mha1.{name}", ("layers", "attention", mine), (i,))
-        if config.g_source != "learned":
-            continue
-        plga = ("layers", "attention", "plga")
-        yield from norm(f"{theirs}.mha1.layernorm1", (*plga, "density_norm"), (i,))
-        for r in range(config.num_residual_layers):
-            residual = f"{theirs}.mha1.reslayerAs.{r}"
-            yield from norm(f"{residual}.layernormA", (*plga, "residual", "norm"), (i, r))
-            for u in range(config.num_gated_units):
-                for unit in ("w1", "w2", "w3"):
-                    yield from linear(
-                        f"{residual}.denseAs.{u}.glu{unit}",
-                        (*plga, "residual", f"unit_{u}", unit),
-                        (i, r),
-                    )
-        for name, mine in {
-            "Wlst": "W",
-            "blst": "b_W",
-            "pwlst": "P",
-            "alst": "a",
-            "balst": "b_a",
-        }.items():
-            yield _Entry(f"{theirs}.mha1.plgatt_layer.{name}", (*plga, mine), (i,), np.asarray)
+def g_tensors(config: ModelConfig, g_lm: jax.Array | None) -> dict[str, Array]:
+    """The two tensors that hold a predefined G_LM [L,1,N,H,J]; None is the identity."""
+    layers, _, *matrix = g_lm_shape(config)
+    values = np.zeros((layers, _PLANES, 1, *matrix), np.float32)
+    values[:, _G_LM] = np.eye(config.head_dim) if g_lm is None else np.asarray(g_lm)
+    return {G_VALUES: values, G_STATUS: np.ones((layers,), bool)}

@@ -11,11 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from pldr_jax.config import ModelConfig
-from pldr_jax.model.cache import LayerCache
+from pldr_jax.model.cache import LayerCache, LayerOutputs
 from pldr_jax.model.deductive import DeductiveOutputs
 from pldr_jax.model.layers import Linear, full_product_operand
 from pldr_jax.model.plga import PowerLawGraphAttention
 from pldr_jax.model.rope import rotate
+from pldr_jax.model.segments import Segments
+
+LONG, BLOCK = 2048, 512
+"""Without a fused kernel, scores are computed BLOCK queries at a time from LONG tokens on."""
 
 MASKED = -1e30
 """Score of a pair outside the mask; finite, so that a row with nothing to attend to stays
@@ -31,20 +35,39 @@ class AttentionInputs(flax.struct.PyTreeNode):
       valid_BT: true for real tokens; None where all are. Only Q^T Q needs it: rows are
         left-aligned, so that the causal mask already keeps padding, which comes last, from every
         real token.
+      segments: where rows hold several sequences side by side.
     """
 
     positions_BT: jax.Array
     valid_BT: jax.Array | None = None
+    segments: Segments | None = None
 
 
-def apply_metric(q_BTNH: jax.Array, g_lm_BNHJ: jax.Array | None) -> jax.Array:
-    """q G_LM [B,T,N,J], in the dtype of q; q itself where G_LM is the identity (None)."""
+def apply_metric(
+    q_BTNH: jax.Array, g_lm_BNHJ: jax.Array | None, segments: Segments | None = None
+) -> jax.Array:
+    """q G_LM [B,T,N,J], in the dtype of q; q itself where G_LM is the identity (None).
+
+    With segments, G_LM is [1,N,H,J] or one for each segment, [B * K,N,H,J].
+    """
     if g_lm_BNHJ is None:
         return q_BTNH
     g_lm = g_lm_BNHJ.astype(q_BTNH.dtype)
     if g_lm.shape[0] == 1:
         return jnp.einsum("BTNH,NHJ->BTNJ", q_BTNH, g_lm[0])
+    if segments is not None:
+        return segments.apply_metric(q_BTNH, g_lm)
     return jnp.einsum("BTNH,BNHJ->BTNJ", q_BTNH, g_lm)
+
+
+def apply_metric_once(q_BNH: jax.Array, g_lm_BNHJ: jax.Array | None) -> jax.Array:
+    """As `apply_metric` for one query a row, [B,N,J]: a plain batch of vectors times matrices."""
+    if g_lm_BNHJ is None:
+        return q_BNH
+    g_lm = g_lm_BNHJ.astype(q_BNH.dtype)
+    if g_lm.shape[0] == 1:
+        return jnp.einsum("BNH,NHJ->BNJ", q_BNH, g_lm[0])
+    return jnp.einsum("BNH,BNHJ->BNJ", q_BNH, g_lm)
 
 
 def attention_scores(q_BTNJ: jax.Array, k_BSNJ: jax.Array) -> jax.Array:
@@ -72,11 +95,55 @@ def attend(
         return jax.nn.dot_product_attention(
             q_BTNJ, k_BSNH, v_BSNH, is_causal=True, implementation="cudnn"
         )
+    long = kernel == "auto" and q_BTNJ.shape[1] >= LONG
+    if mask_BNTS is None and (kernel == "blocks" or long):
+        return attend_in_blocks(q_BTNJ, k_BSNH, v_BSNH)
     scores_BNTS = attention_scores(q_BTNJ, k_BSNH)
     if mask_BNTS is None:
         mask_BNTS = jnp.tril(jnp.ones(scores_BNTS.shape[-2:], bool))
     weights_BNTS = jax.nn.softmax(jnp.where(mask_BNTS, scores_BNTS, MASKED), axis=-1)
     return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS.astype(v_BSNH.dtype), v_BSNH)
+
+
+def attend_in_blocks(
+    q_BTNJ: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, block: int = BLOCK
+) -> jax.Array:
+    """Causal attention of a sequence to itself, `block` queries at a time, [B,T,N,H].
+
+    The same numbers, but only [B,N,block,S] scores are ever in memory: the backward pass computes
+    those of a block again.
+    """
+    batch, length = q_BTNJ.shape[:2]
+    blocks = -(-length // block)
+    q = jnp.pad(q_BTNJ, ((0, 0), (0, blocks * block - length), (0, 0), (0, 0)))
+    q = jnp.moveaxis(q.reshape(batch, blocks, block, *q_BTNJ.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def attend_block(first: jax.Array, q_BTNJ: jax.Array) -> tuple[jax.Array, jax.Array]:
+        positions_T = first + jnp.arange(block)
+        mask_TS = jnp.arange(k_BSNH.shape[1])[None] <= positions_T[:, None]
+        scores_BNTS = jnp.where(mask_TS, attention_scores(q_BTNJ, k_BSNH), MASKED)
+        weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(v_BSNH.dtype)
+        return first + block, jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH)
+
+    _, out = jax.lax.scan(attend_block, jnp.int32(0), q)
+    return jnp.moveaxis(out, 0, 1).reshape(batch, blocks * block, *v_BSNH.shape[2:])[:, :length]
+
+
+def attend_cached(
+    q_BNJ: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, last_B: jax.Array
+) -> jax.Array:
+    """Attention of one query a row to the cache slots up to `last_B`, [B,N,H]; scores in float32.
+
+    Heads come before slots in the cache because both products are then plain batched matrix
+    products; with slots first, they were seven times slower on a CPU.
+    """
+    q_BNJ = q_BNJ.astype(k_BNSH.dtype)
+    scores_BNS = jnp.einsum("BNJ,BNSJ->BNS", q_BNJ, k_BNSH, preferred_element_type=jnp.float32)
+    visible_BNS = jnp.arange(k_BNSH.shape[2]) <= last_B[:, None, None]
+    scores_BNS = jnp.where(visible_BNS, scores_BNS / math.sqrt(q_BNJ.shape[-1]), MASKED)
+    weights_BNS = jax.nn.softmax(scores_BNS, axis=-1).astype(v_BNSH.dtype)
+    return jnp.einsum("BNS,BNSH->BNH", weights_BNS, v_BNSH, preferred_element_type=jnp.float32)
 
 
 def _use_fused(q_BTNJ: jax.Array, kernel: str) -> bool:
@@ -112,27 +179,30 @@ class Attention(nn.Module):
 
     def __call__(
         self, x_BTD: jax.Array, inputs: AttentionInputs, g_lm_BNHJ: jax.Array | None = None
-    ) -> tuple[jax.Array, LayerCache]:
-        """Causal attention of a whole sequence to itself.
+    ) -> tuple[jax.Array, LayerOutputs]:
+        """Causal attention of a whole sequence to itself, or of each segment to itself.
 
         Args:
           x_BTD: hidden states.
-          inputs: positions and mask.
-          g_lm_BNHJ: G_LM from outside ([1,N,H,J] serves every row); None takes PLGA's, or the
-            identity where the model has no PLGA.
+          inputs: positions, mask and segments.
+          g_lm_BNHJ: G_LM from outside ([1,N,H,J] serves every row, and every segment); None takes
+            PLGA's, or the identity where the model has no PLGA.
 
         Returns:
           The output [B,T,D], and keys, values and deductive outputs of this layer.
         """
+        segments = inputs.segments
         q_BTNH, k_BTNH, v_BTNH = self._project(x_BTD, inputs.positions_BT)
         if g_lm_BNHJ is None and self.config.g_source == "learned":
-            deductive = self.plga(q_BTNH, inputs.valid_BT)
+            deductive = self.plga(q_BTNH, inputs.valid_BT, segments)
         else:
             deductive = DeductiveOutputs(G_LM=g_lm_BNHJ)
-        query_BTNJ = apply_metric(q_BTNH, deductive.G_LM)
+        query_BTNJ = apply_metric(q_BTNH, deductive.G_LM, segments)
         self.sow("intermediates", "query", query_BTNJ)
-        out_BTNH = attend(query_BTNJ, k_BTNH, v_BTNH, self.config.attention_kernel)
-        return self.out(out_BTNH), LayerCache(k_BTNH, v_BTNH, deductive)
+        mask_BNTS = None if segments is None else segments.mask_BNTS
+        kernel = self.config.attention_kernel
+        out_BTNH = attend(query_BTNJ, k_BTNH, v_BTNH, kernel, mask_BNTS)
+        return self.out(out_BTNH), LayerOutputs(k_BTNH, v_BTNH, deductive)
 
     def decode(
         self, x_BTD: jax.Array, positions_BT: jax.Array, cache: LayerCache, update_g_lm: bool
@@ -154,16 +224,9 @@ class Attention(nn.Module):
         if update_g_lm:
             assert cache.deductive.A is not None  # the caller has looked
             g_lm = self.plga.energy_curvature(cache.deductive.A).G_LM
-        slots_S = jnp.arange(cache.k_BSNH.shape[1])
-        mask_BNTS = slots_S[None, None, None, :] <= positions_BT[:, None, :, None]
-        query_BTNJ = apply_metric(q_BTNH, g_lm)
-        out_BTNH = attend(
-            query_BTNJ,
-            cache.k_BSNH.astype(q_BTNH.dtype),
-            cache.v_BSNH.astype(q_BTNH.dtype),
-            "xla",
-            mask_BNTS,
-        )
+        query_BNH = apply_metric_once(q_BTNH[:, 0], g_lm)
+        out_BNH = attend_cached(query_BNH, cache.k_BNSH, cache.v_BNSH, positions_BT[:, 0])
+        out_BTNH = out_BNH.astype(x_BTD.dtype)[:, None]
         return self.out(out_BTNH), cache
 
     def _project(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[Any, Any, Any]:

@@ -10,34 +10,60 @@ import jax.numpy as jnp
 
 from pldr_jax.config import ModelConfig
 from pldr_jax.model.deductive import DeductiveOutputs
+from pldr_jax.partition import constrain
+
+
+class LayerOutputs(flax.struct.PyTreeNode):
+    """What one layer's forward pass leaves for others; [L, ...] stacked out of the decoder.
+
+    Attributes:
+      k_BTNH: keys after RoPE.
+      v_BTNH: values.
+      deductive: the deductive outputs of the row.
+    """
+
+    k_BTNH: jax.Array
+    v_BTNH: jax.Array
+    deductive: DeductiveOutputs
 
 
 class LayerCache(flax.struct.PyTreeNode):
-    """One layer's cache. `deductive` is written by prefill alone: `append` names only keys and
-    values.
+    """One layer's cache. Prefill alone writes `deductive`: `append` names keys and values only.
 
     Attributes:
-      k_BSNH: keys after RoPE; slot s holds the token at position s.
-      v_BSNH: values.
-      deductive: G_LM to decode with ("KV+G"), or A, from which the decode step recomputes it
-        ("KV").
+      k_BNSH: keys after RoPE; slot s holds the token at position s.
+      v_BNSH: values.
+      deductive: G_LM to decode with ("KV+G"; one for all rows if its batch axis is 1), or A, from
+        which the decode step recomputes it ("KV"); neither where G_LM is the identity.
     """
 
-    k_BSNH: jax.Array
-    v_BSNH: jax.Array
+    k_BNSH: jax.Array
+    v_BNSH: jax.Array
     deductive: DeductiveOutputs
 
     def append(self, k_BTNH: jax.Array, v_BTNH: jax.Array, slot_B: jax.Array) -> "LayerCache":
         """The cache with one more token (T = 1), written at each row's own slot."""
 
-        def write(old_SNH: jax.Array, new_TNH: jax.Array, slot: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice(
-                old_SNH, new_TNH.astype(old_SNH.dtype), (slot, 0, 0)
-            )
+        # One scatter, with rows as its batch axis: XLA writes it in place, and each device its own
+        # rows.
+        @jax.vmap
+        def write(cache_NSH: jax.Array, new_TNH: jax.Array, slot: jax.Array) -> jax.Array:
+            return cache_NSH.at[:, slot].set(new_TNH[0].astype(cache_NSH.dtype))
 
-        k_BSNH = jax.vmap(write)(self.k_BSNH, k_BTNH, slot_B)
-        v_BSNH = jax.vmap(write)(self.v_BSNH, v_BTNH, slot_B)
-        return self.replace(k_BSNH=k_BSNH, v_BSNH=v_BSNH)
+        k_BNSH = write(self.k_BNSH, k_BTNH, slot_B)
+        v_BNSH = write(self.v_BNSH, v_BTNH, slot_B)
+        return self.replace(k_BNSH=k_BNSH, v_BNSH=v_BNSH).laid_out()
+
+    def laid_out(self) -> "LayerCache":
+        """The cache as it lives on the mesh in scope: rows over its batch axes, heads over tensor.
+
+        Every function that makes or changes a cache ends with it, so that no step moves one.
+        """
+
+        def place(x: jax.Array) -> jax.Array:
+            return constrain(x, "batch", "heads", None, None)
+
+        return jax.tree.map(place, self)
 
 
 class Cache(flax.struct.PyTreeNode):
@@ -58,7 +84,7 @@ class Cache(flax.struct.PyTreeNode):
     @property
     def slots(self) -> int:
         """S, the tokens a row can hold."""
-        return self.layers[0].k_BSNH.shape[1]
+        return self.layers[0].k_BNSH.shape[2]
 
     @property
     def nbytes(self) -> int:
@@ -67,28 +93,37 @@ class Cache(flax.struct.PyTreeNode):
 
 
 def build_cache(
-    stacked: LayerCache, length_B: jax.Array, slots: int, config: ModelConfig, keep: str
+    outputs: LayerOutputs,
+    length_B: jax.Array,
+    slots: int,
+    config: ModelConfig,
+    keep: str,
+    dtype: Any = None,
 ) -> Cache:
     """A cache from what a forward pass over the prompts returned.
 
     Args:
-      stacked: keys and values [L,B,T,N,H] and deductive outputs [L,B,N,H,J] of all layers.
+      outputs: keys and values [L,B,T,N,H] and deductive outputs [L,B,N,H,J] of all layers.
       length_B: real tokens of each row.
       slots: S, at least T: room for the prompt and what will be generated.
       keep: the deductive output that decoding uses: "G_LM", or "A" to recompute the last steps of
         PLGA each token.
+      dtype: of keys and values; None keeps theirs.
     """
-    room = slots - stacked.k_BSNH.shape[2]
 
-    def pad(x_LBTNH: jax.Array) -> jax.Array:
-        return jnp.pad(x_LBTNH, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0)))
+    def room(x_LBTNH: jax.Array) -> jax.Array:
+        x_LBNTH = jnp.swapaxes(x_LBTNH, 2, 3).astype(dtype or x_LBTNH.dtype)
+        width = slots - x_LBNTH.shape[3]
+        return jnp.pad(x_LBNTH, ((0, 0), (0, 0), (0, 0), (0, width), (0, 0)))
 
-    kept: Any = getattr(stacked.deductive, keep)
-    k_LBSNH, v_LBSNH = pad(stacked.k_BSNH), pad(stacked.v_BSNH)
+    kept: Any = getattr(outputs.deductive, keep)
+    k_LBNSH, v_LBNSH = room(outputs.k_BTNH), room(outputs.v_BTNH)
     layers = tuple(
         LayerCache(
-            k_LBSNH[i], v_LBSNH[i], DeductiveOutputs(**{keep: None if kept is None else kept[i]})
-        )
+            k_LBNSH[i],
+            v_LBNSH[i],
+            DeductiveOutputs(**{keep: None if kept is None else kept[i]}),
+        ).laid_out()
         for i in range(config.num_layers)
     )
     return Cache(layers=layers, length_B=length_B)

@@ -1,5 +1,6 @@
 """The decoder: embedding, scanned decoder layers, head; and one layer at a time for decoding."""
 
+import functools
 import math
 from typing import Any, TypeAlias
 
@@ -10,9 +11,10 @@ import jax.numpy as jnp
 
 from pldr_jax.config import ModelConfig
 from pldr_jax.model.attention import Attention, AttentionInputs
-from pldr_jax.model.cache import Cache, LayerCache
+from pldr_jax.model.cache import Cache, LayerCache, LayerOutputs
 from pldr_jax.model.deductive import DeductiveOutputs
 from pldr_jax.model.layers import GLU, Linear, layer_norm, logical
+from pldr_jax.model.segments import Segments
 from pldr_jax.partition import constrain
 
 Params: TypeAlias = Any
@@ -26,7 +28,7 @@ class ModelOutputs(flax.struct.PyTreeNode):
 
     Attributes:
       logits: inductive output [B,T,V], float32.
-      deductive: A, A_LM, A_P, G_LM, [L,B,N,H,J] each.
+      deductive: A, A_LM, A_P, G_LM, [L,B,N,H,J] each; of rows with segments [L,B * K,N,H,J].
       hidden: states before the head [B,T,D].
       layers: keys and values [L,B,T,N,H], from which a cache is built.
     """
@@ -34,7 +36,7 @@ class ModelOutputs(flax.struct.PyTreeNode):
     logits: jax.Array
     deductive: DeductiveOutputs
     hidden: jax.Array
-    layers: LayerCache
+    layers: LayerOutputs
 
 
 class DecoderLayer(nn.Module):
@@ -52,7 +54,7 @@ class DecoderLayer(nn.Module):
 
     def __call__(
         self, x_BTD: jax.Array, inputs: AttentionInputs, g_lm_BNHJ: jax.Array | None
-    ) -> tuple[jax.Array, LayerCache]:
+    ) -> tuple[jax.Array, LayerOutputs]:
         """Hidden states [B,T,D] to hidden states, and this layer's keys, values and deductive
         outputs.
         """
@@ -89,6 +91,8 @@ class Embedding(nn.Module):
             logical(nn.initializers.normal(1.0), "vocab", "embed"),
             (config.vocab_size, config.model_dim),
         )
+        # Lookups need whole rows: D is gathered before, as fsdp does with every parameter.
+        table_VD = constrain(table_VD, "vocab", None)
         x_BTD = jnp.take(table_VD, tokens_BT, axis=0) * math.sqrt(config.model_dim)
         x_BTD = layer_norm(config.layer_norm_eps, name="norm")(x_BTD).astype(dtype)
         return constrain(x_BTD, "batch", "length", "activation_embed")
@@ -116,18 +120,21 @@ class Decoder(nn.Module):
         tokens_BT: jax.Array,
         g_lm_LBNHJ: jax.Array | None = None,
         length_B: jax.Array | None = None,
+        segments: Segments | None = None,
     ) -> ModelOutputs:
         """Full causal forward pass.
 
         Args:
           tokens_BT: token ids, rows left-aligned.
-          g_lm_LBNHJ: G_LM to use instead of PLGA's, [L,B,N,H,J] or [L,1,N,H,J].
+          g_lm_LBNHJ: G_LM to use instead of PLGA's, [L,B,N,H,J] or [L,1,N,H,J]; with segments
+            [L,B * K,N,H,J] or [L,1,N,H,J].
           length_B: real tokens of each row; what lies beyond is padding. None: all are real.
+          segments: of rows that hold several sequences; they know of padding themselves.
 
         Raises:
           ValueError: the model has a random or external G_LM and none was given.
         """
-        hidden_BTD, layers = self.hidden(tokens_BT, g_lm_LBNHJ, length_B)
+        hidden_BTD, layers = self.hidden(tokens_BT, g_lm_LBNHJ, length_B, segments)
         return ModelOutputs(self.logits(hidden_BTD), layers.deductive, hidden_BTD, layers)
 
     def hidden(
@@ -135,7 +142,8 @@ class Decoder(nn.Module):
         tokens_BT: jax.Array,
         g_lm_LBNHJ: jax.Array | None = None,
         length_B: jax.Array | None = None,
-    ) -> tuple[jax.Array, LayerCache]:
+        segments: Segments | None = None,
+    ) -> tuple[jax.Array, LayerOutputs]:
         """As `__call__`, without the head: hidden states [B,T,D], and what every layer returned,
         stacked [L, ...].
         """
@@ -145,12 +153,14 @@ class Decoder(nn.Module):
             )
         positions_BT = jnp.arange(tokens_BT.shape[1])[None, :]
         valid_BT = None if length_B is None else positions_BT < length_B[:, None]
-        inputs = AttentionInputs(positions_BT, valid_BT)
+        if segments is not None:
+            positions_BT = segments.positions_BT
+        inputs = AttentionInputs(positions_BT, valid_BT, segments)
         x_BTD = self.embedding(tokens_BT)
 
         def body(
             layer: DecoderLayer, x_BTD: jax.Array, g_lm_BNHJ: jax.Array | None
-        ) -> tuple[jax.Array, LayerCache]:
+        ) -> tuple[jax.Array, LayerOutputs]:
             return layer(x_BTD, inputs, g_lm_BNHJ)
 
         if self.config.remat != "none":
@@ -192,19 +202,27 @@ def forward(
     tokens_BT: jax.Array,
     g_lm_LBNHJ: jax.Array | None = None,
     length_B: jax.Array | None = None,
+    segments: Segments | None = None,
 ) -> ModelOutputs:
     """`Decoder.__call__` as a pure function of the parameters."""
-    return apply(Decoder(config), params, tokens_BT, g_lm_LBNHJ, length_B)
+    return apply(Decoder(config), params, tokens_BT, g_lm_LBNHJ, length_B, segments)
 
 
 def unstack_layers(config: ModelConfig, params: Params) -> Params:
-    """Parameters with `layers` as a tuple of one tree a layer, which `decode_token` reads without
-    slicing.
+    """Parameters as `decode_token` reads them: `layers` a tuple of one tree a layer, which needs no
+    slicing, and kernels in the compute dtype, so that no step converts them.
     """
+    dtype = jnp.dtype(config.dtype)
+
+    def part(path: tuple[Any, ...], leaf: jax.Array, i: int) -> jax.Array:
+        return leaf[i].astype(dtype) if path[-1].key == "kernel" else leaf[i]
+
     layers = tuple(
-        jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(config.num_layers)
+        jax.tree.map_with_path(functools.partial(part, i=i), params["layers"])
+        for i in range(config.num_layers)
     )
-    return {**params, "layers": layers}
+    head = {**params["head"], "kernel": params["head"]["kernel"].astype(dtype)}
+    return {**params, "layers": layers, "head": head}
 
 
 def decode_token(

@@ -90,10 +90,15 @@ def read_g_lm(path: str | Path, config: ModelConfig, field: str = "Model.g_file"
 def predefined_g_lm(config: ModelConfig) -> jax.Array | None:
     """The G_LM [L,1,N,H,J] that `Model.g_source` asks for; None where it is learned, or is the
     identity.
+
+    Raises:
+      ConfigError: `Model.g_source` is "external" and `Model.g_file` is None, as in the config of a
+        checkpoint that holds its G_LM; or the file cannot be used.
     """
     if config.g_source == "random":
         return random_g_lm(config, config.g_seed)
     if config.g_source == "external":
-        assert config.g_file is not None  # ModelConfig checks it
+        if config.g_file is None:
+            config.fail("g_file", "g_source = 'external' needs the file that holds G_LM")
         return read_g_lm(config.g_file, config)
     return None

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from pldr_jax.config import ModelConfig
 from pldr_jax.model.deductive import DeductiveOutputs
 from pldr_jax.model.layers import GLU, Initializer, full_product_operand, layer_norm, logical
+from pldr_jax.model.segments import Segments
 
 A_LM_FLOOR = 1e-9
 
@@ -99,12 +100,21 @@ class PowerLawGraphAttention(nn.Module):
         self.P = self.param("P", weight, shape)
         self.a, self.b_a = self.param("a", weight, shape), self.param("b_a", zeros, shape)
 
-    def __call__(self, q_BTNH: jax.Array, valid_BT: jax.Array | None = None) -> DeductiveOutputs:
+    def __call__(
+        self,
+        q_BTNH: jax.Array,
+        valid_BT: jax.Array | None = None,
+        segments: Segments | None = None,
+    ) -> DeductiveOutputs:
         """All deductive outputs of one layer, from its queries after RoPE and the mask of real
-        tokens.
+        tokens; with segments, those of each segment, [B * K,N,H,J].
         """
         with jax.named_scope("metric_learner"):
-            A_BNHJ = self.metric_tensor(density_matrix(q_BTNH, valid_BT))
+            if segments is None:
+                density_BNHJ = density_matrix(q_BTNH, valid_BT)
+            else:
+                density_BNHJ = segments.density_matrix(q_BTNH)
+            A_BNHJ = self.metric_tensor(density_BNHJ)
         with jax.named_scope("power_law"):
             return self.energy_curvature(A_BNHJ)
 

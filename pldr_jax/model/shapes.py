@@ -1,12 +1,14 @@
-"""Shapes and counts of a model's parameters, without making them."""
+"""Shapes, counts and places of a model's parameters, without making them."""
 
 import math
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from pldr_jax.config import ModelConfig
-from pldr_jax.model.decoder import init_params
+from pldr_jax.model.decoder import Params, init_params
+from pldr_jax.partition import shardings
 
 
 def abstract_params(config: ModelConfig) -> Any:
@@ -25,3 +27,8 @@ def param_shapes(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
 def count_params(config: ModelConfig) -> int:
     """Trained parameters of the model."""
     return sum(math.prod(shape) for shape in param_shapes(config).values())
+
+
+def place_params(config: ModelConfig, params: Params, mesh: Mesh) -> Params:
+    """The parameters on a mesh, each split as `pldr_jax/partition.py` says."""
+    return jax.device_put(params, shardings(abstract_params(config), mesh))

@@ -13,12 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pldr_jax.config import ModelConfig
-from pldr_jax.model.decoder import Params, forward
+from pldr_jax.model.decoder import Params
 from pldr_jax.partition import batch_sharding
 from pldr_jax.training.losses import TokenLoss, dag_losses, token_loss
+from pldr_jax.training.rows import RowOutputs, forward_rows
 
 
 class DeductiveStatistics:
@@ -69,6 +70,9 @@ class Evaluator:
       calibration_RC: int32 [K, C] other held-out rows; G_LM is frozen from the first.
       batch_size: rows in one call.
       bytes_per_token: of the held-out text, for bits per byte.
+      max_segments: of the rows, which have the packing that is trained on. The loss is over their
+        targets; a "sequence" of the statistics is a row, or a segment of one, and G_LM is frozen
+        from the first.
     """
 
     def __init__(
@@ -79,31 +83,37 @@ class Evaluator:
         calibration_RC: np.ndarray,
         batch_size: int,
         bytes_per_token: float,
+        max_segments: int = 1,
     ) -> None:
-        self._config = config
+        self._config, self._max_segments = config, max_segments
         self._batch_size = min(batch_size, len(rows_RC))
         self._rows = rows_RC
         self._calibration = calibration_RC[:1]
         self._bytes_per_token = bytes_per_token
-        self._rows_sharding = batch_sharding(mesh, (self._batch_size, rows_RC.shape[1]))
-        self._score: Callable[..., Any] = jax.jit(self._score_rows)
-        self._calibrate: Callable[..., Any] = jax.jit(self._calibrated_g_lm)
+        self._rows_sharding = batch_sharding(mesh, (self._batch_size, *rows_RC.shape[1:]))
+        # Whole on every device, so that each process can read all of it.
+        whole = NamedSharding(mesh, PartitionSpec())
+        self._score: Callable[..., Any] = jax.jit(self._score_rows, out_shardings=whole)
+        self._calibrate: Callable[..., Any] = jax.jit(self._calibrated_g_lm, out_shardings=whole)
 
     def _score_rows(
         self, params: Params, rows_BC: jax.Array, g_lm: jax.Array | None, frozen: jax.Array | None
-    ) -> tuple[TokenLoss, TokenLoss | None, Any, Any]:
-        own = forward(self._config, params, rows_BC[:, :-1], g_lm)
-        scored = token_loss(own.logits, rows_BC[:, 1:])
+    ) -> tuple[TokenLoss, TokenLoss | None, Any, Any, jax.Array | None]:
+        own, targets_BT, real_B = self._forward(params, rows_BC, g_lm)
+        scored = token_loss(own.logits, targets_BT)
         if frozen is None:
-            return scored, None, {}, {}
-        other = forward(self._config, params, rows_BC[:, :-1], frozen)
+            return scored, None, {}, {}, None
+        other = token_loss(self._forward(params, rows_BC, frozen).outputs.logits, targets_BT)
         tensors = dict(own.deductive.items())
-        return scored, token_loss(other.logits, rows_BC[:, 1:]), dag_losses(own.deductive), tensors
+        return scored, other, dag_losses(own.deductive, real_B), tensors, real_B
+
+    def _forward(self, params: Params, rows_BC: jax.Array, g_lm: jax.Array | None) -> RowOutputs:
+        return forward_rows(self._config, params, rows_BC, self._max_segments, g_lm)
 
     def _calibrated_g_lm(self, params: Params, rows_BC: jax.Array) -> jax.Array:
-        g_lm = forward(self._config, params, rows_BC[:, :-1]).deductive.G_LM
+        g_lm = self._forward(params, rows_BC, None).outputs.deductive.G_LM
         assert g_lm is not None
-        return g_lm
+        return g_lm[:, :1]
 
     def __call__(self, params: Params, g_lm: jax.Array | None = None) -> dict[str, float]:
         """The metrics, named `eval/...`. With a predefined G_LM nothing can leak: no gap, no order
@@ -116,9 +126,9 @@ class Evaluator:
         for start in range(0, len(self._rows), self._batch_size):
             rows = self._rows[start : start + self._batch_size]
             # A short last batch is filled with padding rows, whose targets do not count.
-            filled = np.zeros((self._batch_size, rows.shape[1]), np.int32)
+            filled = np.zeros((self._batch_size, *rows.shape[1:]), np.int32)
             filled[: len(rows)] = rows
-            own, other, dag, tensors = self._score(
+            own, other, dag, tensors, real = self._score(
                 params, jax.device_put(filled, self._rows_sharding), g_lm, frozen
             )
             own_parts.append(own)
@@ -127,8 +137,10 @@ class Evaluator:
             frozen_parts.append(other)
             if len(rows) == self._batch_size:
                 dag_parts.append(dag)
+                chosen = slice(None) if real is None else np.flatnonzero(jax.device_get(real))
                 for name, tensor in tensors.items():
-                    statistics.setdefault(name, DeductiveStatistics()).add(jax.device_get(tensor))
+                    x_LBNHJ = jax.device_get(tensor)[:, chosen]
+                    statistics.setdefault(name, DeductiveStatistics()).add(x_LBNHJ)
         return self._summary(own_parts, frozen_parts, dag_parts, statistics)
 
     def _summary(

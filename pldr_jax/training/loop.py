@@ -11,9 +11,7 @@ What a run folder holds:
     curves.png       loss, causal gap and order parameter against steps
 """
 
-import math
-import os
-import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +19,55 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from pldr_jax.config import ConfigError, ExperimentConfig
-from pldr_jax.data.corpus import Corpus, prepare
+from pldr_jax.config import ConfigError, ExperimentConfig, ModelConfig
+from pldr_jax.data.mixture import TrainingText, open_text
 from pldr_jax.data.pipeline import TrainIterator, train_iterator, validation_rows
-from pldr_jax.flags import config_from_dict, config_to_dict, describe_differences, dump_config
+from pldr_jax.data.rows import fill
+from pldr_jax.data.tokenizer import Tokenizer
+from pldr_jax.flags import config_from_dict, config_to_dict
+from pldr_jax.hosts import any_process
 from pldr_jax.inference.engine import Engine
-from pldr_jax.inference.sampling import Sampling
+from pldr_jax.inference.request import Request
+from pldr_jax.model.decoder import Params
 from pldr_jax.model.deductive import g_lm_shape, predefined_g_lm
 from pldr_jax.model.shapes import count_params
 from pldr_jax.partition import batch_sharding, build_mesh
 from pldr_jax.training.checkpoint import Checkpointer
 from pldr_jax.training.evaluate import Evaluator
+from pldr_jax.training.health import NONFINITE, Health
+from pldr_jax.training.initial import InitialWeights, state_from
+from pldr_jax.training.lock import locked
 from pldr_jax.training.metrics import MetricWriter
-from pldr_jax.training.plots import summary_table, write_curves
+from pldr_jax.training.plots import write_curves
+from pldr_jax.training.profile import Profiler
 from pldr_jax.training.progress import Progress
+from pldr_jax.training.report import report, summary
+from pldr_jax.training.run_files import (
+    append_sample,
+    check_same_model,
+    check_same_tokenizer,
+    write_run_files,
+)
 from pldr_jax.training.signals import StopRequest, stop_on_signals
 from pldr_jax.training.step import TrainState, abstract_state, create_state, jit_train_step
-
-SAMPLES = "samples.txt"
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message is one line, and what was saved before stays."""
 
 
-def train(config: ExperimentConfig, run_dir: str | Path, resume: str = "auto") -> dict[str, float]:
+TaskMetrics = Callable[[ModelConfig, Params, jax.Array | None, Tokenizer, Mesh], dict[str, float]]
+"""Measures a model (config, parameters, predefined G_LM, tokenizer, mesh) on tasks."""
+
+
+def train(
+    config: ExperimentConfig,
+    run_dir: str | Path,
+    resume: str = "auto",
+    profile: str | None = None,
+    initial: InitialWeights | None = None,
+    task_metrics: TaskMetrics | None = None,
+) -> dict[str, float]:
     """Trains to `Training.steps`, from the start or from where the run folder stands.
 
     The order of a start: what can be refused at once, then text, state, checkpoint, loop.
@@ -55,6 +77,9 @@ def train(config: ExperimentConfig, run_dir: str | Path, resume: str = "auto") -
       run_dir: made if it does not exist.
       resume: "auto" continues a run that is there, "never" refuses to touch one, "required"
         refuses to start anew.
+      profile: "STEP:COUNT" writes a trace of those steps.
+      initial: weights that a new run begins with; a run that is continued does not use them.
+      task_metrics: more metrics for each evaluation.
 
     Returns:
       The metrics of the last evaluation.
@@ -64,6 +89,7 @@ def train(config: ExperimentConfig, run_dir: str | Path, resume: str = "auto") -
       TrainingError: a loss that is not finite.
     """
     run_dir = Path(run_dir)
+    profiler = Profiler(run_dir, profile)
     with Checkpointer(run_dir, config.checkpoint) as checkpointer:
         latest = checkpointer.latest_step()
         if latest is None and resume == "required":
@@ -75,16 +101,24 @@ def train(config: ExperimentConfig, run_dir: str | Path, resume: str = "auto") -
                 f"--resume=never: {run_dir} already holds step {latest}; choose another --run_dir"
             )
         mesh = build_mesh(config.mesh)
-        shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        if config.data.batch_size % shards:
+        shards, parts = mesh.shape["data"] * mesh.shape["fsdp"], config.training.accumulate
+        if config.data.batch_size % (shards * parts):
+            also = f" times the {parts} parts of Training.accumulate" if parts > 1 else ""
             config.data.fail(
                 "batch_size",
-                f"must be a multiple of the {shards} devices of Mesh.data x Mesh.fsdp",
+                f"must be a multiple of the {shards} devices of Mesh.data x Mesh.fsdp{also}",
             )
-        corpus = prepare(config.data, config.model.vocab_size)
+        text = open_text(config.data, config.model.vocab_size)
         # From here on there is something to save; a signal before this ends the program at once.
-        with jax.set_mesh(mesh), stop_on_signals() as stop:
-            return _Run(config, run_dir, corpus, mesh, checkpointer, stop).go(latest is not None)
+        with (
+            locked(run_dir, jax.process_index() == 0),
+            jax.set_mesh(mesh),
+            stop_on_signals() as stop,
+        ):
+            run = _Run(
+                config, run_dir, text, mesh, checkpointer, stop, profiler, initial, task_metrics
+            )
+            return run.go(latest is not None)
 
 
 class _Run:
@@ -94,24 +128,37 @@ class _Run:
         self,
         config: ExperimentConfig,
         run_dir: Path,
-        corpus: Corpus,
+        text: TrainingText,
         mesh: Mesh,
         checkpointer: Checkpointer,
         stop: StopRequest,
+        profiler: Profiler,
+        initial: InitialWeights | None,
+        task_metrics: TaskMetrics | None,
     ) -> None:
-        self._config, self._run_dir, self._corpus, self._mesh = config, run_dir, corpus, mesh
-        self._checkpointer, self._stop = checkpointer, stop
+        self._config, self._run_dir, self._text, self._mesh = config, run_dir, text, mesh
+        self._checkpointer, self._stop, self._profiler = checkpointer, stop, profiler
+        self._initial, self._task_metrics = initial, task_metrics
         self._is_main = jax.process_index() == 0
+        self._health = Health(run_dir, config.training, self._is_main)
+        rows = text.rows("train", config.model.context_length, config.data)
+        shares = zip(text.weights, rows, strict=True)
+        self._fill = sum(weight * fill(part) for weight, part in shares)
         self._data: TrainIterator = train_iterator(
-            corpus.train,
-            config.model.context_length,
+            rows,
             config.data.batch_size,
             config.data.seed,
             jax.process_index(),
             jax.process_count(),
+            weights=text.weights,
+            epochs=config.data.epochs,
+            digest=text.digest,
         )
+        self._check_epochs()
         held_out = validation_rows(
-            corpus.validation, config.model.context_length, config.training.eval_rows
+            text.rows("validation", config.model.context_length, config.data),
+            config.training.eval_rows,
+            weights=text.weights,
         )
         self._evaluator = Evaluator(
             config.model,
@@ -119,34 +166,54 @@ class _Run:
             held_out.rows_RC,
             held_out.calibration_RC,
             config.data.batch_size,
-            corpus.validation.bytes_per_token,
+            text.bytes_per_token,
+            config.data.segments_per_row,
         )
+
+    def _check_epochs(self) -> None:
+        steps, most = self._config.training.steps, self._data.n_batches
+        if most is not None and steps > most:
+            self._data.close()
+            self._config.training.fail(
+                "steps",
+                f"the text is used up after {most} steps, with Data.epochs = "
+                f"{self._config.data.epochs}; lower it, or raise Data.epochs",
+            )
 
     def go(self, restore: bool) -> dict[str, float]:
         config = self._config
         state, start = self._restored() if restore else (self._fresh(), 0)
         if self._is_main:
-            self._write_run_files(start)
+            tokenizer = self._text.tokenizer.model_bytes
+            write_run_files(self._run_dir, self._config, tokenizer, start)
         writer = MetricWriter(
-            self._run_dir, config.training.tensorboard, start, enabled=self._is_main
+            self._run_dir,
+            config.training.tensorboard,
+            start,
+            enabled=self._is_main,
+            wandb_project=config.training.wandb_project,
         )
-        row_tokens = config.data.batch_size * config.model.context_length
+        row_tokens = round(config.data.batch_size * config.model.context_length * self._fill)
         progress = Progress(config.training.steps, start, row_tokens, enabled=self._is_main)
         try:
             with progress, writer:
                 progress.print(self._heading(start))
                 return self._loop(state, start, writer, progress)
         finally:
+            self._profiler.close()
             self._data.close()
 
     def _fresh(self) -> TrainState:
+        if self._initial is not None:
+            return state_from(self._config, self._mesh, self._initial)
         return create_state(self._config, self._mesh, predefined_g_lm(self._config.model))
 
     def _restored(self) -> tuple[TrainState, int]:
         stored = self._checkpointer.read_config()
         if stored is not None:
-            self._check_same_model(config_from_dict(stored, str(self._run_dir)))
-        self._check_same_tokenizer()
+            saved = config_from_dict(stored, str(self._run_dir))
+            check_same_model(self._run_dir, saved, self._config)
+        check_same_tokenizer(self._run_dir, self._text.tokenizer.model_bytes)
         model = self._config.model
         # Its shape is enough: the checkpoint holds the tensor, and Model.g_file may be gone.
         has_g_lm = model.g_source in ("random", "external")
@@ -154,45 +221,8 @@ class _Run:
         target = abstract_state(self._config, self._mesh, g_lm)
         restored = self._checkpointer.restore(target)
         self._data.state = restored.data_state
+        self._health.state = restored.data_state.get("health", {})
         return restored.state, restored.step
-
-    def _check_same_model(self, saved: ExperimentConfig) -> None:
-        how = {f"Model.{name}:" for name in ("dtype", "remat", "unroll", "attention_kernel")}
-        changed = [
-            difference
-            for difference in describe_differences(saved, self._config, ["Model"])
-            if difference.split(" ")[0] not in how  # these change how it is computed, not what
-        ]
-        if changed:
-            raise ConfigError(
-                f"{self._run_dir}: holds another model ({'; '.join(changed)}); "
-                "take the old values or another --run_dir"
-            )
-        for difference in describe_differences(saved, self._config):
-            print(f"note: continuing with {difference}")
-
-    def _check_same_tokenizer(self) -> None:
-        """The ids of another tokenizer, as of changed text, mean nothing to the weights."""
-        path = self._run_dir / "tokenizer.model"
-        if path.is_file() and path.read_bytes() != self._corpus.tokenizer.model_bytes:
-            raise ConfigError(
-                f"{self._run_dir}: has another tokenizer than the text of Data.source gives now; "
-                f"set Data.tokenizer = {str(path)!r}, or take another --run_dir"
-            )
-
-    def _write_run_files(self, start: int) -> None:
-        try:
-            self._run_dir.mkdir(parents=True, exist_ok=True)
-            _replace(self._run_dir / "config.gin", dump_config(self._config).encode())
-            _replace(self._run_dir / "tokenizer.model", self._corpus.tokenizer.model_bytes)
-            samples = self._run_dir / SAMPLES
-            if samples.exists():
-                _replace(samples, _samples_until(samples.read_bytes(), start))
-        except OSError as error:
-            raise ConfigError(
-                f"--run_dir={self._run_dir}: cannot be written to ({error.strerror}); "
-                "name another folder"
-            ) from None
 
     def _heading(self, start: int) -> str:
         config = self._config
@@ -209,16 +239,19 @@ class _Run:
     ) -> dict[str, float]:
         training, total = self._config.training, self._config.training.steps
         step_fn = jit_train_step(self._config, self._mesh, state)
-        pending: tuple[int, dict[str, jax.Array]] | None = None
+        pending: tuple[int, dict[str, jax.Array], int] | None = None
         evaluation: dict[str, float] = {}
         for step in range(start + 1, total + 1):
+            self._profiler.before(step)
             state, metrics = step_fn(state, self._next_batch())
+            if self._profiler.after(step, metrics):
+                progress.print(f"trace: {self._profiler.folder}")
             # Reading the metrics of the step before leaves the device one step of work: it never
             # waits for the host.
             if pending is not None:
                 self._read(*pending, writer, progress)
-            pending = (step, metrics)
-            stopping = self._stop.signal_name is not None and step < total
+            pending = (step, metrics, self._data.state["next_index"] - 1)
+            stopping = self._stops(step) and step < total
             evaluates = step % training.eval_every == 0 or step == total
             saves = step % self._config.checkpoint.every_steps == 0 or step == total or stopping
             if evaluates or saves:
@@ -232,9 +265,10 @@ class _Run:
                     step, state, evaluation if evaluates else {}, wait=stopping or step == total
                 )
             if stopping:
+                cause = self._stop.signal_name or "a signal to another process"
                 progress.print(
-                    f"{self._stop.signal_name}: saved step {step} of {total} in {self._run_dir}; "
-                    "the same command continues from here"
+                    f"{cause}: saved step {step} of {total} in {self._run_dir}; the same command "
+                    "continues from here"
                 )
                 return evaluation
         if start >= total:
@@ -242,26 +276,45 @@ class _Run:
             evaluation = self._evaluator(state.params, state.g_lm)
         if self._is_main:
             curves = write_curves(self._run_dir)
-            progress.print(_summary(evaluation) + (f"\ncurves: {curves}" if curves else ""))
+            progress.print(summary(evaluation) + (f"\ncurves: {curves}" if curves else ""))
         return evaluation
+
+    def _stops(self, step: int) -> bool:
+        """Whether a signal reached any process: all of them leave at the same step."""
+        asked = self._stop.signal_name is not None
+        if jax.process_count() == 1:
+            return asked
+        if step % self._config.training.log_every:
+            return False  # asking the others costs time
+        return any_process(asked)
 
     def _next_batch(self) -> jax.Array:
         rows = next(self._data)
-        shape = (self._config.data.batch_size, rows.shape[1])
+        shape = (self._config.data.batch_size, *rows.shape[1:])
         return jax.make_array_from_process_local_data(
             batch_sharding(self._mesh, shape), rows, shape
         )
 
     def _read(
-        self, step: int, metrics: dict[str, jax.Array], writer: MetricWriter, progress: Progress
+        self,
+        step: int,
+        metrics: dict[str, jax.Array],
+        batch: int,
+        writer: MetricWriter,
+        progress: Progress,
     ) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        broken = [name for name, value in values.items() if not math.isfinite(value)]
+        broken = self._health.look(step, values, batch)
         training = self._config.training
         if step % training.log_every == 0 or step == training.steps or broken:
-            writer.write(step, values)
+            writer.write(step, values | self._health.metrics())
         progress.update(step, values["train/loss"], values["train/learning_rate"])
-        if broken:
+        if broken and not self._health.stops:
+            progress.print(
+                f"step {step}: {broken[0]} = {values[broken[0]]}; the update of batch {batch} is "
+                f"left out (noted in {self._run_dir / NONFINITE})"
+            )
+        elif broken:
             self._checkpointer.wait()
             last = self._checkpointer.latest_step()
             kept = (
@@ -278,68 +331,33 @@ class _Run:
         self, state: TrainState, step: int, writer: MetricWriter, progress: Progress
     ) -> dict[str, float]:
         evaluation = self._evaluator(state.params, state.g_lm)
+        if self._task_metrics is not None:
+            model, tokenizer = self._config.model, self._text.tokenizer
+            evaluation |= self._task_metrics(model, state.params, state.g_lm, tokenizer, self._mesh)
         writer.write(step, evaluation)
-        progress.print(self._report(step, evaluation))
+        progress.print(report(step, evaluation, self._config.training.gap_threshold))
         sample = self._sample(state)
         if sample:
             progress.print(sample)
-            with (self._run_dir / SAMPLES).open("ab") as file:
-                file.write(f"--- step {step}\n{sample}\n".encode())
+            append_sample(self._run_dir, step, sample)
         return evaluation
 
-    def _report(self, step: int, evaluation: dict[str, float]) -> str:
-        report = (
-            f"step {step}: held-out loss {evaluation['eval/loss']:.4f}, "
-            f"{evaluation['eval/bits_per_byte']:.3f} bits a byte"
-        )
-        if "eval/causal_gap" not in evaluation:
-            return report
-        gap = evaluation["eval/causal_gap"]
-        order = evaluation["eval/order_parameter/G_LM"]
-        report += f", causal gap {gap:+.5f}, order parameter of G_LM {order:.1e}"
-        if abs(gap) > self._config.training.gap_threshold:
-            report += (
-                f"\nwarning: with G_LM of another text the loss changes by {gap:+.3f}: the model "
-                "is using its future through G_LM and will not generate as well as its loss says"
-            )
-        return report
-
     def _sample(self, state: TrainState) -> str:
-        training, tokenizer = self._config.training, self._corpus.tokenizer
+        training, tokenizer = self._config.training, self._text.tokenizer
         prompt = tokenizer.encode(training.sample_prompt)[: self._config.model.context_length - 1]
         if not prompt or jax.process_count() > 1:
             return ""
         engine = Engine(self._config.model, state.params, state.g_lm)
-        (completion,) = engine.generate(
-            [prompt], training.sample_tokens, Sampling.create(1), frozenset([tokenizer.eos_id])
-        )
-        return training.sample_prompt + tokenizer.decode(completion.tokens)
+        request = Request(tuple(prompt), training.sample_tokens, stop_ids=(tokenizer.eos_id,))
+        (completion,) = engine.generate([request], rows=1)
+        return training.sample_prompt + tokenizer.decode_continuation(prompt, completion.tokens)
 
     def _save(self, step: int, state: TrainState, evaluation: dict[str, float], wait: bool) -> None:
         self._checkpointer.save(
-            step, state, self._data.state, config_to_dict(self._config), evaluation, wait=wait
+            step,
+            state,
+            {**self._data.state, "health": self._health.state},
+            config_to_dict(self._config),
+            evaluation,
+            wait=wait,
         )
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Writes a file all at once or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-def _samples_until(samples: bytes, last_step: int) -> bytes:
-    """The samples up to `last_step`: the steps after it are trained, and sampled, again."""
-    for header in re.finditer(rb"^--- step (\d+)$", samples, re.MULTILINE):
-        if int(header[1]) > last_step:
-            return samples[: header.start()]
-    return samples
-
-
-def _summary(evaluation: dict[str, float]) -> str:
-    """The last evaluation as a table, one metric a line."""
-
-    def shown(value: float) -> str:
-        return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 else f"{value:.2e}"
-
-    return summary_table({name: shown(value) for name, value in evaluation.items()})

@@ -46,26 +46,34 @@ def token_loss(logits_BTV: jax.Array, targets_BT: jax.Array) -> TokenLoss:
     return TokenLoss((nats_BT * counted_BT).sum(), correct_BT.sum(), counted_BT.sum())
 
 
-def dag_losses(deductive: DeductiveOutputs) -> dict[str, jax.Array]:
+def dag_losses(
+    deductive: DeductiveOutputs, real_B: jax.Array | None = None
+) -> dict[str, jax.Array]:
     """DAG loss of A_LM, A_P and G_LM (arXiv 2410.16703): mean over layers, batch and heads; {}
     with a predefined G_LM.
+
+    real_B: which entries of the batch axis count; None is all.
     """
     if deductive.A_LM is None:
         return {}
-    return {name: dag_loss(tensor) for name, tensor in deductive.items() if name != "A"}
+    return {name: dag_loss(x, real_B) for name, x in deductive.items() if name != "A"}
 
 
-def dag_loss(x: jax.Array) -> jax.Array:
+def dag_loss(x: jax.Array, real_B: jax.Array | None = None) -> jax.Array:
     """Mean of |log(tr(exp(X * X)) / H)| over all leading axes of X [..., H, H], * being element by
-    element.
+    element; with `real_B`, of X [L,B,N,H,H] over the entries B where it is true.
 
-    It is 0 exactly where X is the adjacency matrix of a directed acyclic graph. Finite, with a
-    finite gradient, wherever the value itself fits float32, also where the matrix exponential
+    It is 0 where X is the adjacency matrix of a directed acyclic graph, but for rounding (4e-5 at
+    entries of 40, whose squares are scaled down and squared up again). Finite, with a finite
+    gradient, wherever the value itself fits float32, also where the matrix exponential
     overflows.
     """
     # tr(exp(M)) >= H for a matrix of non-negative entries, so the logarithm needs no absolute
     # value.
-    return log_trace_expm(jnp.square(x.astype(jnp.float32))).mean()
+    values = log_trace_expm(jnp.square(x.astype(jnp.float32)))
+    if real_B is None:
+        return values.mean()
+    return (values.mean((0, 2)) * real_B).sum() / jnp.maximum(real_B.sum(), 1)
 
 
 @jax.custom_vjp

@@ -1,9 +1,10 @@
-"""Metrics of a run: `metrics.jsonl` is the record, TensorBoard event files are a copy of it.
+"""Metrics of a run: `metrics.jsonl` is the record; TensorBoard and Weights & Biases get copies.
 
 A row is one JSON object on one line, `{"step": 10, "time": 1735689600.0, "train/loss": 2.5}`.
 Numbers that are not finite are null. After a run was resumed the file has neither gaps nor repeats.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -29,9 +30,10 @@ class MetricWriter:
       resume_step: the step that the run continues from; rows of later steps, left by the run that
         was stopped, are removed. None: a new run, which must not have a record yet.
       enabled: False writes nothing, for the processes other than the first.
+      wandb_project: also send the rows to this project of Weights & Biases.
 
     Raises:
-      MetricsError: `resume_step` is None and there is a record.
+      MetricsError: `resume_step` is None and there is a record, or wandb is asked for and missing.
     """
 
     def __init__(
@@ -40,9 +42,11 @@ class MetricWriter:
         tensorboard: bool,
         resume_step: int | None,
         enabled: bool = True,
+        wandb_project: str | None = None,
     ) -> None:
         self._file: Any = None
         self._events: Any = None
+        self._wandb: Any = None
         if not enabled:
             return
         path = Path(run_dir) / FILE_NAME
@@ -56,6 +60,8 @@ class MetricWriter:
         self._file = path.open("a", encoding="utf-8", buffering=1)
         if tensorboard:
             self._events = _event_writer(path.parent, resume_step)
+        if wandb_project is not None:
+            self._wandb = _wandb_run(path.parent, wandb_project)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends one row; values are numbers or arrays of one number."""
@@ -69,13 +75,17 @@ class MetricWriter:
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, int(step), walltime=now)
+        if self._wandb is not None:
+            self._wandb.log(values, step=int(step))
 
     def close(self) -> None:
         """Closes the files; what is written later is lost."""
         for file in (self._file, self._events):
             if file is not None:
                 file.close()
-        self._file = self._events = None
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._file = self._events = self._wandb = None
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -134,3 +144,18 @@ def _event_writer(folder: Path, resume_step: int | None) -> Any:
         return None
     purge_step = None if resume_step is None else resume_step + 1
     return SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step, flush_secs=10)
+
+
+def _wandb_run(folder: Path, project: str) -> Any:
+    """The run of Weights & Biases that belongs to a run folder, new or continued."""
+    try:
+        import wandb
+    except ImportError:
+        raise MetricsError(
+            f"Training.wandb_project = {project!r}: needs wandb; install it with "
+            "pip install 'pldr_jax[wandb]', or leave the field out"
+        ) from None
+    name = folder.resolve().name
+    # Its own id would be another one after a restart.
+    run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    return wandb.init(project=project, name=name, id=run_id, resume="allow", dir=str(folder))

@@ -59,4 +59,4 @@ def decayed_matrices(params: Any) -> Any:
 
 def global_norm(tree: Any) -> jax.Array:
     """Square root of the sum of squares of all leaves, float32."""
-    return jnp.asarray(optax.global_norm(tree), jnp.float32)
+    return jnp.asarray(optax.tree.norm(tree), jnp.float32)

@@ -1,4 +1,4 @@
-"""Progress of a run: a bar on a terminal, otherwise a plain line every few seconds."""
+"""Progress of a run, and of a sweep: a bar on a terminal, otherwise a plain line now and then."""
 
 import sys
 import time
@@ -58,7 +58,7 @@ class Progress:
         if not self._enabled:
             return
         if self._bar is not None:
-            text = f"{self._text(loss, learning_rate)}  elapsed {_duration(now - self._started)}"
+            text = f"{self._text(loss, learning_rate)}  elapsed {duration(now - self._started)}"
             self._bar.update(self._task, completed=step, description=text)
         elif now - self._printed >= self._interval or step >= self._total:
             self._printed = now
@@ -87,12 +87,69 @@ class Progress:
         (first_step, first), (step, now) = self._times[0], self._times[-1]
         speed = (step - first_step) / (now - first) if now > first and step > first_step else None
         tokens = "-" if speed is None else f"{speed * self._tokens:,.0f}"
-        left = "-" if speed is None else _duration(max(self._total - step, 0) / speed)
+        left = "-" if speed is None else duration(max(self._total - step, 0) / speed)
         return f"loss {loss:.3f}  lr {learning_rate:.1e}  tokens/s {tokens}  left {left}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """`3:10`, or `2:03:10` from an hour on."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class SweepProgress:
+    """Shows how far a sweep is, and the newest step of the run at work.
+
+    Args:
+      total: runs.
+      terminal: whether there is a bar; None asks stdout.
+    """
+
+    def __init__(self, total: int, terminal: bool | None = None) -> None:
+        self._total, self._prefix = total, ""
+        self._bar: RichProgress | None = None
+        if sys.stdout.isatty() if terminal is None else terminal:
+            self._bar = RichProgress(
+                TextColumn("run [bold]{task.completed:.0f}[/]/{task.total:.0f}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.description}", markup=False),
+                console=Console(file=sys.stdout, force_terminal=True, highlight=False),
+            )
+            self._task = self._bar.add_task("", total=total)
+
+    def start(self, number: int, name: str, text: str) -> None:
+        """Run `number`, from 0, begins."""
+        self._prefix = f"[{number + 1}/{self._total}] {name}"
+        self.print(f"{self._prefix}: {text}")
+
+    def show(self, line: str) -> None:
+        """A line that the run at work has printed; those of steps are shown."""
+        if not line.startswith("step ") or ":" in line.split("  ")[0]:
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, description=line)
+        else:
+            print(f"{self._prefix}: {line}", flush=True)
+
+    def finish(self, number: int, name: str, text: str) -> None:
+        """Run `number` is over."""
+        self.print(f"[{number + 1}/{self._total}] {name}: {text}")
+        if self._bar is not None:
+            self._bar.update(self._task, completed=number + 1, description="")
+
+    def print(self, text: str) -> None:
+        """Prints `text`, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+
+    def __enter__(self) -> "SweepProgress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -12,10 +12,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pldr_jax.config import ExperimentConfig
-from pldr_jax.model.decoder import Params, forward, init_params
-from pldr_jax.partition import batch_sharding, shardings
-from pldr_jax.training.losses import TokenLoss, dag_losses, regularizer, token_loss
+from pldr_jax.data.rows import row_shape
+from pldr_jax.model.decoder import Params, init_params
+from pldr_jax.partition import batch_sharding, constrain, shardings
+from pldr_jax.training.losses import PAD_ID, TokenLoss, dag_losses, regularizer, token_loss
 from pldr_jax.training.optimizer import build_optimizer, global_norm, learning_rate_schedule
+from pldr_jax.training.rows import forward_rows, targets_of
+from pldr_jax.training.vocabulary_loss import chunked_token_loss
 
 Metrics = dict[str, jax.Array]
 
@@ -66,20 +69,60 @@ def create_state(config: ExperimentConfig, mesh: Mesh, g_lm: jax.Array | None = 
 def loss_fn(
     config: ExperimentConfig, params: Params, g_lm: jax.Array | None, rows_BC: jax.Array
 ) -> tuple[jax.Array, tuple[TokenLoss, dict[str, jax.Array]]]:
-    """The training loss of rows of tokens: tokens[1:] given tokens[:-1], plus the weighted DAG
-    losses.
+    """The training loss of rows of any packing: each token given those before it, plus the weighted
+    DAG losses.
 
     Returns:
       The scalar that is minimised, and (cross-entropy and accuracy, the DAG losses that were
       computed).
     """
-    outputs = forward(config.model, params, rows_BC[:, :-1], g_lm)
-    tokens = token_loss(outputs.logits, rows_BC[:, 1:])
+    outputs, targets_BT, real_B = forward_rows(
+        config.model, params, rows_BC, config.data.segments_per_row, g_lm
+    )
+    if chunk := min(config.loss.chunk, targets_BT.shape[1]):
+        # Nothing reads outputs.logits then, so that the compiler leaves them out.
+        tokens = chunked_token_loss(config.model, params, outputs.hidden, targets_BT, chunk)
+    else:
+        tokens = token_loss(outputs.logits, targets_BT)
     weights = (config.loss.dag_a_lm, config.loss.dag_a_p, config.loss.dag_g_lm)
     # Their matrix exponentials cost time: in the step only where they are trained on; evaluation
     # always has them.
-    dag = dag_losses(outputs.deductive) if any(weights) else {}
+    dag = dag_losses(outputs.deductive, real_B) if any(weights) else {}
     return tokens.loss + regularizer(config.loss, dag), (tokens, dag)
+
+
+def accumulated_gradients(
+    config: ExperimentConfig, params: Params, g_lm: jax.Array | None, rows_BC: jax.Array
+) -> tuple[jax.Array, TokenLoss, dict[str, jax.Array], Params]:
+    """(Total loss, cross-entropy and accuracy, DAG losses, gradients) of a batch, computed in
+    `Training.accumulate` parts.
+
+    The parts are weighted by their targets, so that the sum is the gradient of the whole batch, and
+    take rows in turns, so that on a mesh every part is spread over all devices. (DAG losses are
+    averaged over parts, which is another mean where rows hold unequal numbers of segments.)
+    """
+    value_and_grad = jax.value_and_grad(functools.partial(loss_fn, config), has_aux=True)
+    parts = config.training.accumulate
+    if parts == 1:
+        (total, (tokens, dag)), grads = value_and_grad(params, g_lm, rows_BC)
+        return total, tokens, dag, grads
+    rows_PBC = jnp.swapaxes(rows_BC.reshape(-1, parts, *rows_BC.shape[1:]), 0, 1)
+    rows_PBC = constrain(rows_PBC, None, "batch", *(None,) * (rows_BC.ndim - 1))
+    count = jnp.maximum((targets_of(rows_BC) != PAD_ID).sum(), 1).astype(jnp.float32)
+
+    def part_loss(params: Params, rows_BC: jax.Array) -> tuple[jax.Array, Any]:
+        _, (tokens, dag) = loss_fn(config, params, g_lm, rows_BC)
+        total = tokens.loss_sum / count + regularizer(config.loss, dag) / parts
+        return total, (tokens, jax.tree.map(lambda value: value / parts, dag))
+
+    def body(carry: Any, rows_BC: jax.Array) -> tuple[Any, None]:
+        (total, aux), grads = jax.value_and_grad(part_loss, has_aux=True)(params, rows_BC)
+        return jax.tree.map(jnp.add, carry, (total, aux, grads)), None
+
+    shapes = jax.eval_shape(jax.value_and_grad(part_loss, has_aux=True), params, rows_PBC[0])
+    (total, aux), grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    (total, (tokens, dag), grads), _ = jax.lax.scan(body, (total, aux, grads), rows_PBC)
+    return total, tokens, dag, grads
 
 
 def train_step(
@@ -88,14 +131,22 @@ def train_step(
     """One update. Pure; `jit_train_step` compiles it for a mesh.
 
     Args:
-      rows_BC: int32 [B, context_length] token ids; C tokens make C - 1 inputs and targets.
+      rows_BC: int32 [B, context_length] token ids, of which C make C - 1 inputs and targets; of
+        `Data.packing` "document" and "segment" [B,3,T], as in `pldr_jax/data/rows.py`.
     """
     optimizer = build_optimizer(config.optimizer, config.training.steps)
-    value_and_grad = jax.value_and_grad(functools.partial(loss_fn, config), has_aux=True)
-    (total, (tokens, dag)), grads = value_and_grad(state.params, state.g_lm, rows_BC)
+    total, tokens, dag, grads = accumulated_gradients(config, state.params, state.g_lm, rows_BC)
+    grad_norm = global_norm(grads)
     with jax.named_scope("optimizer"):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        if config.training.skip_nonfinite:
+            finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
+            params, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old),
+                (params, opt_state),
+                (state.params, state.opt_state),
+            )
     metrics = {
         "train/loss": tokens.loss,
         "train/total_loss": total,
@@ -103,7 +154,7 @@ def train_step(
         "train/learning_rate": learning_rate_schedule(config.optimizer, config.training.steps)(
             state.step
         ),
-        "train/grad_norm": global_norm(grads),
+        "train/grad_norm": grad_norm,
         "train/update_norm": global_norm(updates),
         "train/param_norm": global_norm(params),
         **{f"train/dag_loss/{name}": value for name, value in dag.items()},
@@ -116,7 +167,10 @@ def jit_train_step(
 ) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
     """`train_step` compiled for a mesh. DONATES the state: use the one it returns."""
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    rows_shape = (config.data.batch_size, config.model.context_length)
+    rows_shape = (
+        config.data.batch_size,
+        *row_shape(config.data.packing, config.model.context_length),
+    )
     return jax.jit(
         functools.partial(train_step, config),
         in_shardings=(state_shardings, batch_sharding(mesh, rows_shape)),

@@ -1,0 +1,204 @@
+"""Times the way of text to the train step: preparation, packing, and the wait for input.
+
+    python benchmarks/data.py                       # all three tables, on Python's own sources
+    python benchmarks/data.py --steps 0             # preparation and packing only
+    python benchmarks/data.py --documents paragraph # short documents
+
+Preparation is that of one process: MB of UTF-8 text a second through reading, tokenising, and all
+of it with the sorting into splits and the writing of shards; then tokens of the shards to rows of
+each packing, in shuffled order, and the two together. A second is one of the process's CPU time,
+and beside it one on the clock, which other work on the machine makes longer; both are the best of
+`--rounds`.
+
+The train step is that of configs/nano.gin with scanned layers, on the prepared shards. Modes are
+timed in turn, step by step, so that a change of the machine's speed meets all alike: targets a
+second (padding has none) with their ratio to `document`, and the share of the time that the loop
+waits for its next batch.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from pldr_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig
+from pldr_jax.data import sources
+from pldr_jax.data.build import BuildSettings, build
+from pldr_jax.data.inputs import find, plan
+from pldr_jax.data.pipeline import train_iterator
+from pldr_jax.data.prepared import ShardedTokens, read_manifest
+from pldr_jax.data.readers import ReadSettings
+from pldr_jax.data.rows import fill, make_rows
+from pldr_jax.data.tokenizer import Tokenizer
+from pldr_jax.data.units import UnitSettings, documents, tokenize, write_unit
+from pldr_jax.partition import build_mesh
+from pldr_jax.training.step import create_state, jit_train_step
+
+PACKINGS = ("pack", "document", "segment")
+
+
+def best(rounds: int, work: Callable[[], Any]) -> np.ndarray:
+    """Seconds [CPU, clock] of the fastest of some runs."""
+    times = []
+    for _ in range(rounds):
+        start = np.asarray([time.process_time(), time.perf_counter()])
+        work()
+        times.append(np.asarray([time.process_time(), time.perf_counter()]) - start)
+    return np.min(times, axis=0)
+
+
+def preparation(
+    folder: pathlib.Path, settings: UnitSettings, options: Any
+) -> dict[str, list[float]]:
+    """MB a second of one process, step by step: of CPU time and on the clock."""
+    unit = plan(find([f"{folder}/text"]), 1 << 40, by_line=False)[0]
+    tokenizer = Tokenizer.load(folder / "tok.model")
+    texts = [document.text for document in documents(unit, settings, Counter())]
+    mb = sum(len(text.encode()) for text in texts) / 1e6
+    batches = [texts[k : k + 32] for k in range(0, len(texts), 32)]
+    seconds = {
+        "read": best(options.rounds, lambda: list(documents(unit, settings, Counter()))),
+        "tokenise": best(options.rounds, lambda: [tokenize(tokenizer, b) for b in batches]),
+    }
+
+    def whole() -> None:
+        with tempfile.TemporaryDirectory() as output:
+            write_unit(unit, pathlib.Path(output), settings, tokenizer, "uint16", lambda *_: None)
+
+    seconds["read, tokenise, write"] = best(options.rounds, whole)
+    tokens = ShardedTokens(
+        build(
+            BuildSettings(
+                (f"{folder}/text",),
+                f"{folder}/out",
+                f"{folder}/tok.model",
+                dataclasses.replace(settings, validation_fraction=0.01),
+            ),
+            lambda line: None,
+        ),
+        "train",
+    )
+    part = tokens.n_bytes / 1e6
+    for packing in PACKINGS:
+        config = DataConfig(packing=packing, max_segments=options.segments)
+
+        def pack(config: DataConfig = config) -> None:
+            rows = make_rows(tokens, options.context, config)
+            for k in np.random.default_rng(0).permutation(len(rows)):
+                rows[k]
+
+        seconds[f"rows, {packing}"] = best(options.rounds, pack) * mb / part
+        seconds[f"all, {packing}"] = seconds["read, tokenise, write"] + seconds[f"rows, {packing}"]
+    print(f"{mb:.1f} MB, {len(texts):,} documents, {tokens.bytes_per_token:.2f} bytes a token")
+    return {name: (mb / value).tolist() for name, value in seconds.items()}
+
+
+class Mode:
+    """The train step of one packing and its input."""
+
+    def __init__(self, packing: str, tokens: ShardedTokens, options: Any) -> None:
+        data = DataConfig(
+            batch_size=options.batch,
+            packing=packing,  # type: ignore[arg-type]
+            max_segments=options.segments,
+        )
+        model = ModelConfig(vocab_size=options.vocab, context_length=options.context, unroll=False)
+        self.config = ExperimentConfig(model=model, data=data)
+        self.mesh = build_mesh(MeshConfig(), jax.devices()[:1])
+        rows = make_rows(tokens, options.context, data)
+        self.rows, self.fill = len(rows), fill(rows)
+        self.targets = self.fill * data.batch_size * (options.context - 1)
+        self.data = train_iterator([rows], data.batch_size, 0)
+        self.state = create_state(self.config, self.mesh)
+        self.step = jit_train_step(self.config, self.mesh, self.state)
+        self.waits: list[float] = []
+        self.times: list[float] = []
+
+    def run(self) -> None:
+        """One step."""
+        start = time.perf_counter()
+        batch = next(self.data)
+        got = time.perf_counter()
+        self.state, metrics = self.step(self.state, batch)
+        jax.block_until_ready(metrics)
+        self.waits.append(got - start)
+        self.times.append(time.perf_counter() - start)
+
+
+def training(folder: pathlib.Path, options: Any) -> dict[str, dict[str, float]]:
+    """Targets a second and the share of the wait, of each packing."""
+    tokens = ShardedTokens(read_manifest(folder / "out"), "train")
+    modes = {packing: Mode(packing, tokens, options) for packing in options.packings}
+    for mode in modes.values():
+        mode.run()
+        mode.waits, mode.times = [], []
+    for _ in range(options.steps):
+        for mode in modes.values():
+            mode.run()
+    reference = modes.get("document", next(iter(modes.values())))
+    results = {}
+    for packing, mode in modes.items():
+        ratios = [
+            (mode.targets / own) / (reference.targets / other)
+            for own, other in zip(mode.times, reference.times, strict=True)
+        ]
+        results[packing] = {
+            "rows": mode.rows,
+            "filled": mode.fill,
+            "ms a step": 1e3 * statistics.median(mode.times),
+            "targets/s": mode.targets / statistics.median(mode.times),
+            "over document": statistics.median(ratios),
+            "wait": sum(mode.waits) / sum(mode.times),
+        }
+        mode.data.close()
+    return results
+
+
+def main() -> None:
+    """Prints the tables, and writes them as JSON where asked to."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--mb", type=float, default=10.0, help="text, at most")
+    parser.add_argument("--documents", default="file", choices=["file", "line", "paragraph"])
+    parser.add_argument("--vocab", type=int, default=512)
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--segments", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--packings", nargs="+", default=list(PACKINGS), choices=PACKINGS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--output", help="JSON file")
+    options = parser.parse_args()
+    settings = UnitSettings(ReadSettings(documents=options.documents), 0.01)
+    with tempfile.TemporaryDirectory() as name:
+        folder, size = pathlib.Path(name), 0
+        (folder / "text").mkdir()
+        texts = []
+        for k, document in enumerate(sources.documents(sources.open_source("stdlib"))):
+            if size < options.mb * 1e6:
+                (folder / "text" / f"{k:05d}.txt").write_text(document.text)
+                size += len(document.text.encode())
+                texts.append(document.text)
+        every = max(1, size // 1_000_000)
+        Tokenizer.train(texts[::every], options.vocab).save(folder / "tok.model")
+        results: dict[str, Any] = {"MB/s": preparation(folder, settings, options)}
+        for step, speed in results["MB/s"].items():
+            print(f"{step:<24}{speed[0]:8.1f} MB a CPU second{speed[1]:8.1f} MB/s")
+        if options.steps:
+            results["training"] = training(folder, options)
+            for packing, row in results["training"].items():
+                print(packing, *(f"{name} {np.round(value, 4)}" for name, value in row.items()))
+    if options.output:
+        pathlib.Path(options.output).write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

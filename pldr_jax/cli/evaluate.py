@@ -1,0 +1,171 @@
+"""`pldr-eval`: a checkpoint on tasks of lm-evaluation-harness."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pldr_jax.cli.common import keep_compiled_programs, run
+from pldr_jax.cli.tasks import open_tasks
+from pldr_jax.config import ConfigError
+from pldr_jax.flags import Option, Options, load_config, parse_args
+
+if TYPE_CHECKING:
+    from pldr_jax.api import LanguageModel
+
+DESCRIPTION = (
+    "Scores a checkpoint on tasks of lm-evaluation-harness, with G_LM of the whole text (full), "
+    "of the context alone (causal) or of no text (frozen)."
+)
+OPTIONS = (
+    Option("run", "run folder, or folder in the transformers layout", metavar="RUN", place=True),
+    Option(
+        "tasks",
+        "comma-separated: names of the harness, pldr_quiz, pldr_text, pldr_zero_shot, or YAML "
+        "files with local data",
+        required=True,
+        metavar="LIST",
+    ),
+    Option("output", "folder for results.json and results.md", required=True, metavar="DIR"),
+    Option(
+        "mode",
+        "comma-separated: full, causal, frozen; default: full,causal, or frozen where G_LM is not "
+        "learned",
+        metavar="MODES",
+    ),
+    Option("g_file", "npz or safetensors file holding G_LM, for frozen", metavar="FILE"),
+    Option(
+        "g_text", "text file, folder or glob; frozen takes the mean G_LM over it", metavar="PATH"
+    ),
+    Option(
+        "step",
+        "checkpoint of a run folder; default: the newest complete one",
+        type=int,
+        metavar="STEP",
+    ),
+    Option("rows", "texts side by side; no result depends on it", type=int, default=8, metavar="N"),
+    Option("limit", "examples of each task; default: all", type=int, metavar="N"),
+    Option("num_fewshot", "examples in the context; default: the task's", type=int, metavar="N"),
+    Option(
+        "overlap",
+        "tokens of context of the windows after the first, in perplexity tasks",
+        type=int,
+        default=1,
+        metavar="N",
+    ),
+)
+RESULTS, TABLE = "results.json", "results.md"
+MODES = ("full", "causal", "frozen")
+CALIBRATION_ROWS = 16
+
+
+def evaluate_main(argv: list[str]) -> None:
+    """Parses the command line, evaluates, writes both files and prints the table."""
+    options = parse_args(argv, "pldr-eval", DESCRIPTION, OPTIONS)
+    config = load_config(options.gin_files, options.overrides)
+    modes = _modes(options)
+    output = Path(options.output)
+    for name in (RESULTS, TABLE):
+        if (output / name).exists():
+            raise ConfigError(f"--output={output}: already holds {name}; name another folder")
+    if options.rows < 1:
+        raise ConfigError(f"--rows={options.rows}: must be at least 1")
+    if not Path(options.run).is_dir():
+        raise ConfigError(f"{options.run!r}: no such folder; give a run folder")
+    tasks = open_tasks(options.tasks, options.limit, options.num_fewshot)
+    keep_compiled_programs(config.data.cache_dir)
+    import jax
+
+    from pldr_jax.api import load
+    from pldr_jax.evaluation.report import results_json, results_table
+    from pldr_jax.evaluation.scorer import TextScorer
+
+    lm = load(options.run, options.step, mesh=config.mesh if jax.device_count() > 1 else None)
+    learned = lm.config.g_source == "learned"
+    modes = modes or (["full", "causal"] if learned else ["frozen"])
+    given = _given_g_lm(options, lm) if "frozen" in modes else None
+    scorers = {
+        mode: TextScorer(
+            lm,
+            mode,
+            options.rows,
+            given if mode == "frozen" else None,
+            options.overlap,
+            _progress(mode),
+        )
+        for mode in modes
+    }
+    results = {mode: tasks.evaluate(scorer) for mode, scorer in scorers.items()}
+    head = {
+        "checkpoint": str(options.run),
+        "step": options.step,
+        "tasks": options.tasks,
+        "limit": options.limit,
+        "num_fewshot": options.num_fewshot,
+        "overlap": options.overlap,
+    }
+    table = results_table(results)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / RESULTS).write_text(results_json(head, results), encoding="utf-8")
+        (output / TABLE).write_text(table, encoding="utf-8")
+    except OSError as error:
+        print(table, end="")
+        raise ConfigError(
+            f"--output={output}: cannot be written to ({error.strerror}); the table is above"
+        ) from None
+    print(f"{table}results: {output / RESULTS}")
+
+
+def _progress(mode: str) -> Callable[[int, int], None]:
+    """One line on a terminal that counts the texts of the current kind of requests."""
+    terminal = sys.stderr  # the harness's own bars are caught
+
+    def show(done: int, total: int) -> None:
+        if terminal.isatty():
+            print(f"\r{mode}: {done:,} of {total:,} texts", end="", file=terminal, flush=True)
+            if done == total:
+                print(file=terminal)
+
+    return show
+
+
+def _modes(options: Options) -> list[Any]:
+    modes = [mode.strip() for mode in (options.mode or "").split(",") if mode.strip()]
+    for i, mode in enumerate(modes):
+        if mode not in MODES or mode in modes[:i]:
+            raise ConfigError(
+                f"--mode={options.mode}: {mode!r} must be one of {', '.join(MODES)}, each once"
+            )
+    for name in ("g_file", "g_text"):
+        if getattr(options, name) is not None and "frozen" not in modes:
+            raise ConfigError(f"--{name}: is G_LM of the mode frozen; add --mode=frozen")
+    if options.g_file is not None and options.g_text is not None:
+        raise ConfigError("--g_text: cannot be given together with --g_file; choose one")
+    return modes
+
+
+def _given_g_lm(options: Options, lm: "LanguageModel") -> Any:
+    """G_LM of `--g_file`, or the mean over the rows of `--g_text`; None is the checkpoint's own."""
+    if options.g_file is not None:
+        from pldr_jax.model.deductive import read_g_lm
+
+        return read_g_lm(options.g_file, lm.config, "--g_file")
+    if options.g_text is None:
+        return None
+    from pldr_jax.config import DataConfig
+    from pldr_jax.data.corpus import prepare
+    from pldr_jax.data.rows import TokenRows
+    from pldr_jax.training.freeze import calibrate, check_learned, rows_at_once, some_rows
+
+    check_learned(lm.config, options.run)
+    path = Path(options.run) / "tokenizer.model"
+    data = DataConfig(source=options.g_text, tokenizer=str(path))
+    rows = TokenRows(prepare(data, lm.config.vocab_size).train, lm.config.context_length)
+    some = some_rows(rows, CALIBRATION_ROWS)
+    return calibrate(lm.config, lm.params, some, "mean", rows_at_once(lm.config)).g_lm
+
+
+def main() -> None:
+    """Entry point."""
+    run(evaluate_main)

@@ -1,0 +1,90 @@
+"""`train.py --init_from`: the config of a run that begins with the weights of a checkpoint."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pldr_jax.config import ConfigError, ExperimentConfig
+from pldr_jax.flags import config_from_dict, load_config
+
+if TYPE_CHECKING:
+    from pldr_jax.training.initial import InitialWeights
+
+TOKENIZER = "tokenizer.model"
+
+
+def start_from(
+    init_from: str | Path,
+    run_dir: Path,
+    gin_files: Sequence[str | Path],
+    overrides: Sequence[str],
+) -> tuple[ExperimentConfig, "InitialWeights | None"]:
+    """The config, and the weights, unless the run goes on from a checkpoint of its own.
+
+    The model is that of the checkpoint, and so is the tokenizer; everything else is what files and
+    flags say.
+
+    Raises:
+      ConfigError: they say another model, or the checkpoint has no tokenizer and they name none.
+      CheckpointError: the checkpoint cannot be read.
+    """
+    from pldr_jax.config import CheckpointConfig
+    from pldr_jax.training.checkpoint import Checkpointer
+
+    with Checkpointer(run_dir, CheckpointConfig()) as checkpointer:
+        stored = checkpointer.read_config() if checkpointer.latest_step() is not None else None
+    if stored is not None:
+        print(f"--init_from={init_from}: not read again, {run_dir} goes on from its own checkpoint")
+        saved = config_from_dict(stored, str(run_dir))
+        base = dataclasses.replace(ExperimentConfig(), model=saved.model)
+        config = load_config(gin_files, overrides, base)
+        return _with_tokenizer(config, saved.data.tokenizer, run_dir / TOKENIZER), None
+
+    from pldr_jax.cli.weights import read_any
+    from pldr_jax.model.shapes import count_params
+    from pldr_jax.training.initial import InitialWeights, check_same_model
+
+    folder = Path(init_from)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"--init_from={init_from}: no such folder; give a run folder, or one with config.json"
+        )
+    checkpoint, weights = read_any(folder)
+    base = dataclasses.replace(ExperimentConfig(), model=checkpoint.model)
+    config = load_config(gin_files, overrides, base)
+    check_same_model(str(init_from), checkpoint, config)
+    config = _checked_tokenizer(config, folder)
+    layout = "transformers layout" if (folder / "config.json").is_file() else f"step {weights.step}"
+    print(
+        f"weights of {init_from} ({layout}): {count_params(config.model):,} parameters, G_LM "
+        f"{config.model.g_source}; optimiser, schedule and data begin anew"
+    )
+    return config, InitialWeights(weights.params, weights.g_lm)
+
+
+def _with_tokenizer(config: ExperimentConfig, saved: str | None, copy: Path) -> ExperimentConfig:
+    """The tokenizer that the run began with, from its own copy where the first is gone."""
+    if config.data.tokenizer is not None:
+        return config
+    path = saved if saved is not None and Path(saved).is_file() else str(copy)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=path))
+
+
+def _checked_tokenizer(config: ExperimentConfig, folder: Path) -> ExperimentConfig:
+    path, named = folder / TOKENIZER, config.data.tokenizer
+    if not path.is_file():
+        if named is None:
+            raise ConfigError(
+                f"--init_from={folder}: has no {TOKENIZER}, and a new one would give its ids other "
+                "meanings; name the model's own with --gin.Data.tokenizer=PATH"
+            )
+        return config
+    if named is None:
+        data = dataclasses.replace(config.data, tokenizer=str(path))
+        return dataclasses.replace(config, data=data)
+    from pldr_jax.data.tokenizer import Tokenizer
+
+    if Tokenizer.load(named).digest != Tokenizer.load(path).digest:
+        raise ConfigError(f"Data.tokenizer = {named!r}: is another one than {path}; leave it out")
+    return config

@@ -1,0 +1,200 @@
+"""`infer.py --freeze_g`: a checkpoint with one G_LM in place of the PLGA network."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pldr_jax.cli.common import keep_compiled_programs
+from pldr_jax.cli.weights import read_any
+from pldr_jax.config import ConfigError, DataConfig, ExperimentConfig
+from pldr_jax.flags import (
+    Option,
+    config_to_dict,
+    dump_config,
+    load_config,
+    parse_args,
+)
+
+if TYPE_CHECKING:
+    from pldr_jax.training.freeze import RowSet
+
+DESCRIPTION = (
+    "Replaces the PLGA network of a trained PLDR-LLM by one G_LM, and certifies what it changes. "
+    "Config fields set here replace the run's; those of Model cannot be set."
+)
+CERTIFICATE = "certificate.json"
+TOKENIZER = "tokenizer.model"
+KL_THRESHOLD = 0.01
+"""Nats a token above which the frozen model counts as another one."""
+
+OPTIONS = (
+    Option(
+        "checkpoint",
+        "run folder, or folder with config.json and model.safetensors",
+        required=True,
+        metavar="DIR",
+    ),
+    Option("output", "folder of the frozen checkpoint", required=True, metavar="DIR"),
+    Option(
+        "step",
+        "checkpoint of a run folder; default: the newest complete one",
+        type=int,
+        metavar="STEP",
+    ),
+    Option("text", "text file, folder or glob; default: the run's held-out text", metavar="PATH"),
+    Option("rows", "rows that G_LM is calibrated on", type=int, default=16, metavar="ROWS"),
+    Option(
+        "eval_rows",
+        "other rows that the certificate measures; default: Training.eval_rows; 0 takes all",
+        type=int,
+        metavar="ROWS",
+    ),
+    Option(
+        "calibration",
+        "mean of G_LM over the rows, or that of the first",
+        default="mean",
+        choices=("mean", "first"),
+    ),
+)
+
+
+def freeze(
+    checkpoint: str | Path,
+    output: str | Path,
+    text: str | None = None,
+    rows: int = 16,
+    calibration: str = "mean",
+    eval_rows: int | None = None,
+    step: int | None = None,
+    kl_threshold: float = KL_THRESHOLD,
+    gin_files: Sequence[str | Path] = (),
+    overrides: Sequence[str] = (),
+    log: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Writes a frozen checkpoint, and prints and returns its certificate.
+
+    Args:
+      checkpoint: a run folder, or one in the transformers layout, which needs `text`.
+      output: a folder that does not exist, or is empty; `pldr_jax.load` opens it.
+      text: unseen text to use, cut in two by documents to calibrate and to evaluate on; None is the
+        run's own held-out text.
+      rows: rows of `Model.context_length` tokens to calibrate on.
+      calibration: "mean" of G_LM over those rows, or that of the "first".
+      eval_rows: other rows, to evaluate on; None is `Training.eval_rows`, 0 takes all.
+      step: checkpoint of a run folder; None is the newest complete one.
+      kl_threshold: nats a token above which a warning is printed.
+      gin_files, overrides: for `load_config`, on top of the run's config.
+      log: takes each line.
+
+    Raises:
+      ConfigError: no learned G_LM to freeze, no text, or a folder that cannot be used.
+      CheckpointError: the checkpoint cannot be read or written.
+    """
+    from pldr_jax.training import certificate as certificates
+    from pldr_jax.training import freeze as freezing
+    from pldr_jax.training.plots import summary_table
+    from pldr_jax.training.run_folder import check_output, write_run
+
+    for name, value, low in (("rows", rows, 1), ("eval_rows", eval_rows or 0, 0)):
+        if value < low:
+            raise ConfigError(f"--{name}={value}: must be at least {low}")
+    if calibration not in freezing.CALIBRATIONS:
+        raise ConfigError(f"--calibration={calibration}: must be 'mean' or 'first'")
+    folder = Path(checkpoint)
+    check_output(output)
+    stored, weights = read_any(folder, step)
+    params, found = weights.params, weights.step
+    freezing.check_learned(stored.model, folder)
+    config = load_config(gin_files, overrides, base=stored)
+    if config.model != stored.model:
+        raise ConfigError("--gin.Model: the model is that of the checkpoint and cannot be changed")
+    evaluated = config.training.eval_rows if eval_rows is None else eval_rows
+    row_sets = _row_sets(folder, config, text, rows, evaluated, log)
+    batch_size = freezing.rows_at_once(config.model)
+    method: Any = calibration
+    calibrated = freezing.calibrate(config.model, params, row_sets[0], method, batch_size)
+    frozen = freezing.frozen_config(stored)
+    certificate = certificates.certify(
+        config.model,
+        frozen.model,
+        params,
+        calibrated,
+        method,
+        *row_sets,
+        batch_size,
+        kl_threshold,
+    )
+    files = {
+        "config.gin": dump_config(frozen).encode(),
+        CERTIFICATE: (json.dumps(certificate, indent=2, allow_nan=False) + "\n").encode(),
+    }
+    if (folder / TOKENIZER).is_file():
+        files[TOKENIZER] = (folder / TOKENIZER).read_bytes()
+    kept = freezing.without_plga(params)
+    write_run(output, found, kept, calibrated.g_lm, config_to_dict(frozen), files)
+    log(summary_table(certificates.certificate_lines(certificate)))
+    if warning := certificates.invariance_warning(certificate):
+        log(warning)
+    log(f"frozen checkpoint of step {found}: {output}")
+    return certificate
+
+
+def _row_sets(
+    folder: Path,
+    config: ExperimentConfig,
+    text: str | None,
+    rows: int,
+    eval_rows: int,
+    log: Callable[[str], None],
+) -> tuple["RowSet", "RowSet"]:
+    """Rows to calibrate on and rows to evaluate on, of different documents where text is given."""
+    from pldr_jax.data.corpus import prepare
+    from pldr_jax.data.mixture import open_text
+    from pldr_jax.data.rows import joined, make_rows
+    from pldr_jax.training.freeze import some_rows, split_rows
+
+    model, path = config.model, folder / TOKENIZER
+    if text is None:
+        if (folder / "config.json").is_file():
+            raise ConfigError(f"--text: none was given, and {folder} does not say what is held out")
+        training_text = open_text(config.data, model.vocab_size, log)
+        if path.is_file() and path.read_bytes() != training_text.tokenizer.model_bytes:
+            raise ConfigError(
+                f"{folder}: has another tokenizer than Data.source gives now; give a --text"
+            )
+        held_out = training_text.rows("validation", model.context_length, config.data)
+        return split_rows(joined(held_out), rows, eval_rows)
+    if not path.is_file():
+        raise ConfigError(f"--text={text}: {folder} has no {TOKENIZER} to read it with")
+    cache_dir = config.data.cache_dir
+    data = DataConfig(
+        source=text,
+        tokenizer=str(path),
+        validation_fraction=0.5,
+        packing=config.data.packing,
+        max_segments=config.data.max_segments,
+        cache_dir=cache_dir,
+    )
+    corpus = prepare(data, model.vocab_size, log)
+    calibration, evaluation = (
+        make_rows(file, model.context_length, data) for file in (corpus.train, corpus.validation)
+    )
+    return some_rows(calibration, rows), some_rows(evaluation, eval_rows)
+
+
+def freeze_main(argv: list[str]) -> None:
+    """Parses the command line and freezes."""
+    options = parse_args(argv, "infer.py --freeze_g", DESCRIPTION, OPTIONS)
+    keep_compiled_programs(load_config(options.gin_files, options.overrides).data.cache_dir)
+    freeze(
+        options.checkpoint,
+        options.output,
+        options.text,
+        options.rows,
+        options.calibration,
+        options.eval_rows,
+        options.step,
+        gin_files=options.gin_files,
+        overrides=options.overrides,
+    )

@@ -1,0 +1,273 @@
+"""Tokens to rows: the three packings, each a random-access array of rows.
+
+The row is part of the model, because Q^T Q sums over it. With C = context_length and T = C - 1:
+
+    pack      [C]     C tokens of the text, documents joined by end pieces and cut: row k holds
+                      tokens k*C .. k*C + C, of which C - 1 are inputs and C - 1 are targets
+    document  [3,T]   a document, or T inputs of one, then padding
+    segment   [3,T]   up to `max_segments` of those side by side, then padding
+
+The three planes of the last two are inputs, targets, and segment numbers: 1, 2, ... and 0 for
+padding. In them every token of a document but the last is an input once, and every one but the
+first a target once: where a long document is cut, its next piece begins with the last target.
+"""
+
+import bisect
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from pldr_jax.config import DataConfig
+
+INPUTS, TARGETS, SEGMENTS = 0, 1, 2
+"""The planes of a row."""
+
+
+class TokenStore(Protocol):
+    """Tokens of a split, documents one after another, each with its end piece."""
+
+    @property
+    def n_tokens(self) -> int:
+        """End pieces included."""
+
+    @property
+    def n_documents(self) -> int:
+        """Documents."""
+
+    @property
+    def n_bytes(self) -> int:
+        """UTF-8 bytes of the text."""
+
+    @property
+    def digest(self) -> str:
+        """Names the tokens."""
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text a token."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document [n_documents], end piece included."""
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start..stop."""
+
+
+class Rows(Protocol):
+    """Random access to rows, int32.
+
+    Attributes:
+      row_shape: [C], or [3,T].
+      max_segments: K, segments in a row at most.
+      n_targets: targets in all rows together.
+    """
+
+    row_shape: tuple[int, ...]
+    max_segments: int
+    n_targets: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, k: Any) -> np.ndarray: ...
+
+
+def make_rows(store: TokenStore, context_length: int, config: DataConfig) -> Rows:
+    """Rows of `Data.packing`."""
+    if config.packing == "pack":
+        return TokenRows(store, context_length)
+    return SegmentRows(store, context_length, config.segments_per_row)
+
+
+def row_shape(packing: str, context_length: int) -> tuple[int, ...]:
+    """[C] of "pack", [3,T] of the others."""
+    return (context_length,) if packing == "pack" else (3, context_length - 1)
+
+
+def fill(rows: Rows) -> float:
+    """Share of the places for targets that have one."""
+    places = len(rows) * (rows.row_shape[-1] - (len(rows.row_shape) == 1))
+    return rows.n_targets / max(places, 1)
+
+
+class _Joined:
+    """The rows of several texts, one after another."""
+
+    def __init__(self, parts: Sequence[Rows]) -> None:
+        self._parts, self._ends = parts, np.cumsum([len(part) for part in parts])
+        self.row_shape, self.max_segments = parts[0].row_shape, parts[0].max_segments
+        self.n_targets = sum(part.n_targets for part in parts)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, k: Any) -> np.ndarray:
+        part = int(np.searchsorted(self._ends, k, "right"))
+        return self._parts[part][k - (self._ends[part] - len(self._parts[part]))]
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    """The rows of several texts as those of one."""
+    return parts[0] if len(parts) == 1 else _Joined(parts)
+
+
+class TokenRows:
+    """`pack`: row k is tokens k*C .. k*C + C of the text; the last incomplete row is dropped.
+
+    Documents are not kept apart: a row may hold the end of one and the start of the next. Pickles
+    as its store.
+    """
+
+    max_segments = 1
+
+    def __init__(self, store: TokenStore, context_length: int) -> None:
+        self._store, self._context_length = store, context_length
+        self.row_shape = row_shape("pack", context_length)
+        self.n_targets = len(self) * (context_length - 1)
+
+    def __len__(self) -> int:
+        return self._store.n_tokens // self._context_length
+
+    def __getitem__(self, k: Any) -> np.ndarray:
+        """Row k, int32 [C]."""
+        if not 0 <= k < len(self):
+            raise IndexError(f"row {k} of {len(self)}")
+        start = int(k) * self._context_length
+        return self._store.read(start, start + self._context_length).astype(np.int32)
+
+    def __reduce__(self) -> tuple[type["TokenRows"], tuple[TokenStore, int]]:
+        return TokenRows, (self._store, self._context_length)
+
+
+class SegmentRows:
+    """`segment`, and with one segment a row `document`: int32 [3,T].
+
+    A piece of T inputs fills a row. What is left of every document is packed by `fit`, which needs
+    only to know how many remainders there are of each length; which documents share a row is then
+    counted off, so that the index takes 16 bytes a document, and no row is ever stored. Pickles as
+    its store.
+    """
+
+    def __init__(self, store: TokenStore, context_length: int, max_segments: int) -> None:
+        self._store, self._length, self.max_segments = store, context_length - 1, max_segments
+        self.row_shape = row_shape("segment", context_length)
+        lengths = np.asarray(store.lengths, np.int64)
+        inputs = np.maximum(lengths - 1, 0)
+        self.n_targets = int(inputs.sum())
+        self._starts = np.cumsum(lengths) - lengths
+        self._whole_ends = np.cumsum(inputs // self._length)
+        self._n_whole = int(self._whole_ends[-1]) if len(lengths) else 0
+        remainders = inputs % self._length
+        self._by_length = np.argsort(remainders, kind="stable")
+        counts = np.bincount(remainders, minlength=self._length)
+        self._lengths, self._first_of = inputs, np.cumsum(counts) - counts
+        self._shapes = fit(counts, self._length, max_segments)
+        self._shape_ends = np.cumsum([shape.count for shape in self._shapes])
+
+    def __len__(self) -> int:
+        return self._n_whole + (int(self._shape_ends[-1]) if self._shapes else 0)
+
+    def __getitem__(self, k: Any) -> np.ndarray:
+        """Row k, int32 [3,T]."""
+        if not 0 <= k < len(self):
+            raise IndexError(f"row {k} of {len(self)}")
+        row = np.zeros(self.row_shape, np.int32)
+        end = 0
+        for number, (start, length) in enumerate(self._pieces(int(k)), 1):
+            tokens = self._store.read(start, start + length + 1)
+            place = slice(end, end + length)
+            row[INPUTS, place], row[TARGETS, place] = tokens[:-1], tokens[1:]
+            row[SEGMENTS, place] = number
+            end += length
+        return row
+
+    def _pieces(self, k: int) -> list[tuple[int, int]]:
+        """(first token, inputs) of the segments of row k."""
+        if k < self._n_whole:
+            document = int(np.searchsorted(self._whole_ends, k, "right"))
+            before = int(self._whole_ends[document - 1]) if document else 0
+            return [(int(self._starts[document]) + (k - before) * self._length, self._length)]
+        k -= self._n_whole
+        which = int(np.searchsorted(self._shape_ends, k, "right"))
+        shape = self._shapes[which]
+        place = k - (int(self._shape_ends[which]) - shape.count)
+        pieces = []
+        for length, taken in zip(shape.lengths, shape.taken, strict=True):
+            document = int(self._by_length[self._first_of[length] + taken + place])
+            whole = int(self._lengths[document]) - length
+            pieces.append((int(self._starts[document]) + whole, length))
+        return pieces
+
+    def __reduce__(self) -> tuple[type["SegmentRows"], tuple[TokenStore, int, int]]:
+        return SegmentRows, (self._store, self._length + 1, self.max_segments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """`count` rows that hold segments of the same lengths.
+
+    Attributes:
+      lengths: of the segments.
+      taken: how many remainders of that length other rows have before; row j of the shape takes
+        number `taken + j`.
+    """
+
+    lengths: tuple[int, ...]
+    taken: tuple[int, ...]
+    count: int
+
+
+def fit(counts: np.ndarray, length: int, max_segments: int) -> list[Shape]:
+    """Best-fit decreasing packing of counts[n] segments of n tokens into rows of `length`.
+
+    The longest go first, each into the fullest row that has room for it. Segments of one length
+    are packed together, so that the time depends on the number of lengths, not of documents.
+    """
+    spaces: list[int] = []  # sorted, each once
+    open_rows: dict[int, list[tuple[tuple[int, ...], int]]] = {}  # space -> (lengths, count)
+    closed: list[tuple[tuple[int, ...], int]] = []
+
+    def put(lengths: tuple[int, ...], count: int) -> None:
+        space = length - sum(lengths)
+        if not count:
+            return
+        if not space or len(lengths) == max_segments:
+            closed.append((lengths, count))
+            return
+        if space not in open_rows:
+            bisect.insort(spaces, space)
+        open_rows.setdefault(space, []).append((lengths, count))
+
+    def take(least: int) -> tuple[tuple[int, ...], int | None]:
+        """The fullest open rows with that much room; empty ones, as many as one likes, if none."""
+        k = bisect.bisect_left(spaces, least)
+        if k == len(spaces):
+            return (), None
+        shapes = open_rows[spaces[k]]
+        shape = shapes.pop()
+        if not shapes:
+            del open_rows[spaces.pop(k)]
+        return shape
+
+    for n in range(length - 1, 0, -1):
+        left = int(counts[n]) if n < len(counts) else 0
+        while left:
+            lengths, available = take(n)
+            each = min(left, max_segments - len(lengths), (length - sum(lengths)) // n)
+            rows = left // each if available is None else min(available, left // each)
+            put(lengths + (n,) * each, rows)
+            put(lengths, 0 if available is None else available - rows)
+            left -= rows * each
+    for shapes in open_rows.values():
+        closed += shapes
+    taken = np.zeros(length, np.int64)
+    result = []
+    for lengths, count in closed:
+        before = []
+        for n in lengths:
+            before.append(int(taken[n]))
+            taken[n] += count
+        result.append(Shape(lengths, tuple(before), count))
+    return result

@@ -1,0 +1,200 @@
+"""What benchmarks ask of a model, in plain tuples: log-likelihoods, rolling ones, generations.
+
+`mode` says which G_LM a text is read with. "full" takes it from the whole text, as training does
+and as the published scores were measured: a token's score then depends on the tokens after it.
+"causal" takes it from the context alone, as decoding with caches does. "frozen" has one G_LM for
+every text: the checkpoint's own, or one that is given.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from pldr_jax.api import LanguageModel
+from pldr_jax.config import ConfigError
+from pldr_jax.evaluation.windows import rolling_windows
+from pldr_jax.inference.request import CacheMode, Request
+from pldr_jax.inference.score import MODES, Pair, Score, ScoreMode
+
+CHUNK = 1024
+"""Texts scored between two calls of `on_progress`."""
+NEW_TOKENS = 256
+"""New tokens of a generation that names no number, as in the harness."""
+
+_KNOWN = (
+    "until",
+    "max_gen_toks",
+    "do_sample",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+)
+
+
+class TextScorer:
+    """Answers the three kinds of requests with one model and one mode.
+
+    Texts are scored in batches of similar lengths; neither their number side by side nor their
+    order changes a result.
+
+    Args:
+      lm: with a tokenizer.
+      mode: see above.
+      rows: texts side by side.
+      g_lm: G_LM [L,N,H,J] for the mode "frozen"; None is the checkpoint's own.
+      overlap: tokens of context of the windows after the first, in rolling requests.
+      on_progress: called with the number of texts that are done, and that of all, of a call.
+
+    Raises:
+      ConfigError: a mode that the model rules out, or no tokenizer.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        mode: ScoreMode = "causal",
+        rows: int = 8,
+        g_lm: jax.Array | np.ndarray | None = None,
+        overlap: int = 1,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        if mode not in MODES:
+            raise ConfigError(f"mode = {mode!r}: must be one of {', '.join(map(repr, MODES))}")
+        if mode == "frozen" and g_lm is None and lm.config.g_source == "learned":
+            raise ConfigError(
+                "mode = 'frozen': this model learns G_LM; freeze it with infer.py --freeze_g, or "
+                "give a G_LM"
+            )
+        if mode != "frozen" and g_lm is not None:
+            raise ConfigError(f"mode = {mode!r}: a given G_LM needs 'frozen'")
+        if not 1 <= overlap < lm.config.context_length:
+            raise ConfigError(
+                f"overlap = {overlap}: must be 1 to {lm.config.context_length - 1}, below the "
+                "model's context"
+            )
+        if lm.tokenizer is None:
+            raise ConfigError("the checkpoint has no tokenizer.model, and tasks are text")
+        self.lm, self.mode, self.rows = lm, mode, rows
+        self.prefix = lm.tokenizer.eos_id if lm.tokenizer.eos_id >= 0 else lm.tokenizer.bos_id
+        """Stands before a text without context: training puts it before every document."""
+        if self.prefix < 0:
+            raise ConfigError("the tokenizer has neither an end nor a start piece")
+        self._g_lm, self._overlap, self._on_progress = g_lm, overlap, on_progress
+
+    def loglikelihood(self, requests: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+        """(log-probability of the continuation after its context, nats; whether greedy decoding
+        gives it), for each request.
+
+        A context that is empty is the end piece; one that is too long loses its beginning.
+
+        Raises:
+          ConfigError: a continuation that fills the model's context by itself.
+        """
+        pairs = [self._fitted(i, *self.lm.encode_pair(*r)) for i, r in enumerate(requests)]
+        asked = [index for index, (_, continuation) in enumerate(pairs) if continuation]
+        scores = dict(zip(asked, self._scores([pairs[i] for i in asked]), strict=True))
+        nothing = (0.0, True)
+        return [
+            (scores[i].logprob, scores[i].is_greedy) if i in scores else nothing
+            for i in range(len(pairs))
+        ]
+
+    def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
+        """Log-probability of each text, nats, in windows (`rolling_windows`).
+
+        Every mode has the same windows. "causal" takes G_LM from the context of a window alone:
+        from the end piece in the first one, and from `overlap` tokens in the later ones.
+        """
+        context_length = self.lm.config.context_length
+        owners: list[int] = []
+        windows: list[Pair] = []
+        for index, text in enumerate(texts):
+            tokens = self.lm.encode(text)
+            for window in rolling_windows(tokens, self.prefix, context_length, self._overlap):
+                owners.append(index)
+                windows.append(window)
+        totals = [0.0] * len(texts)
+        for owner, scored in zip(owners, self._scores(windows), strict=True):
+            totals[owner] += scored.logprob
+        return totals
+
+    def generate_until(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+        """The continuation of each context, cut before the first of its `until` strings.
+
+        Settings are those of the harness: `until`, `max_gen_toks`, `do_sample`, `temperature`,
+        `top_p`, `top_k`, `min_p` and `repetition_penalty`. New tokens take at most half of the
+        model's context, and a context that is too long loses its beginning. "full" recomputes
+        G_LM at every token.
+
+        Raises:
+          ConfigError: an unknown setting, or a context that cannot be decoded.
+        """
+        made = [self._request(i, *request) for i, request in enumerate(requests)]
+        recomputed = self.mode == "full" and self.lm.config.g_source == "learned"
+        cache = CacheMode(kv=False, g="none") if recomputed else None
+        texts: dict[int, str] = {}
+        for index, result in self.lm.run(made, self.rows, g_lm=self._g_lm, mode=cache):
+            if result.error is not None:
+                raise ConfigError(f"request {index}: {result.error}")
+            if result.finish_reason is not None:
+                texts[index] = result.text
+                self._on_progress(len(texts), len(made))
+        return [texts[index] for index in range(len(made))]
+
+    def _scores(self, pairs: Sequence[Pair]) -> list[Score]:
+        scores: list[Score] = []
+        mode: ScoreMode = self.mode
+        for start in range(0, len(pairs), CHUNK):
+            chunk = pairs[start : start + CHUNK]
+            contexts, continuations = [c for c, _ in chunk], [c for _, c in chunk]
+            scores += self.lm.score(contexts, continuations, mode, self._g_lm, self.rows)
+            self._on_progress(len(scores), len(pairs))
+        return scores
+
+    def _fitted(self, index: int, context: list[int], continuation: list[int]) -> Pair:
+        room = self.lm.config.context_length - len(continuation)
+        if room < 1:
+            raise ConfigError(
+                f"request {index}: the continuation has {len(continuation)} tokens, the model's "
+                f"context is {self.lm.config.context_length}"
+            )
+        return (context or [self.prefix])[-room:], continuation
+
+    def _request(self, index: int, context: str, settings: Mapping[str, Any]) -> Request:
+        for name in settings:
+            if name not in _KNOWN:
+                raise ConfigError(
+                    f"request {index}: {name} = {settings[name]!r}: no such setting; there are "
+                    f"{', '.join(_KNOWN)}"
+                )
+        assert self.lm.tokenizer is not None
+        until = settings.get("until") or []
+        stop = [until] if isinstance(until, str) else list(until)
+        new_tokens = int(settings.get("max_gen_toks") or NEW_TOKENS)
+        room = min(new_tokens, self.lm.config.context_length // 2)
+        prompt = (self.lm.encode(context) or [self.prefix])[
+            -(self.lm.config.context_length - room) :
+        ]
+        request = Request(
+            prompt=tuple(prompt),
+            max_new_tokens=room,
+            stop_ids=(self.lm.tokenizer.eos_id,) if self.lm.tokenizer.eos_id >= 0 else (),
+            stop_strings=tuple(text for text in stop if text),
+        )
+        greedy = not settings.get("do_sample", bool(settings.get("temperature")))
+        drawn = {} if greedy else {"temperature": float(settings.get("temperature") or 1.0)}
+        for name, cast in (("top_p", float), ("top_k", int), ("min_p", float)):
+            if not greedy and settings.get(name) is not None:
+                drawn[name] = cast(settings[name])
+        penalty = float(settings.get("repetition_penalty") or 1.0)
+        return dataclasses.replace(
+            request,
+            seed=index,
+            repetition_penalty=penalty,
+            **drawn,  # type: ignore[arg-type]
+        )

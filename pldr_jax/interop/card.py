@@ -1,0 +1,151 @@
+"""The model card of an export: `README.md`, with licence fields in its front matter."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pldr_jax.config import ExperimentConfig
+from pldr_jax.data.tokenizer import Tokenizer
+from pldr_jax.flags import dump_config
+from pldr_jax.model.shapes import count_params
+from pldr_jax.training.metrics import FILE_NAME, read_metrics
+
+UNKNOWN = "unknown"
+
+_MEASURED = {
+    "eval/loss": "held-out loss, nats a token",
+    "eval/bits_per_byte": "held-out bits a byte",
+    "eval/loss_frozen_g": "held-out loss with G_LM of another text",
+    "eval/causal_gap": "causal gap, nats a token",
+    "eval/order_parameter/G_LM": "order parameter of G_LM",
+}
+_LARGE_GAP = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Licences:
+    """What the card says of licences.
+
+    Attributes:
+      weights: an SPDX identifier in small letters, as model hubs take it.
+      data: of the training text, in words.
+    """
+
+    weights: str = UNKNOWN
+    data: str = UNKNOWN
+
+
+def model_card(
+    run_dir: Path, config: ExperimentConfig, step: int, licences: Licences, source: str | None
+) -> str:
+    """The card of a checkpoint.
+
+    Args:
+      run_dir: has `metrics.jsonl` and `tokenizer.model`, if anything was measured and tokenised.
+      step: of the checkpoint; figures are those of this step or the last evaluation before it.
+      source: name of the checkpoint that was imported; None for one trained here.
+    """
+    measured = _evaluation(run_dir, step)
+    sections = [
+        _front_matter(licences),
+        f"# PLDR-LLM, {count_params(config.model):,} parameters",
+        _origin(step, source),
+        "## Model\n\n" + _fields(config, "Model"),
+        "## Measured\n\n" + _figures(measured),
+    ]
+    if source is None:
+        sections += [
+            "## Training\n\n" + _fields(config, "Training", "Optimizer", "Loss"),
+            "## Data\n\n" + _fields(config, "Data") + "\n\n" + _data(run_dir, config, step),
+        ]
+    sections += [
+        "## Licences\n\n" + _table({"weights": licences.weights, "training text": licences.data}),
+        "## Use\n\n```python\nimport pldr_jax\n\n"
+        'lm = pldr_jax.load("this/folder")\nlm.generate("...")\n```\n\n'
+        "The folder has the transformers layout of PLDR-LLM (`model_type` `pldrllm`), which is the "
+        "layout that the authors' transformers code reads.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(licences: Licences) -> str:
+    lines = [
+        "---",
+        f"license: {_quoted(licences.weights)}",
+        f"data_license: {_quoted(licences.data)}",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags:",
+        "- pldr-llm",
+        "- pldr_jax",
+        "---",
+    ]
+    return "\n".join(lines)
+
+
+def _quoted(text: str) -> str:
+    """A YAML scalar that is text, whatever it holds."""
+    return "'" + " ".join(text.split()).replace("'", "''") + "'"
+
+
+def _origin(step: int, source: str | None) -> str:
+    made = f"imported from `{source}` with" if source else f"trained to step {step:,} with"
+    return (
+        f"A language model with power law graph attention, {made} pldr_jax. Papers: "
+        "[2502.13502](https://arxiv.org/abs/2502.13502), "
+        "[2410.16703](https://arxiv.org/abs/2410.16703)."
+    )
+
+
+def _evaluation(run_dir: Path, step: int) -> dict[str, Any]:
+    """The newest evaluation up to `step`; empty where there is none."""
+    if not (run_dir / FILE_NAME).is_file():
+        return {}
+    rows = [row for row in read_metrics(run_dir) if row["step"] <= step and "eval/loss" in row]
+    return rows[-1] if rows else {}
+
+
+def _figures(measured: Mapping[str, Any]) -> str:
+    if not measured:
+        return "Nothing was measured in the run folder that this was exported from."
+    rows = {doc: measured[name] for name, doc in _MEASURED.items() if name in measured}
+    text = f"At step {measured['step']:,}, on held-out text:\n\n" + _table(rows)
+    gap = measured.get("eval/causal_gap")
+    if gap is not None and abs(gap) > _LARGE_GAP:
+        text += (
+            "\n\nThe causal gap is large: the model uses its future through G_LM, and will not "
+            "generate as well as its held-out loss says."
+        )
+    tasks = {n.removeprefix("eval/tasks/"): v for n, v in measured.items() if "eval/tasks/" in n}
+    return text + ("\n\nTasks:\n\n" + _table(tasks) if tasks else "")
+
+
+def _data(run_dir: Path, config: ExperimentConfig, step: int) -> str:
+    tokens = step * config.data.batch_size * config.model.context_length
+    rows = {"tokens in the batches read": f"{tokens:,}"}
+    path = run_dir / "tokenizer.model"
+    if path.is_file():
+        tokenizer = Tokenizer.load(path)
+        rows["tokenizer.model"] = f"{tokenizer.vocab_size:,} pieces, SHA-256 {tokenizer.digest}"
+    return _table(rows)
+
+
+def _fields(config: ExperimentConfig, *groups: str) -> str:
+    """The fields of some groups, as gin text without the comments."""
+    lines = [
+        line.partition("  # ")[0].rstrip()
+        for line in dump_config(config).splitlines()
+        if line.startswith(tuple(f"{group}." for group in groups))
+        and not line.startswith("Data.cache_dir")
+    ]
+    return "\n".join(["```", *lines, "```"])
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    def shown(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.2e}"
+        return "not finite" if value is None else str(value).replace("|", "\\|")
+
+    return "\n".join(["| | |", "|---|---|", *(f"| {k} | {shown(v)} |" for k, v in rows.items())])

@@ -1,0 +1,48 @@
+"""Floating point operations of the model, counted from its matrix products.
+
+XLA's own count takes the body of a scan once, however often it runs, so that it cannot be used for
+scanned layers; unrolled, it agrees with this one (`tests/test_plan.py`). A product of [m,k] and
+[k,n] is 2 m k n operations; element-wise work is left out, and attention counts all T x T pairs, as
+is usual for model FLOP utilisation.
+"""
+
+from pldr_jax.config import ModelConfig
+
+BACKWARD = 2
+"""Products of the backward pass for each one of the forward pass."""
+
+
+def forward_flops(config: ModelConfig, length: int) -> dict[str, float]:
+    """Operations of the forward pass of one row of `length` input tokens, by part of the model.
+
+    `plga` is Q^T Q, the metric learner, the products with W and a, and q G_LM. The metric learner
+    works on [N,H,H] once a row, whatever the length.
+    """
+    L, N, H, D = config.num_layers, config.num_heads, config.head_dim, config.model_dim
+    M, R, U = config.metric_width, config.num_residual_layers, config.num_gated_units
+    metric = 0 if config.g_source == "identity" else 2 * length * D * H  # q G_LM
+    if config.g_source == "learned":
+        metric += 2 * length * D * H + N * H * R * U * 6 * H * M + 2 * 2 * N * H**3
+    return {
+        "projections": float(L * length * 8 * D * D),
+        "attention": float(L * 4 * length * length * D),
+        "plga": float(L * metric),
+        "ffn": float(L * length * 6 * D * config.ffn_width),
+        "head": float(length * 2 * D * config.vocab_size),
+    }
+
+
+def training_flops(config: ModelConfig, rows: int, length: int) -> float:
+    """Operations of a training step on `rows` rows of `length` input tokens: the model's own,
+    without what rematerialisation repeats.
+    """
+    return rows * (1 + BACKWARD) * sum(forward_flops(config, length).values())
+
+
+def repeated_flops(config: ModelConfig, rows: int, length: int) -> float:
+    """Operations that `Model.remat` repeats in the backward pass of such a step."""
+    parts = forward_flops(config, length)
+    names = {"none": (), "dots": ("attention", "plga")}.get(
+        config.remat, ("projections", "attention", "plga", "ffn")
+    )
+    return rows * sum(parts[name] for name in names)

@@ -1,0 +1,406 @@
+"""The engine: a row is what it is alone, beside any other, on any mesh, in any queue."""
+
+import dataclasses
+import functools
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import Golden
+
+from pldr_jax.config import MeshConfig, ModelConfig
+from pldr_jax.inference.decode import prefill
+from pldr_jax.inference.engine import Engine, bucket
+from pldr_jax.inference.request import CacheMode, Request
+from pldr_jax.inference.sampling import Sampling
+from pldr_jax.inference.slots import Limits, Slots, admit, decode_slots, empty_slots
+from pldr_jax.model.decoder import Params, forward, init_params, unstack_layers
+from pldr_jax.model.deductive import random_g_lm
+from pldr_jax.model.shapes import place_params
+from pldr_jax.partition import build_mesh
+
+LENGTHS = (3, 17, 1, 12, 8, 5, 15, 2, 30)
+CONFIG = ModelConfig(
+    vocab_size=64,
+    num_layers=1,
+    num_heads=2,
+    head_dim=8,
+    num_residual_layers=1,
+    context_length=64,
+    unroll=False,
+)
+
+
+@functools.cache
+def params_of(config: ModelConfig = CONFIG, scale: float = 3.0) -> Params:
+    params = nn.unbox(jax.jit(functools.partial(init_params, config))(jax.random.key(0)))
+
+    # Larger than at the start of a training, so that texts are not one token again and again; not
+    # those of PLGA, whose powers would amplify the last place of every number.
+    def larger(path: Any, leaf: jax.Array) -> jax.Array:
+        return leaf if "plga" in jax.tree_util.keystr(path) else scale * leaf
+
+    return jax.tree.map_with_path(larger, params)
+
+
+def prompts_of(config: ModelConfig, lengths: tuple[int, ...] = LENGTHS) -> list[tuple[int, ...]]:
+    rng = np.random.default_rng(1)
+    return [tuple(rng.integers(1, config.vocab_size, n).tolist()) for n in lengths]
+
+
+def requests_of(config: ModelConfig, **settings: Any) -> list[Request]:
+    """Requests of different lengths; each has its own seed."""
+    settings = {"max_new_tokens": 10, **settings}
+    return [Request(p, seed=i, **settings) for i, p in enumerate(prompts_of(config))]
+
+
+# Exactness
+
+
+@functools.cache
+def jitted(config: ModelConfig) -> tuple[Callable[..., Slots], Callable[..., Any]]:
+    admitted = jax.jit(functools.partial(admit, config, keep="G_LM"))
+    return admitted, jax.jit(functools.partial(decode_slots, config, steps=1))
+
+
+@functools.cache
+def unstacked(case: Golden) -> Params:
+    return jax.jit(functools.partial(unstack_layers, case.config))(case.params)
+
+
+class Steps:
+    """Slots by hand: what the engine does, with the logits of every step in view."""
+
+    def __init__(self, case: Golden, rows: int, length: int, g_lm: Any = None) -> None:
+        config = case.config
+        self.case, self.unstacked, self.g_lm = case, unstacked(case), g_lm
+        make = functools.partial(empty_slots, config, rows, length, 1, g_lm, "G_LM", "float32")
+        self.slots = jax.jit(make)()
+        self.admit, self.decode = jitted(config)
+
+    def put(self, slot: int, prompt: tuple[int, ...], width: int | None = None) -> None:
+        """Admits a prompt, padded to the engine's bucket or to `width`."""
+        width = width or bucket(len(prompt), self.case.config.context_length)
+        tokens = np.zeros((width,), np.int32)
+        tokens[: len(prompt)] = prompt
+        self.slots = self.admit(
+            self.case.params,
+            slots=self.slots,
+            slot=np.int32(slot),
+            tokens_T=tokens,
+            length=np.int32(len(prompt)),
+            sampling=Sampling.create(1),
+            limits=Limits(jnp.array([99]), jnp.array([[-1]])),
+            g_lm_LBNHJ=self.g_lm,
+        )
+
+    def run(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [count, rows], and the logits they were drawn from [count, rows, V]."""
+        tokens, logits = [], []
+        for _ in range(count):
+            logits.append(np.asarray(self.slots.logits_BV))
+            self.slots, made = self.decode(self.unstacked, slots=self.slots)
+            tokens.append(np.asarray(made.token_CB[0]))
+        return np.stack(tokens), np.stack(logits)
+
+
+def test_rows_are_what_they_are_alone(case: Golden) -> None:
+    """Same greedy tokens, and logits within 1e-5, with other neighbours, slots and lengths of the
+    cache; G_LM bit for bit."""
+    prompts = prompts_of(case.config, (3, 17, 1, 30, 8))
+    together = Steps(case, rows=6, length=48)
+    for slot, prompt in enumerate(prompts):
+        together.put(slot, prompt)
+    kept = [layer.deductive.G_LM for layer in together.slots.cache.layers]
+    tokens, logits = together.run(12)
+    for slot, prompt in enumerate(prompts):
+        alone = Steps(case, rows=1, length=42)
+        alone.put(0, prompt)
+        for layer, g_lm in zip(alone.slots.cache.layers, kept, strict=True):
+            assert np.array_equal(layer.deductive.G_LM[0], g_lm[slot])
+        own_tokens, own_logits = alone.run(12)
+        assert np.array_equal(own_tokens[:, 0], tokens[:, slot])
+        assert np.abs(own_logits[:, 0] - logits[:, slot]).max() < 1e-5, slot
+
+
+def test_padding_changes_nothing_given_g_lm(case: Golden) -> None:
+    """With one G_LM, any width of padding gives the same tokens, and logits within 1e-5."""
+    forward_pass = jax.jit(functools.partial(forward, case.config))
+    g_lm = forward_pass(case.params, case.rows[:1, :-1]).deductive.G_LM
+    for prompt in prompts_of(case.config, (3, 17, 1)):
+        made = []
+        for width, rows, length in ((18, 1, 40), (48, 3, 48)):
+            steps = Steps(case, rows, length, g_lm)
+            steps.put(rows - 1, prompt, width)
+            tokens, logits = steps.run(12)
+            made.append((tokens[:, rows - 1], logits[:, rows - 1]))
+        for tokens, logits in made[1:]:
+            assert np.array_equal(tokens, made[0][0])
+            assert np.abs(logits - made[0][1]).max() < 1e-5
+
+
+def test_cached_decoding_is_the_full_pass_given_g_lm(case: Golden) -> None:
+    """At every split between prefill and decode; G_LM stays bit for bit what the prompt gave."""
+    (prompt,) = prompts_of(case.config, (24,))
+    config, params = case.config, case.params
+    full_pass = jax.jit(functools.partial(forward, config))
+    first = jax.jit(functools.partial(prefill, config, slots=24))
+    for split in range(1, 24):
+        steps = Steps(case, rows=1, length=24)
+        steps.put(0, prompt[:split], width=24)
+        g_lm = np.stack([layer.deductive.G_LM for layer in steps.slots.cache.layers])
+        padded = np.where(np.arange(24) < split, prompt, 0)[None]
+        _, cache = first(params, padded, jnp.array([split]), None)
+        for layer, kept in zip(cache.layers, g_lm, strict=True):
+            assert np.array_equal(layer.deductive.G_LM, kept)
+        full = np.asarray(full_pass(params, np.array([prompt]), g_lm).logits[0])
+        for position in range(split, 24):
+            drawn = steps.slots.logits_BV[0]
+            assert np.abs(drawn - full[position - 1]).max() < 1e-5, (split, position)
+            # The next token of the text, whatever the model would draw.
+            forced = jnp.full((1, config.vocab_size), -1e9).at[0, prompt[position]].set(0.0)
+            slots, _ = steps.decode(steps.unstacked, slots=steps.slots.replace(logits_BV=forced))
+            steps.slots = slots
+        assert np.abs(steps.slots.logits_BV[0] - full[23]).max() < 1e-5
+        for layer, kept in zip(steps.slots.cache.layers, g_lm, strict=True):
+            assert np.array_equal(layer.deductive.G_LM, kept)
+
+
+MODES = {
+    "kv1_g1": CacheMode(True, "G_LM"),
+    "kv1_g0": CacheMode(True, "A"),
+    "kv0_g1": CacheMode(False, "G_LM"),
+    "kv0_g0": CacheMode(False, "none"),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_greedy_tokens_of_the_goldens(case: Golden, mode: str) -> None:
+    sequence = case.tensors[f"greedy/{mode}/tokens"][0].astype(int).tolist()
+    start = case.tensors["prompt"].shape[1]
+    request = Request(tuple(sequence[:start]), max_new_tokens=len(sequence) - start)
+    queue = [*requests_of(case.config, temperature=1.0)[:2], request]
+    made = Engine(case.config, case.params).generate(queue, rows=2, mode=MODES[mode])
+    assert made[-1].tokens == sequence[start:]
+
+
+@functools.cache
+def sampled(rows: int, length: int | None, reverse: bool = False, steps: int = 8) -> list[Any]:
+    requests = requests_of(CONFIG, temperature=1.3, top_p=0.95, repetition_penalty=1.1)
+    order = requests[::-1] if reverse else requests
+    made = Engine(CONFIG, params_of()).generate(order, rows=rows, length=length, steps=steps)
+    return made[::-1] if reverse else made
+
+
+@pytest.mark.parametrize("arguments", [(2, None), (8, None, True), (3, 48), (4, 40, False, 3)])
+def test_samples_depend_on_prompt_seed_and_settings_alone(arguments: tuple[Any, ...]) -> None:
+    alone, other = sampled(1, None), sampled(*arguments)
+    assert [c.tokens for c in other] == [c.tokens for c in alone]
+    for one, two in zip(alone, other, strict=True):
+        np.testing.assert_allclose(one.logprobs, two.logprobs, atol=1e-4)
+    assert len({tuple(c.tokens) for c in alone}) == len(alone)  # the seeds do something
+
+
+def test_one_g_lm_for_all() -> None:
+    """`share_first` gives every row the first prompt's; a given one serves all."""
+    engine, requests = Engine(CONFIG, params_of()), requests_of(CONFIG)[:3]
+    tokens = np.array([requests[0].prompt])
+    g_lm = jax.jit(functools.partial(forward, CONFIG))(params_of(), tokens).deductive.G_LM
+    given = engine.generate(requests, g_lm=g_lm)
+    shared = engine.generate(requests, share_first=True)
+    own = engine.generate(requests)
+    assert [c.tokens for c in shared] == [c.tokens for c in given]
+    assert shared[0].tokens == own[0].tokens
+    assert own[1].logprobs != pytest.approx(given[1].logprobs, abs=1e-4)
+
+
+# Meshes
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 1, 2), (2, 2, 2)])
+def test_a_mesh_gives_the_tokens_of_one_device(sizes: tuple[int, int, int]) -> None:
+    config = dataclasses.replace(CONFIG, num_heads=8, vocab_size=96, context_length=32)
+    mesh = build_mesh(MeshConfig(*sizes))
+    engine = Engine(config, place_params(config, params_of(config, 1.0), mesh), mesh=mesh)
+    for given, tolerance in ((False, 1e-4), (True, 1e-5)):
+        # Its own G_LM amplifies rounding, and devices sum in another order.
+        alone, g_lm = one_device(config, given)
+        made = engine.generate(requests_of(config)[:-1], rows=8, g_lm=g_lm)
+        assert [c.tokens for c in made] == [c.tokens for c in alone]
+        for one, two in zip(alone, made, strict=True):
+            np.testing.assert_allclose(one.logprobs, two.logprobs, atol=tolerance)
+
+
+@functools.cache
+def one_device(config: ModelConfig, given: bool) -> tuple[list[Any], jax.Array | None]:
+    g_lm = random_g_lm(config, 2) if given else None
+    engine = Engine(config, params_of(config, 1.0))
+    return engine.generate(requests_of(config)[:-1], rows=8, g_lm=g_lm), g_lm
+
+
+def test_the_cache_is_split_and_stays_where_it_is() -> None:
+    config = dataclasses.replace(CONFIG, num_heads=4, num_layers=1)
+    mesh = build_mesh(MeshConfig(4, 1, 2))
+    params = place_params(config, params_of(config), mesh)
+    with jax.set_mesh(mesh):
+        make = functools.partial(empty_slots, config, 8, 32, 1, None, "G_LM", "float32")
+        slots = jax.jit(make)()
+        unstacked = jax.jit(functools.partial(unstack_layers, config))(params)
+        decode = jax.jit(functools.partial(decode_slots, config, steps=2))
+        compiled = decode.lower(unstacked, slots=slots).compile()
+        after, _ = compiled(unstacked, slots=slots)
+    for state in (slots, after):
+        for leaf in jax.tree.leaves(state.cache.layers):
+            assert leaf.sharding.spec[:2] == ("data", "tensor")
+            assert leaf.addressable_shards[0].data.size * 8 == leaf.size
+    layer = slots.cache.layers[0]
+    moved = [line for line in compiled.as_text().splitlines() if "all-gather(" in line]
+    for whole in (layer.k_BNSH, layer.deductive.G_LM):
+        for rows, heads in ((8, 4), (2, 4), (8, 2)):
+            shape = ",".join(map(str, (rows, heads, *whole.shape[2:])))
+            assert not any(f"[{shape}]" in line.split("all-gather(")[0] for line in moved)
+
+
+# The queue
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[str]]:
+    """Names of events, one for each program that XLA compiles."""
+    seen: list[str] = []
+
+    def listen(event: str, seconds: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_nothing_is_compiled_after_warm_up(compilations: list[str]) -> None:
+    engine = Engine(CONFIG, params_of())
+    rng = np.random.default_rng(2)
+
+    def queue(count: int) -> Iterator[Request]:
+        for i in range(count):
+            length = int(rng.integers(1, 60))
+            prompt = tuple(rng.integers(1, 64, length).tolist())
+            yield Request(
+                prompt,
+                int(rng.integers(1, 9)),
+                temperature=float(rng.random() * (i % 2)),
+                top_k=i % 5,
+                top_p=float(1 - rng.random() / 2),
+                min_p=float(rng.random() / 2),
+                repetition_penalty=float(1 + rng.random()),
+                seed=i,
+                stop_ids=tuple(range(i % 4)),
+            )
+
+    # One prompt a bucket, and one that is ended by its text.
+    warm = [Request((1,) * bucket, 2) for bucket in (16, 32, 33)]
+    list(engine.run(warm, rows=4, find_stop=lambda completion: 1))
+    assert compilations
+    del compilations[:]
+    assert len(engine.generate(queue(50), rows=4, find_stop=stop_at_seven)) == 50
+    assert compilations == []
+
+
+def stop_at_seven(completion: Any) -> int | None:
+    return completion.tokens.index(7) if 7 in completion.tokens else None
+
+
+def test_a_long_queue_does_not_grow() -> None:
+    """Thousands of prompts through the slots: what lives on the device does not grow."""
+    config = dataclasses.replace(CONFIG, head_dim=4, vocab_size=16, context_length=16)
+    engine, taken = Engine(config, params_of(config)), 0
+
+    def queue() -> Iterator[Request]:
+        nonlocal taken
+        for i in range(4_000):
+            taken += 1
+            yield Request((i % 15 + 1,), 1 + i % 3)
+
+    alive: list[int] = []
+    ahead = finished = 0
+    for completion in engine.run(queue(), rows=64):
+        finished += completion.finish_reason is not None
+        ahead = max(ahead, taken - finished)
+        if finished % 1000 == 0 and completion.finish_reason is not None:
+            gc.collect()
+            alive.append(sum(array.nbytes for array in jax.live_arrays()))
+    assert finished == 4_000 and len(alive) == 4
+    assert ahead <= 64  # the queue is read as slots become free
+    assert max(alive[1:]) <= alive[0]
+
+
+def test_a_row_with_nan_fails_and_the_others_go_on() -> None:
+    params = dict(params_of())
+    table = params["embedding"]["table"].at[63].set(jnp.nan)
+    params["embedding"] = {**params["embedding"], "table": table}
+    good = [r for r in requests_of(CONFIG) if 63 not in r.prompt][:5]
+    bad = Request((5, 63, 9), 4)
+    expected = Engine(CONFIG, params_of()).generate(good, rows=3)
+    made = Engine(CONFIG, params).generate([*good[:2], bad, *good[2:]], rows=3)
+    failed = made.pop(2)
+    assert failed.finish_reason == "error" and "not finite" in str(failed.error)
+    assert failed.tokens == []
+    for one, two in zip(made, expected, strict=True):
+        assert one.tokens == two.tokens and one.finish_reason == "length"
+
+
+def test_a_slot_forgets_its_last_row() -> None:
+    """A long row before a short one in the same slot leaves nothing behind."""
+    long, short = Request(tuple(range(1, 50)), 10), Request((7, 8), 10, repetition_penalty=1.5)
+    engine = Engine(CONFIG, params_of())
+    assert engine.generate([long, short], rows=1)[1] == dataclasses.replace(
+        engine.generate([short], rows=1)[0], index=1
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"prompt": ()}, "the prompt is empty"),
+        ({"prompt": (1,) * 64}, "64 tokens"),
+        ({"prompt": (1, 64)}, "outside the vocabulary of 64"),
+        ({"max_new_tokens": 0}, "max_new_tokens = 0"),
+        ({"stop_ids": tuple(range(9))}, "stop_ids has 9"),
+        ({"temperature": -1.0}, "temperature = -1.0"),
+    ],
+)
+def test_what_cannot_be_decoded_is_one_line(settings: dict[str, Any], named: str) -> None:
+    good = Request((1, 2, 3), 4)
+    engine = Engine(CONFIG, params_of())
+    made = engine.generate([good, dataclasses.replace(good, **settings), good], rows=2)
+    assert [c.finish_reason for c in made] == ["length", "error", "length"]
+    assert named in str(made[1].error) and "\n" not in str(made[1].error)
+    assert made[0].tokens == made[2].tokens == engine.generate([good])[0].tokens
+
+
+@pytest.mark.parametrize(
+    ("length", "limit", "expected"), [(1, 64, 16), (16, 64, 16), (17, 64, 32), (33, 40, 40)]
+)
+def test_buckets(length: int, limit: int, expected: int) -> None:
+    assert bucket(length, limit) == expected
+
+
+def test_bfloat16_cache() -> None:
+    """Half the bytes; nearly the same distribution."""
+    requests = requests_of(CONFIG)[:4]
+    full = Engine(CONFIG, params_of(), random_g_lm(CONFIG, 1))
+    half = Engine(CONFIG, params_of(), random_g_lm(CONFIG, 1), cache_dtype="bfloat16")
+    firsts = [[c.logprobs[1] for c in e.generate(requests)] for e in (full, half)]
+    assert firsts[0] != firsts[1]
+    np.testing.assert_allclose(*firsts, atol=0.1)
+    sizes = [
+        empty_slots(CONFIG, 2, 32, 1, None, "G_LM", dtype).cache.layers[0].k_BNSH.nbytes
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert sizes[0] == 2 * sizes[1]

@@ -1,0 +1,165 @@
+"""Training on prepared shards and mixtures of them: the same rows, refusals, damage named."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from helpers import WORDS, rows_of, stored, tiny_config, train_here
+
+from pldr_jax.config import ConfigError, DataConfig
+from pldr_jax.data.build import BuildSettings, build
+from pldr_jax.data.mixture import open_text
+from pldr_jax.data.pipeline import train_iterator
+from pldr_jax.data.prepared import ShardedTokens, read_manifest
+from pldr_jax.data.rows import TokenRows
+from pldr_jax.data.shards import DataError
+from pldr_jax.data.tokenizer import Tokenizer
+from pldr_jax.data.units import UnitSettings
+
+VOCAB = 300
+
+
+def write_text(folder, name: str, seed: int, documents: int = 200) -> None:
+    rng = np.random.default_rng(seed)
+    texts = [f"{name} {k} " + " ".join(rng.choice(WORDS, 1 + k % 60)) for k in range(documents)]
+    lines = [json.dumps({"text": text}) for text in texts]
+    (folder / f"{name}.jsonl").write_text("\n".join(lines))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Prepared texts `a` and `b` of one tokenizer, and `c` of another."""
+    folder = tmp_path_factory.mktemp("prepared")
+    for seed, name in enumerate("abc"):
+        write_text(folder, name, seed)
+    for name in ("t", "u"):
+        texts = [line for line in (folder / "a.jsonl").read_text().splitlines() if name != line[0]]
+        Tokenizer.train(texts[:150] if name == "t" else texts, VOCAB).save(folder / f"{name}.model")
+    for name, tokenizer in (("a", "t"), ("b", "t"), ("c", "u")):
+        build(
+            BuildSettings(
+                (f"{folder}/{name}.jsonl",),
+                f"{folder}/{name}",
+                f"{folder}/{tokenizer}.model",
+                UnitSettings(validation_fraction=0.2),
+                unit_bytes=8_000,
+            ),
+            lambda line: None,
+        )
+    return folder
+
+
+def test_rows_of_shards_are_those_of_one_flat_text(folder) -> None:
+    manifest = read_manifest(folder / "a")
+    tokens = ShardedTokens(manifest, "train")
+    assert len(manifest.splits["train"]) > 3
+    whole = tokens.read(0, tokens.n_tokens)
+    rows = TokenRows(tokens, 32)
+    np.testing.assert_array_equal(
+        np.concatenate([rows[k] for k in range(len(rows))]), whole[: len(rows) * 32]
+    )
+
+
+def test_one_text_or_several_by_weight(folder) -> None:
+    lines: list[str] = []
+    one = open_text(DataConfig(source=str(folder / "a")), VOCAB, lines.append)
+    assert one.weights == (1.0,) and "100.0% of the rows" in lines[0]
+    manifest = DataConfig(source=str(folder / "a" / "manifest.json"))
+    assert open_text(manifest, VOCAB, lines.append).digest == one.digest
+    paths = tuple(str(folder / name) for name in "ab")
+    by_size = open_text(DataConfig(mixture=paths), VOCAB, lines.append)
+    sizes = [part.train.n_tokens for part in by_size.parts]
+    assert by_size.weights == pytest.approx(np.divide(sizes, sum(sizes)))
+    config = DataConfig(mixture=paths, mixture_weights=(3.0, 1.0))
+    weighted = open_text(config, VOCAB, lines.append)
+    assert weighted.weights == (0.75, 0.25)
+    assert len({one.digest, by_size.digest, weighted.digest}) == 3
+    assert weighted.digest == open_text(config, VOCAB, lines.append).digest
+
+
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        ({"source": "a"}, r"^Model\.vocab_size = 301: .*set Model\.vocab_size = 300"),
+        ({"mixture": ("a", "c")}, r"^Data\.mixture = '.*c': was made with another tokenizer"),
+        ({"mixture": ("a", "no")}, r"^Data\.mixture = '.*no': .*cannot be read"),
+        ({"source": "a", "tokenizer": "u.model"}, r"^Data\.tokenizer = .*is not the one"),
+        ({"mixture": ("a",), "mixture_weights": (1.0, 2.0)}, r"^Data\.mixture_weights = .*one a"),
+        ({"mixture": ("a",), "mixture_weights": (0.0,)}, r"^Data\.mixture_weights = .*greater"),
+    ],
+)
+def test_refusals_name_the_field(folder, fields, message) -> None:
+    def full(value):
+        return str(folder / value) if isinstance(value, str) else value
+
+    fields = {
+        name: tuple(map(full, value)) if isinstance(value, tuple) else full(value)
+        for name, value in fields.items()
+    }
+    vocab = 301 if list(fields) == ["source"] else VOCAB
+    with pytest.raises(ConfigError, match=message):
+        open_text(DataConfig(**fields), vocab, lambda line: None)
+
+
+def test_without_held_out_documents_there_is_nothing_to_evaluate(folder, tmp_path) -> None:
+    settings = BuildSettings(
+        (f"{folder}/a.jsonl",),
+        f"{tmp_path}/a",
+        f"{folder}/t.model",
+        UnitSettings(validation_fraction=0.0),
+    )
+    build(settings, lambda line: None)
+    with pytest.raises(ConfigError, match="has no validation documents; prepare it anew"):
+        open_text(DataConfig(source=f"{tmp_path}/a"), VOCAB, lambda line: None)
+
+
+def test_a_corrupted_shard_is_named_with_its_record_while_training(folder, tmp_path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder / "a", copy)
+    shard = copy / "train-000001.array_record"
+    content = bytearray(shard.read_bytes())
+    content[1_000] ^= 255
+    shard.write_bytes(content)
+    rows = TokenRows(ShardedTokens(read_manifest(copy), "train"), 16)
+    with (
+        train_iterator([rows], 8, 0) as iterator,
+        pytest.raises(DataError, match=r"train-000001\.array_record: record \d+: ") as error,
+    ):
+        for _ in range(len(rows) // 8 + 1):
+            next(iterator)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_on_a_mixture_in_segments(folder, tmp_path) -> None:
+    """Trained, evaluated and saved; packing and weights are part of what is continued."""
+    paths = tuple(str(folder / name) for name in "ab")
+    fields = {
+        "Data.mixture": repr(paths),
+        "Data.mixture_weights": "(0.75, 0.25)",
+        "Data.packing": "segment",
+        "Data.max_segments": 3,
+        "Model.num_layers": 1,
+        "Model.unroll": False,
+        "Training.steps": 3,
+        "Training.eval_every": 3,
+        "Training.sample_prompt": "",
+        "Checkpoint.every_steps": 1,
+    }
+    config = tiny_config(folder, fields)
+    metrics = train_here(config, tmp_path / "run")
+    assert {"eval/loss", "eval/causal_gap", "eval/order_parameter/G_LM"} <= metrics.keys()
+    assert [row["step"] for row in rows_of(tmp_path / "run")][-1] == 3
+    _, data, _ = stored(tmp_path / "run")
+    text = open_text(config.data, VOCAB, lambda line: None)
+    assert (data["next_index"], data["text"]) == (3, text.digest)
+    for name, value, message in (
+        ("Data.packing", "document", r"^Data\.packing = 'document': the run in .* has 'segment'"),
+        ("Data.max_segments", 2, r"^Data\.max_segments = 2: the run in .* has 3"),
+        ("Data.mixture_weights", "(0.5, 0.5)", "not the text, or not the weights"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train_here(tiny_config(folder, {**fields, name: value}), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"^Training\.steps = 999: the text is used up after \d+"):
+        few = {**fields, "Data.epochs": 1, "Training.steps": 999}
+        train_here(tiny_config(folder, few), tmp_path / "other")

@@ -1,0 +1,164 @@
+"""Plans: bytes and operations of a run that is not started, and what is refused."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import pytest
+from helpers import run_here
+
+from pldr_jax.cli.train import train_main
+from pldr_jax.config import (
+    ConfigError,
+    DataConfig,
+    ExperimentConfig,
+    MeshConfig,
+    ModelConfig,
+    TrainingConfig,
+)
+from pldr_jax.flags import load_config
+from pldr_jax.model.decoder import init_params
+from pldr_jax.model.flops import forward_flops, repeated_flops, training_flops
+from pldr_jax.partition import build_mesh
+from pldr_jax.training import plan as plans
+from pldr_jax.training.chips import CHIPS, Chip
+from pldr_jax.training.step import create_state, loss_fn
+
+CONFIG = ExperimentConfig(
+    model=ModelConfig(
+        vocab_size=64,
+        num_layers=2,
+        head_dim=8,
+        num_residual_layers=1,
+        num_gated_units=1,
+        context_length=17,
+        unroll=False,
+    ),
+    data=DataConfig(batch_size=8),
+    training=TrainingConfig(steps=300),
+    mesh=MeshConfig(2, 2, 2),
+)
+PLAN = plans.Plan(
+    parameters=10**9,
+    mesh={"data": 1, "fsdp": 8, "tensor": 1},
+    compiler="",
+    state_bytes=15 * 10**8,
+    step_bytes=10**10,
+    saved_bytes=5 * 10**9,
+    model_flops=1e14,
+    device_flops=1.25e13,
+    tokens=16_000,
+)
+
+
+@pytest.mark.parametrize("source", ["learned", "identity", "random"])
+def test_operations_are_those_of_the_unrolled_model(source: Any) -> None:
+    model = ModelConfig(
+        num_layers=2, num_heads=4, head_dim=64, context_length=257, num_residual_layers=3,
+        g_source=source,
+    )  # fmt: skip
+    config, rows = ExperimentConfig(model=model), 4
+    params = nn.unbox(jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0)))
+    shape = (2, 1, 4, 64, 64)
+    g_lm = jax.ShapeDtypeStruct(shape, "float32") if source == "random" else None
+    batch = jax.ShapeDtypeStruct((rows, 257), "int32")
+    grads = jax.jit(jax.grad(lambda p, g, b: loss_fn(config, p, g, b)[0]))
+    counted = grads.lower(params, g_lm, batch).cost_analysis()["flops"]
+    # What is over are element-wise operations.
+    assert 1 < counted / training_flops(model, rows, 256) < 1.02
+
+
+def test_operations_of_the_published_model() -> None:
+    model = load_config([Path(__file__).parents[1] / "configs" / "pldr_110m.gin"]).model
+    parts = forward_flops(model, 1024)
+    assert parts["ffn"] == 5 * 1024 * 6 * 896 * 2389
+    assert parts["head"] == 1024 * 2 * 896 * 32000
+    everything = dataclasses.replace(model, remat="full")
+    assert repeated_flops(everything, 1, 1024) == sum(parts.values()) - parts["head"]
+    assert repeated_flops(model, 1, 1024) == 0
+
+
+def test_bytes_are_those_of_the_state_and_of_the_compiled_step() -> None:
+    mesh = build_mesh(CONFIG.mesh)
+    made = plans.make_plan(CONFIG, mesh, "a compiler")
+    state = create_state(CONFIG, mesh)
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    assert made.state_bytes == held
+    assert made.parameters == sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert 0 < made.saved_bytes < made.step_bytes and made.tokens == 8 * 16
+    # All of the model's operations, on 8 devices: every axis divides but F = 42 / 2 does too.
+    assert made.device_flops * 8 == pytest.approx(made.model_flops)
+    # The logits of a device's 2 rows, of half of the vocabulary, and their gradient.
+    assert made.step_bytes > 2 * 2 * 16 * 32 * 4
+
+
+def test_parts_that_do_not_divide_are_not_split() -> None:
+    model = dataclasses.replace(CONFIG.model, num_heads=3, ffn_dim=42)
+    config = dataclasses.replace(CONFIG, model=model)
+    parts = forward_flops(model, 16)
+    whole = parts["projections"] + parts["attention"] + parts["plga"]
+    expected = 8 / 4 * 3 * (whole + (parts["ffn"] + parts["head"]) / 2)
+    sizes = {"data": 2, "fsdp": 2, "tensor": 2}
+    assert plans._device_flops(config, sizes) == pytest.approx(expected)
+
+
+def test_prediction_is_a_roofline() -> None:
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, dtype="bfloat16"))
+    fast = Chip("fast", 1e14, 1e11, 1e30, 1e30, 1e30)
+    exact = plans.predict(config, PLAN, fast)
+    assert exact.low == pytest.approx(1) and exact.high == pytest.approx(1)
+    # 8 devices gather 4 GB of parameters twice and scatter 4 GB of gradients, 7/8 of them each.
+    linked = plans.predict(config, PLAN, dataclasses.replace(fast, link=1e10))
+    assert linked.links == pytest.approx(3 * 4e9 * 7 / 8 / 1e10)
+    assert linked.high == pytest.approx(0.125 / linked.links)
+    assert linked.low == pytest.approx(0.125 / (0.125 + linked.links))
+    # Over more than one node it is the network that counts.
+    nodes = dataclasses.replace(fast, link=1e10, network=1e9, node=4)
+    assert plans.predict(config, PLAN, nodes).links == pytest.approx(10 * linked.links)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    plans.check_fits(PLAN, CHIPS["v5e"])
+    with pytest.raises(ConfigError, match=r"does not fit v5e: 21.50 GB a chip \(state 1.50 GB"):
+        plans.check_fits(dataclasses.replace(PLAN, step_bytes=2 * 10**10), CHIPS["v5e"])
+    with pytest.raises(ConfigError, match="^Data.batch_size = 6: must be a multiple of the 4"):
+        config = dataclasses.replace(CONFIG, data=DataConfig(batch_size=6))
+        plans.make_plan(config, build_mesh(CONFIG.mesh), "")
+
+
+def test_mesh_size() -> None:
+    assert plans.mesh_size(MeshConfig(-1, 4, 2), None) == 8
+    assert plans.mesh_size(MeshConfig(-1, 4, 2), 16) == 16
+    with pytest.raises(ConfigError, match="must make 6, the number of devices"):
+        plans.plan_mesh(MeshConfig(-1, 4, 1), 6, None)
+
+
+FLAGS = (
+    "--gin.Model.vocab_size=64", "--gin.Model.num_layers=1", "--gin.Model.head_dim=8",
+    "--gin.Model.num_residual_layers=0", "--gin.Model.context_length=16",
+    "--gin.Model.unroll=False", "--gin.Mesh.fsdp=2", "--gin.Model.dtype=bfloat16",
+)  # fmt: skip
+
+
+def test_program_prints_a_plan_and_refuses_in_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)  # 8 devices as they are
+    arguments = ["--plan", "--chip=h100", "--devices=2", *FLAGS]
+    status, out, err = run_here(capsys, train_main, *arguments)
+    assert (status, err) == (0, "")
+    for text in ("data 1 x fsdp 2 x tensor 1 = 2 devices", "state", "h100: 989", "predicted MFU"):
+        assert text in out
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(plans, "make_plan", lambda *_: PLAN)
+    tiny = dataclasses.replace(CHIPS["h100"], memory=1000)
+    monkeypatch.setitem(CHIPS, "h100", tiny)
+    status, out, err = run_here(capsys, train_main, *arguments)
+    assert status == 2 and "together" in out
+    assert err.startswith("error: Mesh = (1, 8, 1): does not fit h100: ") and err.count("\n") == 1
+    for argument in ("--chip=v5e", "--devices=4"):
+        status, _, err = run_here(capsys, train_main, argument)
+        assert status == 2 and "needs --plan" in err

@@ -1,0 +1,134 @@
+"""Packing: every token once, whatever the documents; rows hold what their packing says."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from pldr_jax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig
+from pldr_jax.data.corpus import TokenFile
+from pldr_jax.data.rows import (
+    INPUTS,
+    SEGMENTS,
+    TARGETS,
+    SegmentRows,
+    TokenRows,
+    fill,
+    fit,
+    joined,
+    make_rows,
+)
+
+EOS = 3
+
+
+def store(folder, lengths: np.ndarray) -> TokenFile:
+    """Documents of these lengths: every token a number of its own, but for the end piece."""
+    tokens = np.arange(10, 10 + lengths.sum(), dtype=np.uint32)
+    tokens[np.cumsum(lengths) - 1] = EOS
+    tokens.tofile(folder / "train.bin")
+    lengths.astype("<u4").tofile(folder / "train.lengths")
+    return TokenFile(folder / "train.bin", "uint32", len(lengths), len(tokens), len(tokens))
+
+
+def all_rows(rows) -> np.ndarray:
+    return np.stack([rows[k] for k in range(len(rows))])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_token_is_an_input_and_a_target_once(tmp_path, seed: int) -> None:
+    """Random documents, context lengths and numbers of segments."""
+    rng = np.random.default_rng(seed)
+    context, segments = int(rng.integers(2, 40)), int(rng.integers(1, 9))
+    mean = rng.choice([3, 20, 200])
+    tokens = store(tmp_path, 1 + rng.geometric(1 / mean, size=int(rng.integers(1, 200))))
+    rows = SegmentRows(tokens, context, segments)
+    packed = all_rows(rows)
+    assert packed.shape == (len(rows), 3, context - 1) and packed.dtype == np.int32
+
+    whole = tokens.read(0, tokens.n_tokens)
+    ends = np.cumsum(tokens.lengths)
+    is_input, is_target = np.ones(len(whole), bool), np.ones(len(whole), bool)
+    is_input[ends - 1] = False
+    is_target[ends - tokens.lengths] = False
+    real = packed[:, SEGMENTS] > 0
+    inputs, targets = packed[:, INPUTS][real], packed[:, TARGETS][real]
+    assert sorted(inputs) == sorted(whole[is_input])
+    assert sorted(targets) == sorted(whole[is_target])
+    assert rows.n_targets == real.sum()
+    assert fill(rows) == pytest.approx(real.mean())
+    assert not packed[:, :, :][np.broadcast_to(~real[:, None], packed.shape)].any()
+
+    following = dict(zip(whole[:-1], whole[1:], strict=True))
+    assert all(following[i] == t for i, t in zip(inputs, targets, strict=True))
+    document = dict(
+        zip(whole[is_input], np.repeat(np.arange(len(ends)), tokens.lengths - 1), strict=True)
+    )
+    for row in packed:
+        numbers = row[SEGMENTS][row[SEGMENTS] > 0]
+        # segments 1, 2, ... side by side, then padding; each holds neighbours of one document
+        assert (row[SEGMENTS][: len(numbers)] > 0).all() and numbers[0] == 1
+        assert set(np.diff(numbers)) <= {0, 1} and numbers[-1] <= segments
+        for number in set(numbers):
+            piece = row[INPUTS][row[SEGMENTS] == number]
+            assert (np.diff(piece.astype(np.int64)) == 1).all()
+            assert len({document[token] for token in piece}) == 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_packing_wastes_little(seed: int) -> None:
+    """Without a limit to the segments, there are hardly more rows than the tokens need."""
+    rng = np.random.default_rng(seed)
+    counts = np.bincount(rng.geometric(1 / 30, 5000).clip(1, 126), minlength=127)
+    total = int((counts * np.arange(127)).sum())
+    shapes = fit(counts, 127, 127)
+    rows = sum(shape.count for shape in shapes)
+    assert sum(shape.count * sum(shape.lengths) for shape in shapes) == total
+    assert rows <= 1.01 * total / 127 + 1
+    few = fit(counts, 127, 2)
+    assert max(len(shape.lengths) for shape in few) == 2
+    assert len(few) < 1000  # shapes, not rows: the work does not grow with the documents
+
+
+def test_a_document_a_row_and_long_ones_in_pieces(tmp_path) -> None:
+    tokens = store(tmp_path, np.asarray([3, 9, 2, 5]))
+    rows = make_rows(tokens, 5, DataConfig(packing="document"))
+    assert rows.max_segments == 1
+    found = {tuple(row[INPUTS][row[SEGMENTS] > 0]) for row in all_rows(rows)}
+    assert found == {(10, 11), (13, 14, 15, 16), (17, 18, 19, 20), (22,), (24, 25, 26, 27)}
+    targets = {tuple(row[TARGETS][row[SEGMENTS] > 0]) for row in all_rows(rows)}
+    assert (18, 19, 20, EOS) in targets and (11, EOS) in targets
+
+
+def test_the_three_packings_by_name(tmp_path) -> None:
+    tokens = store(tmp_path, np.asarray([3, 2, 3, 4]))
+    pack = make_rows(tokens, 5, DataConfig())
+    np.testing.assert_array_equal(all_rows(pack), [[10, 11, 3, 13, 3], [15, 16, 3, 18, 19]])
+    segment = make_rows(tokens, 5, DataConfig(packing="segment", max_segments=4))
+    # inputs of 3, 2, 2 and 1 tokens: 3 + 1 and 2 + 2
+    assert sorted(all_rows(segment)[:, SEGMENTS].tolist()) == [[1, 1, 1, 2], [1, 1, 2, 2]]
+    assert make_rows(tokens, 5, DataConfig(packing="document", max_segments=4)).max_segments == 1
+    with pytest.raises(ConfigError, match=r"^Data\.packing = 'packed': is not one of"):
+        DataConfig(packing="packed")  # type: ignore[arg-type]
+
+
+def test_the_fused_kernel_knows_no_segments() -> None:
+    model = ModelConfig(dtype="bfloat16", attention_kernel="cudnn")
+    ExperimentConfig(model=model, data=DataConfig(packing="document"))
+    with pytest.raises(ConfigError, match=r"^Model\.attention_kernel = 'cudnn': .*no segments"):
+        ExperimentConfig(model=model, data=DataConfig(packing="segment"))
+
+
+def test_rows_pickle_by_path_and_join(tmp_path) -> None:
+    tokens = store(tmp_path, np.full(9000, 7))
+    rows = SegmentRows(tokens, 16, 3)
+    data = pickle.dumps(rows)
+    assert len(data) < 1000
+    np.testing.assert_array_equal(pickle.loads(data)[40], rows[40])
+    both = joined([rows, rows])
+    assert len(both) == 2 * len(rows)
+    np.testing.assert_array_equal(both[len(rows) + 3], rows[3])
+    assert isinstance(joined([TokenRows(tokens, 16)]), TokenRows)
+    for k in (-1, len(rows)):
+        with pytest.raises(IndexError):
+            rows[k]
