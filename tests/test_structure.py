@@ -21,10 +21,11 @@ MAY_IMPORT = {
     "interop": {"config", "flags", "partition", "model", "data", "training"},
     "api": {"config", "flags", "partition", "model", "interop", "inference", "data", "training"},
     "evaluation": {"config", "inference", "api"},
+    "analysis": {"config", "flags", "partition", "model", "inference", "data", "training", "api"},
     "cli": {
         "config",
         "hosts", "flags", "partition", "model", "interop", "inference", "data", "training", "api",
-        "evaluation",
+        "evaluation", "analysis",
     },
     "": {"api", "config"},
 }  # fmt: skip
@@ -36,6 +37,7 @@ EXTRA = {
     "training/run_files.py": {"flags"},
     "interop/__main__.py": {"cli"},  # nothing imports it
     "data/__main__.py": {"cli"},
+    "analysis/__main__.py": {"cli"},
 }
 
 
@@ -117,7 +119,7 @@ def test_there_are_no_import_cycles() -> None:
     [
         ("orbax", {"training/checkpoint.py"}),
         ("grain", {"data/pipeline.py"}),
-        ("matplotlib", {"training/plots.py", "training/phase.py"}),  # a run's, and a sweep's
+        ("matplotlib", {"training/plots.py", "training/phase.py", "analysis/figures.py"}),
         ("array_record", {"data/shards.py"}),
         ("torch", {"interop/tensors.py"}),
     ],
