@@ -106,16 +106,21 @@ class ModelConfig(_Validated):
     dtype: Literal["float32", "bfloat16"] = _field(
         "float32", "compute dtype of the matrix products; parameters stay float32"
     )
+    plga_precision: Literal["default", "high", "highest"] = _field(
+        "high",
+        "float32 products of PLGA on an accelerator: default is TF32 on a GPU and one bfloat16 "
+        "pass on a TPU, high TF32 and three passes, highest float32; a CPU always has the last",
+    )
     remat: Literal["none", "dots", "full"] = _field(
         "none", "recompute in the backward pass: nothing, all but matmuls, all"
     )
     unroll: bool = _field(
         True, "unroll the scans over layers: slower to compile, faster to run on small models"
     )
-    attention_kernel: Literal["auto", "xla", "blocks", "cudnn"] = _field(
+    attention_kernel: Literal["auto", "xla", "blocks", "cudnn", "flash"] = _field(
         "auto",
-        "auto takes the fused kernel where the platform has one, and from 2048 tokens on blocks: "
-        "scores of 512 queries at a time",
+        "fused: cudnn on a GPU, flash on a TPU; blocks: scores of 512 queries at a time; auto "
+        "takes cudnn where it can, and else blocks from 2048 tokens on",
     )
 
     def __post_init__(self) -> None:
@@ -141,6 +146,10 @@ class ModelConfig(_Validated):
     def metric_width(self) -> int:
         """M, floor(8 H / 3) unless given."""
         return self.metric_dim if self.metric_dim is not None else self.head_dim * 8 // 3
+
+
+HOW_COMPUTED = ("dtype", "plga_precision", "remat", "unroll", "attention_kernel")
+"""Fields of `ModelConfig` that say how the network is computed, not which network it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,8 +381,8 @@ class ExperimentConfig:
             self.optimizer.fail(
                 "warmup_steps", f"must be below the {decay_steps} steps of the schedule"
             )
-        if self.data.packing == "segment" and self.model.attention_kernel == "cudnn":
-            self.model.fail("attention_kernel", "the fused kernel knows no segments; take 'auto'")
+        if self.data.packing == "segment" and self.model.attention_kernel in ("cudnn", "flash"):
+            self.model.fail("attention_kernel", "fused kernels know no segments; take 'auto'")
         dag_terms = (self.loss.dag_a_lm, self.loss.dag_a_p, self.loss.dag_g_lm)
         if self.model.g_source != "learned" and any(dag_terms):
             self.model.fail(

@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
-from pldr_jax.config import ModelConfig
+from pldr_jax.config import MeshConfig, ModelConfig
 from pldr_jax.inference.decode import decode_step, prefill
 from pldr_jax.model.attention import attend, attend_in_blocks
 from pldr_jax.model.decoder import Params, forward, init_params, unstack_layers
 from pldr_jax.model.deductive import identity_g_lm, random_g_lm
 from pldr_jax.model.rope import rotate
+from pldr_jax.partition import build_mesh, mesh_scope
 from pldr_jax.training.losses import token_loss
 
 CONFIG = ModelConfig(
@@ -301,6 +303,34 @@ def test_the_compiled_program_names_its_parts() -> None:
         assert f"{scope}/" in text, scope
 
 
+def product_precisions(config: ModelConfig) -> list[tuple[bool, Any]]:
+    """Of every product of the forward pass: whether it is PLGA's, and its precision."""
+    found: list[tuple[bool, Any]] = []
+
+    def visit(jaxpr: Any, outer: bool = False) -> None:
+        for equation in jaxpr.eqns:
+            inside = outer or "plga" in str(equation.source_info.name_stack)
+            if equation.primitive.name == "dot_general":
+                found.append((inside, equation.params["precision"]))
+            for value in jax.tree.leaves(equation.params, is_leaf=lambda v: hasattr(v, "eqns")):
+                if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+                    visit(getattr(value, "jaxpr", value), inside)
+
+    visit(jax.make_jaxpr(functools.partial(forward, config))(make_params(), TOKENS).jaxpr)
+    return found
+
+
+@pytest.mark.parametrize("name", ["default", "high", "highest"])
+def test_precision_of_the_products_of_plga(name: Any) -> None:
+    """Those in PLGA, Q^T Q included, have it; the others, (q G_LM) k^T among them, have not."""
+    asked = jax.lax.Precision(name) if name != "default" else jax.lax.Precision.DEFAULT
+    found = product_precisions(variant(plga_precision=name))
+    inside = [precision for in_plga, precision in found if in_plga]
+    assert len(inside) == 1 + 3 + 2  # Q^T Q; w1, w2, w3 of the scanned unit; W A and a A_P
+    assert set(inside) == {(asked, asked)}
+    assert {precision for in_plga, precision in found if not in_plga} == {None}
+
+
 def test_new_values_compile_nothing_again() -> None:
     traces = []
 
@@ -320,3 +350,23 @@ def test_new_values_compile_nothing_again() -> None:
         for position in range(length, length + 3):
             _, cache = step(unstacked, TOKENS[:, position], cache)
     assert first._cache_size() == step._cache_size() == 1
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_flash_kernel_of_a_tpu_gives_the_same(sharded: bool) -> None:
+    """Interpreted: lengths and heads that are no whole tiles, outputs and gradients."""
+    rng = np.random.default_rng(6)
+    q, k, v, weight = (jnp.asarray(rng.normal(size=(2, 130, 2, 8)), jnp.float32) for _ in range(4))
+
+    def run(kernel: str) -> Any:
+        def weighted(q: Any, k: Any, v: Any) -> Any:
+            return (attend(q, k, v, kernel) * weight).sum()
+
+        return jax.jit(jax.value_and_grad(weighted, (0, 1, 2)))(q, k, v)
+
+    plain = run("xla")
+    mesh = build_mesh(MeshConfig(2, 1, 2), jax.devices()[:4]) if sharded else None
+    with mesh_scope(mesh), pltpu.force_tpu_interpret_mode():
+        fused = run("flash")
+    for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(fused), strict=True):
+        assert gap(one, other) < 1e-5 * max(1.0, float(np.abs(one).max()))

@@ -67,7 +67,13 @@ def check_logits(
     Raises:
       ConfigError: logits that are not finite.
     """
-    exact = dataclasses.replace(config, dtype="float32", attention_kernel="auto", unroll=False)
+    exact = dataclasses.replace(
+        config,
+        dtype="float32",
+        plga_precision="highest",
+        attention_kernel="auto",
+        unroll=False,
+    )
     shape = (ROWS, min(TOKENS, config.context_length))
     tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, shape, np.int32)
     ours = np.asarray(_jitted(exact)(params, tokens_BT, g_lm).logits)

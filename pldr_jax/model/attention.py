@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from pldr_jax.config import ModelConfig
 from pldr_jax.model.cache import LayerCache, LayerOutputs
 from pldr_jax.model.deductive import DeductiveOutputs
+from pldr_jax.model.kernels import fused_attention
 from pldr_jax.model.layers import Linear, full_product_operand
 from pldr_jax.model.plga import PowerLawGraphAttention
 from pldr_jax.model.rope import rotate
@@ -87,14 +88,14 @@ def attend(
     """softmax(mask(q k^T / sqrt(H))) v, [B,T,N,H]; q already holds q G_LM.
 
     Args:
-      kernel: `Model.attention_kernel`. The fused kernel does causal attention of a whole sequence
+      kernel: `Model.attention_kernel`. Fused kernels do causal attention of a whole sequence
         only.
       mask_BNTS: true where a query may look; None is causal attention of a sequence to itself.
     """
-    if mask_BNTS is None and _use_fused(q_BTNJ, kernel):
-        return jax.nn.dot_product_attention(
-            q_BTNJ, k_BSNH, v_BSNH, is_causal=True, implementation="cudnn"
-        )
+    if mask_BNTS is None:
+        fused_BTNH = fused_attention(q_BTNJ, k_BSNH, v_BSNH, kernel)
+        if fused_BTNH is not None:
+            return fused_BTNH
     long = kernel == "auto" and q_BTNJ.shape[1] >= LONG
     if mask_BNTS is None and (kernel == "blocks" or long):
         return attend_in_blocks(q_BTNJ, k_BSNH, v_BSNH)
@@ -144,19 +145,6 @@ def attend_cached(
     scores_BNS = jnp.where(visible_BNS, scores_BNS / math.sqrt(q_BNJ.shape[-1]), MASKED)
     weights_BNS = jax.nn.softmax(scores_BNS, axis=-1).astype(v_BNSH.dtype)
     return jnp.einsum("BNS,BNSH->BNH", weights_BNS, v_BNSH, preferred_element_type=jnp.float32)
-
-
-def _use_fused(q_BTNJ: jax.Array, kernel: str) -> bool:
-    """cuDNN's flash attention: 16-bit, H a multiple of 8 up to 128, compute capability 8.0 or
-    later.
-    """
-    if kernel != "auto":
-        return kernel == "cudnn"
-    if jax.default_backend() != "gpu" or q_BTNJ.dtype not in (jnp.bfloat16, jnp.float16):
-        return False
-    capability = getattr(jax.devices()[0], "compute_capability", "0")
-    head_dim = q_BTNJ.shape[-1]
-    return float(capability) >= 8.0 and head_dim % 8 == 0 and head_dim <= 128
 
 
 class Attention(nn.Module):

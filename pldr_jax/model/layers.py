@@ -38,7 +38,7 @@ class Linear(nn.Module):
     Attributes:
       in_shape, out_shape: axes contracted and made; the kernel is [*in_shape, *out_shape].
       in_axes, out_axes: their logical names.
-      dtype: dtype of the product.
+      dtype, precision: of the product.
     """
 
     in_shape: tuple[int, ...]
@@ -46,6 +46,7 @@ class Linear(nn.Module):
     in_axes: tuple[str, ...]
     out_axes: tuple[str, ...]
     dtype: Any = jnp.float32
+    precision: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -61,7 +62,10 @@ class Linear(nn.Module):
         summed = len(self.in_shape)
         contract = (tuple(range(x.ndim - summed, x.ndim)), tuple(range(summed)))
         y = jax.lax.dot_general(
-            x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ()))
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            (contract, ((), ())),
+            precision=self.precision,
         )
         return y + bias.astype(self.dtype)
 
@@ -94,11 +98,13 @@ class GLU(nn.Module):
     Attributes:
       hidden: width of the gate and of the value.
       axes: logical names of the input axis and of the hidden axis.
+      dtype, precision: of the products.
     """
 
     hidden: int
     axes: tuple[str, str]
     dtype: Any = jnp.float32
+    precision: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -110,8 +116,9 @@ class GLU(nn.Module):
             "in_axes": self.axes[:1],
             "out_axes": self.axes[1:],
         }
-        gate = Linear(**into, dtype=self.dtype, name="w1")(x)
-        value = Linear(**into, dtype=self.dtype, name="w2")(x)
-        return Linear(
-            (self.hidden,), (width,), self.axes[1:], self.axes[:1], self.dtype, name="w3"
-        )(nn.silu(gate) * value)
+        product: dict[str, Any] = {"dtype": self.dtype, "precision": self.precision}
+        gate = Linear(**into, **product, name="w1")(x)
+        value = Linear(**into, **product, name="w2")(x)
+        return Linear((self.hidden,), (width,), self.axes[1:], self.axes[:1], **product, name="w3")(
+            nn.silu(gate) * value
+        )

@@ -43,7 +43,9 @@ def per_head_glorot_normal(num_heads: int, head_dim: int) -> Initializer:
     return nn.initializers.normal(std)
 
 
-def density_matrix(q_BTNH: jax.Array, valid_BT: jax.Array | None = None) -> jax.Array:
+def density_matrix(
+    q_BTNH: jax.Array, valid_BT: jax.Array | None = None, precision: str | None = None
+) -> jax.Array:
     """Q^T Q [B,N,H,J] in float32, over the tokens where `valid_BT` is true (all, if None).
 
     The sum runs over every token, later ones included: what a position attends with depends on its
@@ -53,7 +55,9 @@ def density_matrix(q_BTNH: jax.Array, valid_BT: jax.Array | None = None) -> jax.
     if valid_BT is not None:
         q_BTNH = jnp.where(valid_BT[:, :, None, None], q_BTNH, 0)
     q = full_product_operand(q_BTNH)
-    return jnp.einsum("BTNH,BTNJ->BNHJ", q, q, preferred_element_type=jnp.float32)
+    return jnp.einsum(
+        "BTNH,BTNJ->BNHJ", q, q, precision=precision, preferred_element_type=jnp.float32
+    )
 
 
 class ResidualLayer(nn.Module):
@@ -68,7 +72,11 @@ class ResidualLayer(nn.Module):
         y_BNHJ = A_BNHJ
         for unit in range(self.config.num_gated_units):
             y_BNHJ = GLU(
-                self.config.metric_width, ("metric_in", "metric_hidden"), dtype, name=f"unit_{unit}"
+                self.config.metric_width,
+                ("metric_in", "metric_hidden"),
+                dtype,
+                self.config.plga_precision,
+                name=f"unit_{unit}",
             )(y_BNHJ)
         return layer_norm(self.config.layer_norm_eps, name="norm")(
             A_BNHJ + y_BNHJ.astype(jnp.float32)
@@ -109,11 +117,12 @@ class PowerLawGraphAttention(nn.Module):
         """All deductive outputs of one layer, from its queries after RoPE and the mask of real
         tokens; with segments, those of each segment, [B * K,N,H,J].
         """
+        precision = self.config.plga_precision
         with jax.named_scope("metric_learner"):
             if segments is None:
-                density_BNHJ = density_matrix(q_BTNH, valid_BT)
+                density_BNHJ = density_matrix(q_BTNH, valid_BT, precision)
             else:
-                density_BNHJ = segments.density_matrix(q_BTNH)
+                density_BNHJ = segments.density_matrix(q_BTNH, precision)
             A_BNHJ = self.metric_tensor(density_BNHJ)
         with jax.named_scope("power_law"):
             return self.energy_curvature(A_BNHJ)
@@ -139,12 +148,17 @@ class PowerLawGraphAttention(nn.Module):
     def energy_curvature(self, A_BNHJ: jax.Array) -> DeductiveOutputs:
         """A_LM, A_P and G_LM from A: the last three steps, all float32."""
         A_BNHJ = A_BNHJ.astype(jnp.float32)
-        A_LM = iswiglu(_per_head(self.W, A_BNHJ) + self.b_W) + A_LM_FLOOR
+        A_LM = iswiglu(self._per_head(self.W, A_BNHJ) + self.b_W) + A_LM_FLOOR
         # exp(P log A_LM) is A_LM ** P for a positive base, and costs half of it.
         A_P = jnp.exp(self.P * jnp.log(A_LM))
-        G_LM = _per_head(self.a, A_P) + self.b_a
+        G_LM = self._per_head(self.a, A_P) + self.b_a
         return DeductiveOutputs(A=A_BNHJ, A_LM=A_LM, A_P=A_P, G_LM=G_LM)
 
-
-def _per_head(w_NHK: Any, x_BNKJ: jax.Array) -> jax.Array:
-    return jnp.einsum("NHK,BNKJ->BNHJ", w_NHK, x_BNKJ, preferred_element_type=jnp.float32)
+    def _per_head(self, w_NHK: Any, x_BNKJ: jax.Array) -> jax.Array:
+        return jnp.einsum(
+            "NHK,BNKJ->BNHJ",
+            w_NHK,
+            x_BNKJ,
+            precision=self.config.plga_precision,
+            preferred_element_type=jnp.float32,
+        )

@@ -46,11 +46,13 @@ class Segments(flax.struct.PyTreeNode):
         """Bool [B * K]: whether the segment has a token."""
         return self._of_segment_BTK.any(1).reshape(-1)
 
-    def density_matrix(self, q_BTNH: jax.Array) -> jax.Array:
+    def density_matrix(self, q_BTNH: jax.Array, precision: str | None = None) -> jax.Array:
         """Q^T Q of every segment, [B * K,N,H,J] in float32."""
         q_BTKNH = full_product_operand(self._spread(q_BTNH))
         q = full_product_operand(q_BTNH)
-        density = jnp.einsum("BTKNH,BTNJ->BKNHJ", q_BTKNH, q, preferred_element_type=jnp.float32)
+        density = jnp.einsum(
+            "BTKNH,BTNJ->BKNHJ", q_BTKNH, q, precision=precision, preferred_element_type=jnp.float32
+        )
         return density.reshape(-1, *density.shape[2:])
 
     def apply_metric(self, q_BTNH: jax.Array, g_lm: jax.Array) -> jax.Array:

@@ -5,12 +5,12 @@ import dataclasses
 import jax
 from jax.sharding import Mesh
 
-from pldr_jax.config import ConfigError, ExperimentConfig
+from pldr_jax.config import HOW_COMPUTED, ConfigError, ExperimentConfig
 from pldr_jax.flags import describe_differences
 from pldr_jax.model.decoder import Params
 from pldr_jax.training.step import TrainState, abstract_state, create_state
 
-MAY_DIFFER = ("context_length", "dtype", "remat", "unroll", "attention_kernel")
+MAY_DIFFER = ("context_length", *HOW_COMPUTED)
 """Fields of `ModelConfig` that no weight depends on."""
 
 

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from pldr_jax.config import ConfigError, ExperimentConfig
+from pldr_jax.config import HOW_COMPUTED, ConfigError, ExperimentConfig
 from pldr_jax.flags import describe_differences, dump_config
 
 SAMPLES = "samples.txt"
@@ -14,7 +14,7 @@ SAMPLES = "samples.txt"
 
 def check_same_model(run_dir: Path, saved: ExperimentConfig, config: ExperimentConfig) -> None:
     """ConfigError if a run cannot go on with the config; other differences are printed."""
-    how = {f"Model.{name}:" for name in ("dtype", "remat", "unroll", "attention_kernel")}
+    how = {f"Model.{name}:" for name in HOW_COMPUTED}
     changed = [
         difference
         for difference in describe_differences(saved, config, ["Model"])
