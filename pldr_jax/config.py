@@ -230,6 +230,9 @@ class DataConfig(_Validated):
     epochs: int | None = _field(
         None, "passes over the text at most, more Training.steps are an error; None is any", low=1
     )
+    workers: int = _field(
+        0, "processes that make batches ahead, in each process of the run; 0 is threads", low=0
+    )
     cache_dir: str | None = _field(
         None, "where tokenised text is kept; None is the user's cache folder"
     )

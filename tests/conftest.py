@@ -24,6 +24,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 GOLDENS = Path(__file__).parent / "goldens"
 
+OPTIMISED = ("test_parity", "test_convert")
+"""Test files that compile as users do."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Golden:
@@ -69,6 +72,18 @@ def golden() -> Callable[[str], Golden]:
 def case(request: pytest.FixtureRequest) -> Golden:
     """Each golden in turn."""
     return load_golden(request.param)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Half of the time of the tests is compilation, which is halved without most optimisations.
+    Numbers are compared with the authors' as users compile them.
+    """
+    quick = request.module.__name__ not in OPTIMISED
+    if jax.config.jax_disable_most_optimizations != quick:
+        jax.config.update("jax_disable_most_optimizations", quick)
+        jax.clear_caches()
+    yield
 
 
 @pytest.fixture(scope="session", autouse=True)

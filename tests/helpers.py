@@ -18,7 +18,7 @@ import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from pldr_jax.cli.common import keep_compiled_programs, run
-from pldr_jax.config import ExperimentConfig
+from pldr_jax.config import ExperimentConfig, MeshConfig
 from pldr_jax.data.pipeline import TrainIterator
 from pldr_jax.flags import config_from_dict, load_config
 from pldr_jax.model.deductive import predefined_g_lm
@@ -88,6 +88,7 @@ def tiny_config(source: Path, fields: dict[str, Any] | None = None) -> Experimen
 def start(program: str, *arguments: object) -> subprocess.Popen[str]:
     """`python train.py ...` at the root of the repository, on one device."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as conftest.py does
     return subprocess.Popen(
         [sys.executable, program, *map(str, arguments)],
         cwd=REPOSITORY,
@@ -100,7 +101,7 @@ def start(program: str, *arguments: object) -> subprocess.Popen[str]:
 
 def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
     try:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=600)
     finally:
         process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
@@ -176,7 +177,7 @@ def stored(run_dir: Path, step: int | None = None) -> tuple[TrainState, dict[str
     with Checkpointer(run_dir, tiny_config(run_dir).checkpoint) as checkpointer:
         config = config_from_dict(checkpointer.read_config() or {})
         g_lm = predefined_g_lm(config.model)
-        target = abstract_state(config, one_device_mesh(config.mesh), g_lm)
+        target = abstract_state(config, one_device_mesh(MeshConfig()), g_lm)
         restored = checkpointer.restore(target, step)
     return jax.device_get(restored.state), restored.data_state, restored.step
 

@@ -108,6 +108,15 @@ def test_resumed_stream_equals_the_uninterrupted_one(token_file, taken: int) -> 
         np.testing.assert_array_equal(take(second, 10), expected[taken:])
 
 
+def test_worker_processes_give_the_same_stream_from_any_position(token_file) -> None:
+    expected = batches(token_file, 9)
+    with train_iterator([TokenRows(token_file, C)], B, 0, workers=2) as iterator:
+        np.testing.assert_array_equal(take(iterator, 3), expected[:3])
+        iterator.state = {"next_index": 5}
+        np.testing.assert_array_equal(take(iterator, 4), expected[5:])
+        assert iterator.state == {"next_index": 9}
+
+
 def test_state_moves_to_another_number_of_processes(token_file) -> None:
     expected = batches(token_file, 9)[5:]
     parts = []

@@ -5,10 +5,13 @@ import random
 import re
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from helpers import (
@@ -33,7 +36,10 @@ from helpers import (
 )
 
 from pldr_jax.cli.train import train_main
+from pldr_jax.inference.engine import Engine
+from pldr_jax.training import loop
 from pldr_jax.training.checkpoint import Checkpointer
+from pldr_jax.training.evaluate import Evaluator
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +91,112 @@ def test_signal_saves_and_the_rest_is_bit_for_bit(
     assert f"continuing at step {at}" in capsys.readouterr().out
     assert [batch.tobytes() for batch in batches] == [batch.tobytes() for batch in expected]
     assert_equal_runs(run_dir, reference)
+
+
+def signal_in_compilation(patch: pytest.MonkeyPatch) -> None:
+    """SIGTERM while the first step is compiled, from another thread."""
+    jit = loop.jit_train_step
+
+    def jit_and_signal(*arguments: Any) -> Any:
+        step = jit(*arguments)
+
+        def lowered(state: Any, rows: Any) -> Any:
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            patch.setattr(loop, "jit_train_step", jit)
+            compiled = step.lower(state, rows).compile()
+            time.sleep(0.1)
+            return compiled(state, rows)
+
+        calls = iter([lowered])
+        return lambda state, rows: next(calls, step)(state, rows)
+
+    patch.setattr(loop, "jit_train_step", jit_and_signal)
+
+
+def signal_in(owner: type, method: str) -> Callable[[pytest.MonkeyPatch], None]:
+    """SIGTERM in the midst of the first call of a method."""
+
+    def install(patch: pytest.MonkeyPatch) -> None:
+        original = getattr(owner, method)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            patch.setattr(owner, method, original)
+            result = original(*arguments, **options)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return result
+
+        patch.setattr(owner, method, call)
+
+    return install
+
+
+MOMENTS = {
+    "compilation": (signal_in_compilation, {1}),
+    "evaluation": (signal_in(Evaluator, "__call__"), {5}),
+    "sample": (signal_in(Engine, "run"), {5}),
+    "save": (signal_in(Checkpointer, "save"), {4}),
+}
+"""Where a signal comes, and the step that is then saved."""
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_signal_at_a_busy_moment(
+    source, tmp_path, uninterrupted, capsys, monkeypatch, moment: str
+) -> None:
+    install, steps = MOMENTS[moment]
+    with monkeypatch.context() as patch:
+        install(patch)
+        train_here(tiny_config(source), tmp_path)
+    assert "SIGTERM: saved step" in capsys.readouterr().out
+    assert stored(tmp_path)[2] in steps
+    train_here(tiny_config(source), tmp_path)
+    assert_equal_runs(tmp_path, uninterrupted[0])
+
+
+def test_worker_processes_resume_to_the_same_bits(
+    source, tmp_path, uninterrupted, monkeypatch
+) -> None:
+    config = tiny_config(source, {"Data.workers": 1})
+    with monkeypatch.context() as patch:
+        record_batches(patch, lambda n: n != 5 or os.kill(os.getpid(), signal.SIGTERM))
+        train_here(config, tmp_path)
+    assert stored(tmp_path)[2] == 5
+    train_here(config, tmp_path)
+    assert rows_of(tmp_path) == rows_of(uninterrupted[0])
+    assert_same_bits(stored(tmp_path)[0], stored(uninterrupted[0])[0])
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 1)])
+def test_another_mesh_continues_with_the_same_numbers(source, tmp_path, sizes: Any) -> None:
+    """To 1e-5: without PLGA, and an epsilon that keeps the rounding of near-zero gradients from
+    changing whole updates, as in test_hosts.py.
+    """
+    fields = {
+        "Model.g_source": "identity",
+        "Optimizer.eps": 1e-2,
+        "Training.log_every": 1,
+        "Training.sample_prompt": "",
+    }
+    short = {**fields, "Training.steps": 4}
+    train_here(tiny_config(source, short), tmp_path / "moved")
+    train_here(tiny_config(source, fields), tmp_path / "stayed")
+    loop.train(tiny_config(source, {**fields, **mesh_fields(sizes)}), tmp_path / "moved")
+    moved, stayed = (
+        {row["step"]: row for row in rows_of(tmp_path / name) if "train/loss" in row}
+        for name in ("moved", "stayed")
+    )
+    assert list(moved) == list(stayed) == list(range(1, STEPS + 1))
+    for step, row in stayed.items():
+        assert moved[step]["train/loss"] == pytest.approx(row["train/loss"], abs=1e-5), step
+    mine, theirs = (stored(tmp_path / name)[0].params for name in ("moved", "stayed"))
+    for one, other in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+
+
+def mesh_fields(sizes: tuple[int, int, int]) -> dict[str, int]:
+    """Of as many devices as there are, the first axis takes what the others leave."""
+    rest = len(jax.devices()) // (sizes[1] * sizes[2])
+    return {"Mesh.data": rest, "Mesh.fsdp": sizes[1], "Mesh.tensor": sizes[2]}
 
 
 def test_signal_at_the_last_step_ends_the_run_as_usual(
@@ -159,6 +271,32 @@ def test_killed_at_any_moment_then_stopped_then_finished(source, tmp_path, finis
     assert result.returncode == 0, result.stderr
     assert_equal_runs(run_dir, finished)
     assert not list(saved.folder.glob("*tmp*"))
+
+
+@pytest.mark.skipif("PLDR_KILL_ROUNDS" not in os.environ, reason="PLDR_KILL_ROUNDS is not set")
+def test_killed_many_times(source, tmp_path, finished) -> None:
+    """As many rounds as PLDR_KILL_ROUNDS says: killed at random, most of them while saving."""
+    run_dir, rng = tmp_path / "run", random.Random(time.time_ns())
+    command = ("train.py", f"--run_dir={run_dir}", *flags(source, FINISHED))
+    saved = Checkpointer(run_dir, tiny_config(source).checkpoint)
+    killed = 0
+    while killed < int(os.environ["PLDR_KILL_ROUNDS"]):
+        process = start(*command)
+        if rng.random() < 0.6:
+            wait_for(lambda: any(saved.folder.glob("*tmp*")), process)
+            time.sleep(rng.uniform(0, 0.05))
+        else:
+            time.sleep(rng.uniform(0, 15))
+        killed += process.poll() is None
+        process.kill()
+        finish(process)
+        if saved.latest_step() == STEPS:
+            assert run_program(*command).returncode == 0
+            assert_equal_runs(run_dir, finished)
+            shutil.rmtree(run_dir)
+    result = run_program(*command)
+    assert result.returncode == 0, result.stderr
+    assert_equal_runs(run_dir, finished)
 
 
 def test_program_started_again_after_the_end(copy, finished) -> None:

@@ -115,9 +115,7 @@ def test_the_three_packings_by_name(tmp_path) -> None:
 def test_the_fused_kernel_knows_no_segments() -> None:
     model = ModelConfig(dtype="bfloat16", attention_kernel="cudnn")
     ExperimentConfig(model=model, data=DataConfig(packing="document"))
-    with pytest.raises(
-        ConfigError, match=r"^Model\.attention_kernel = 'cudnn': .*no segments"
-    ):
+    with pytest.raises(ConfigError, match=r"^Model\.attention_kernel = 'cudnn': .*no segments"):
         ExperimentConfig(model=model, data=DataConfig(packing="segment"))
 
 

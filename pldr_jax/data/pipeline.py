@@ -10,6 +10,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl.flags import FLAGS
 
 from pldr_jax.config import ConfigError
 from pldr_jax.data.rows import Rows
@@ -18,7 +19,7 @@ from pldr_jax.data.rows import Rows
 class TrainIterator(Iterator[np.ndarray]):
     """Batches int32 [b,C] or [b,3,T] of one process, b = batch_size / process_count.
 
-    Call `close` at the end: it stops the threads that read ahead. Also a context manager.
+    Call `close` at the end: it stops what reads ahead. Also a context manager.
 
     Attributes:
       n_batches: how many there are before the passes over the text are used up; None is no end.
@@ -26,24 +27,42 @@ class TrainIterator(Iterator[np.ndarray]):
 
     def __init__(
         self,
-        dataset: grain.IterDataset,
+        batches: grain.MapDataset,
+        options: grain.ReadOptions,
+        workers: int = 0,
         n_batches: int | None = None,
         digest: str | None = None,
     ) -> None:
-        self._iterator: Any = iter(dataset)
+        self._batches, self._options, self._workers = batches, options, workers
         self.n_batches, self._digest = n_batches, digest
+        self._next_index, self._closed = 0, False
+        self._iterator: Any = None  # from the first batch on
 
     def __next__(self) -> np.ndarray:
-        return np.asarray(next(self._iterator))
+        if self._iterator is None:
+            self._iterator = self._open()
+        batch = np.array(next(self._iterator))  # a copy: workers hand over shared memory
+        self._next_index += 1
+        return batch
+
+    def _open(self) -> Any:
+        if self._closed:
+            raise ValueError("the training data is closed")
+        # Its own position is of no use to another number of workers or processes: begin there.
+        stream = self._batches[self._next_index :].to_iter_dataset(self._options)
+        if self._workers:
+            FLAGS.mark_as_parsed()  # Grain asks them when it starts processes
+            stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))
+        return iter(stream)
 
     @property
     def state(self) -> dict[str, Any]:
         """{"next_index": k}: k global batches were taken. Fit for JSON; equal in all processes.
 
         Valid for the same text, packing, context length, batch size and seed, on any number of
-        processes. Of prepared text it also holds the digest, as "text".
+        processes and workers. Of prepared text it also holds the digest, as "text".
         """
-        state: dict[str, Any] = {"next_index": int(self._iterator.get_state()["next_index"])}
+        state: dict[str, Any] = {"next_index": self._next_index}
         return state if self._digest is None else {**state, "text": self._digest}
 
     @state.setter
@@ -56,11 +75,18 @@ class TrainIterator(Iterator[np.ndarray]):
                 "Data.source, Data.mixture: not the text, or not the weights, that the checkpoint "
                 "was trained on; take those, or another --run_dir"
             )
-        self._iterator.set_state({"next_index": next_index})
+        self._stop()
+        self._next_index = next_index
 
     def close(self) -> None:
         """Stops reading ahead; may be called twice."""
-        self._iterator.close()
+        self._stop()
+        self._closed = True
+
+    def _stop(self) -> None:
+        iterator, self._iterator = self._iterator, None
+        if iterator is not None:
+            iterator.close()
 
     def __enter__(self) -> "TrainIterator":
         return self
@@ -79,6 +105,7 @@ def train_iterator(
     weights: Sequence[float] = (1.0,),
     epochs: int | None = None,
     digest: str | None = None,
+    workers: int = 0,
     num_threads: int = 2,
     prefetch_batches: int = 16,
 ) -> TrainIterator:
@@ -93,6 +120,7 @@ def train_iterator(
       weights: their shares.
       epochs: passes over a text, after which the stream ends; None is no end.
       digest: kept in the state, to know the text again.
+      workers: processes that make batches ahead; 0 is threads of this one.
 
     Raises:
       ConfigError: a text is shorter than one batch, or the processes cannot have equal parts.
@@ -118,7 +146,7 @@ def train_iterator(
     batches = own.batch(batch_size // process_count, drop_remainder=True)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch_batches)
     n_batches = None if epochs is None else len(stream) // batch_size
-    return TrainIterator(batches.to_iter_dataset(options), n_batches, digest)
+    return TrainIterator(batches, options, workers, n_batches, digest)
 
 
 @dataclasses.dataclass(frozen=True)

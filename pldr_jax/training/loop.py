@@ -153,6 +153,7 @@ class _Run:
             weights=text.weights,
             epochs=config.data.epochs,
             digest=text.digest,
+            workers=config.data.workers,
         )
         self._check_epochs()
         held_out = validation_rows(
