@@ -80,7 +80,7 @@ def _quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
     Numbers are compared with the authors' as users compile them.
     """
     quick = request.module.__name__ not in OPTIMISED
-    if jax.config.jax_disable_most_optimizations != quick:
+    if jax.config.read("jax_disable_most_optimizations") != quick:
         jax.config.update("jax_disable_most_optimizations", quick)
         jax.clear_caches()
     yield
