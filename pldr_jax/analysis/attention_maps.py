@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pldr_jax.analysis.held_out import quick_to_compile
 from pldr_jax.api import LanguageModel
 from pldr_jax.config import ModelConfig
 from pldr_jax.model.attention import attention_weights
@@ -33,7 +34,7 @@ def prompt_weights(
 
 @functools.lru_cache(maxsize=8)
 def _jitted(config: ModelConfig) -> jax.stages.Wrapped:
-    return jax.jit(functools.partial(prompt_weights, config))
+    return jax.jit(functools.partial(prompt_weights, quick_to_compile(config)))
 
 
 def weights_of(model: LanguageModel, prompt_T: np.ndarray) -> np.ndarray:

@@ -255,8 +255,8 @@ def _words(numbers: dict[str, Any]) -> tuple[str, ...]:
         second += " The gap is nothing only in the mean: single tokens differ."
     third = (
         f"Over {numbers['rows']} rows the loss is {loss['full']:.4f} nats a token with G_LM of the "
-        f"whole row; with that of another row it is larger by {_with_error(gap['other'])}, with "
-        f"the mean of {numbers['calibration_rows']} calibration rows by "
+        f"whole row. With G_LM of another row the gap to it is {_with_error(gap['other'])}, with "
+        f"the mean of {numbers['calibration_rows']} calibration rows "
         f"{_with_error(gap['calibrated'])}."
     )
     return first, second, third

@@ -1,5 +1,8 @@
 """Figures of the measurement of causality."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -29,10 +32,12 @@ def pictures_of(tensors: dict[str, np.ndarray], kinds: dict[str, str]) -> tuple[
 
 CAPTIONS = {
     "loss": "Held-out loss by position in the row, and its mean up to there, with G_LM of the "
-    "whole row, of the prefix alone, of another row, and the mean of calibration rows.",
+    "whole row, of the prefix alone (fewer rows; the grey line is of the same tokens), of another "
+    "row, and the mean of calibration rows.",
     "gap": "Loss minus the loss with G_LM of the whole row, by position, and what the positions up "
     "to there add to the gap: the curves end at it.",
 }
+Cumulative = Callable[[np.ndarray], np.ndarray]
 LABELS = {
     "loss": ("loss", "mean up to the position"),
     "gap": ("gap", "part of the gap up to the position"),
@@ -40,19 +45,27 @@ LABELS = {
 
 
 def _curves(
-    tensors: dict[str, np.ndarray], kinds: dict[str, str], quantity: str, cumulative: object
+    tensors: dict[str, np.ndarray], kinds: dict[str, str], quantity: str, cumulative: Cumulative
 ) -> Picture:
     figure, axes = new_figure(1, 2, 10.0, 3.8)
+    style: dict[str, Any]
+    if quantity == "loss" and "loss_full_at_prefix" in tensors:
+        x_P, y_P = tensors["prefix_positions"], tensors["loss_full_at_prefix"]
+        style = {"color": "#bbbbbb", "label": "whole row, tokens as prefix", "linewidth": 4.0}
+        axes[0, 0].plot(_thinned(x_P), _thinned(y_P), **style)
+        axes[0, 1].plot(_thinned(x_P), _thinned(cumulative(y_P)), **style)
     for color, (kind, label) in zip(COLORS, kinds.items(), strict=False):
         y_T = tensors.get(f"{quantity}_{kind}")
         if y_T is None:
             continue
         x_T = tensors["prefix_positions"] if kind == "prefix" else np.arange(len(y_T))
         style = {"color": color, "label": label, "linewidth": 1.3}
+        if kind == "full":
+            style["linewidth"] = 3.0
         if kind == "prefix":
             style |= {"marker": "o", "markersize": 3.0, "linestyle": "--", "zorder": 3}
         axes[0, 0].plot(_thinned(x_T), _thinned(y_T), **style)
-        axes[0, 1].plot(_thinned(x_T), _thinned(cumulative(y_T)), **style)  # type: ignore[operator]
+        axes[0, 1].plot(_thinned(x_T), _thinned(cumulative(y_T)), **style)
     for axis, label in zip(axes[0], LABELS[quantity], strict=True):
         axis.set_xlabel("position in the row")
         axis.set_ylabel(f"{label}, nats")

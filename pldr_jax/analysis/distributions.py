@@ -9,7 +9,7 @@ LOG_LOW, LOG_HIGH, LOG_BINS = -12.0, 12.0, 192
 bin also takes what is smaller, the last one what is larger.
 """
 
-LINEAR_BINS = 120
+LINEAR_BINS = 80
 BULK = (0.005, 0.995)
 """The linear histogram spans these quantiles of the first row, and `MARGIN` of that on both
 sides."""

@@ -1,5 +1,6 @@
 """Held-out rows: checked once, and cut into batches of one shape."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -24,6 +25,13 @@ def check_rows(config: ModelConfig, rows_RC: np.ndarray, least: int = 1) -> None
         )
     if rows_RC.min() < 0 or rows_RC.max() >= config.vocab_size:
         raise ConfigError(f"rows: a token id outside the vocabulary of {config.vocab_size}")
+
+
+def quick_to_compile(config: ModelConfig) -> ModelConfig:
+    """The same model with its scans over layers not unrolled: rows are few here, and compiling is
+    most of the time.
+    """
+    return dataclasses.replace(config, unroll=False)
 
 
 def check_at_least(name: str, value: int, least: int) -> None:

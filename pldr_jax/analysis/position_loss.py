@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from pldr_jax.analysis.held_out import quick_to_compile
 from pldr_jax.config import ModelConfig
 from pldr_jax.inference.decode import full_step
 from pldr_jax.model.decoder import Params, forward
@@ -65,6 +66,7 @@ class Jitted(NamedTuple):
 @functools.lru_cache(maxsize=8)
 def jitted(config: ModelConfig) -> Jitted:
     """`row_nats` and `prefix_nats` of a model."""
+    config = quick_to_compile(config)
     rows, prefix = (jax.jit(functools.partial(f, config)) for f in (row_nats, prefix_nats))
     return Jitted(rows, prefix)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from pldr_jax.analysis.attention_maps import describe_weights, weights_of
 from pldr_jax.analysis.distributions import EntryHistograms
-from pldr_jax.analysis.held_out import batches, check_at_least, check_rows
+from pldr_jax.analysis.held_out import batches, check_at_least, check_rows, quick_to_compile
 from pldr_jax.analysis.section import Section
 from pldr_jax.analysis.spectra import RowStatistics, describe, singular_values
 from pldr_jax.analysis.structure_figures import pictures_of
@@ -86,7 +86,7 @@ def dag_losses(x: jax.Array) -> jax.Array:
 
 @functools.lru_cache(maxsize=8)
 def _jitted(config: ModelConfig) -> Callable[..., Any]:
-    return jax.jit(functools.partial(deductive_outputs, config))
+    return jax.jit(functools.partial(deductive_outputs, quick_to_compile(config)))
 
 
 def measure(

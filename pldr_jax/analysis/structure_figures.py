@@ -62,12 +62,12 @@ def pictures_of(
 
 def _spectra(values: dict[str, np.ndarray]) -> Picture:
     """One panel an output and layer, a line a head."""
-    layers, size = shown(next(iter(values.values())).shape[0], MOST_LAYERS), values
+    layers = shown(len(next(iter(values.values()))), MOST_LAYERS)
     figure, axes = new_figure(
-        len(size),
+        len(values),
         len(layers),
-        1.2 + 2.4 * len(layers),
-        0.6 + 1.9 * len(size),
+        1.0 + 1.9 * len(layers),
+        0.5 + 1.5 * len(values),
         sharex=True,
         sharey=True,
     )
