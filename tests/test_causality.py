@@ -145,8 +145,8 @@ def test_predefined_g_lm_has_no_gap_by_construction(model: LanguageModel, g_sour
 
 
 def test_the_verdict_goes_by_the_size_of_the_gap(section: Section) -> None:
-    given = [1e-6, -1e-3, 5e-3, -5e-3, 0.5, -0.5]
-    said = ["causal"] * 2 + ["nearly causal"] * 2 + ["not causal"] * 2
+    given = [1e-6, -1e-3, 5e-3, -5e-3, 0.5, -0.5, np.nan]
+    said = ["causal"] * 2 + ["nearly causal"] * 2 + ["not causal"] * 2 + ["not finite"]
     assert [verdict(gap) for gap in given] == said
     assert section.words[0].lower().startswith(section.numbers["verdict"])
     assert f"{section.numbers['loss']['prefix']:.4f}" in section.words[0]

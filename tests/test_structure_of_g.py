@@ -1,5 +1,6 @@
 """Matrices, distributions and attention maps against plain NumPy."""
 
+import copy
 import dataclasses
 import math
 
@@ -15,6 +16,7 @@ from pldr_jax.analysis.spectra import describe, effective_rank, numerical_rank, 
 from pldr_jax.analysis.structure import measure
 from pldr_jax.analysis.structure_figures import pictures_of, shown
 from pldr_jax.analysis.structure_tables import tables_of
+from pldr_jax.analysis.structure_words import kind, words_of
 from pldr_jax.api import LanguageModel
 from pldr_jax.config import ConfigError
 from pldr_jax.training.freeze import without_plga
@@ -263,6 +265,7 @@ def test_predefined_g_lm_is_measured_as_it_is(model: LanguageModel, g_source: st
         np.testing.assert_allclose(of["condition"], 1)
         np.testing.assert_allclose(of["asymmetry"], 0)
         assert section.words[0].startswith("G_LM is of full rank, symmetric, sparse.")
+        assert section.numbers["verdict"] == "of full rank, symmetric, sparse"
         dag = section.numbers["outputs"]["G_LM"]["of_rows"]["dag_loss"]["mean"]
         np.testing.assert_allclose(dag, 1, rtol=1e-5)  # log(tr(exp(I)) / H)
     else:
@@ -279,6 +282,14 @@ def test_tables_have_a_row_for_each_head_or_each_layer(section: Section) -> None
     attention = {name: many.tolist() for name in section.numbers["attention"]}
     wide = tables_of({**section.numbers, "attention": attention})[-1]
     assert wide.rows[1][:2] == (1, "60 / 89.5 / 119")
+
+
+def test_a_model_that_is_not_finite_is_said_to_be(section: Section) -> None:
+    numbers = copy.deepcopy(section.numbers)
+    numbers["outputs"]["G_LM"]["mean_tensor"]["norm"][1][0] = math.nan
+    assert kind("G_LM", numbers) == ("not finite",)
+    assert words_of(numbers)[0] == "G_LM is not finite in 1 of 4 heads."
+    assert "not finite" not in words_of(section.numbers)[0]
 
 
 def test_grids_are_capped_and_say_so() -> None:

@@ -3,6 +3,7 @@ difference arises (the audit "one pass against prefix by prefix" of the authors 
 by position).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -224,6 +225,8 @@ def _numbers(losses: PositionLosses, positions_P: np.ndarray, length: int) -> di
 
 def verdict(gap: float) -> str:
     """In words, of a gap in nats a token; by its size, whatever its sign."""
+    if not math.isfinite(gap):
+        return "not finite"
     if abs(gap) <= NO_GAP:
         return "causal"
     return "nearly causal" if abs(gap) <= SMALL_GAP else "not causal"
@@ -237,6 +240,7 @@ def _words(numbers: dict[str, Any]) -> tuple[str, ...]:
         "nearly causal": "the ordinary held-out loss is off by a little.",
         "not causal": "the ordinary held-out loss is not that of next-token prediction; quote the "
         "loss with G_LM of the prefix.",
+        "not finite": "nothing can be said of such a loss.",
     }[numbers["verdict"]]
     first = (
         f"{numbers['verdict'].capitalize()}: {meaning} With G_LM of the prefix alone the loss is "

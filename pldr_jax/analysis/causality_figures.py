@@ -40,18 +40,18 @@ CAPTIONS = {
 Cumulative = Callable[[np.ndarray], np.ndarray]
 LABELS = {
     "loss": ("loss", "mean up to the position"),
-    "gap": ("gap", "part of the gap up to the position"),
+    "gap": ("gap", "gap from the positions so far"),
 }
 
 
 def _curves(
     tensors: dict[str, np.ndarray], kinds: dict[str, str], quantity: str, cumulative: Cumulative
 ) -> Picture:
-    figure, axes = new_figure(1, 2, 10.0, 3.8)
+    figure, axes = new_figure(1, 2, 9.0, 3.6)
     style: dict[str, Any]
     if quantity == "loss" and "loss_full_at_prefix" in tensors:
         x_P, y_P = tensors["prefix_positions"], tensors["loss_full_at_prefix"]
-        style = {"color": "#bbbbbb", "label": "whole row, tokens as prefix", "linewidth": 4.0}
+        style = {"color": "#bbbbbb", "label": "whole row, tokens of the prefix", "linewidth": 3.5}
         axes[0, 0].plot(_thinned(x_P), _thinned(y_P), **style)
         axes[0, 1].plot(_thinned(x_P), _thinned(cumulative(y_P)), **style)
     for color, (kind, label) in zip(COLORS, kinds.items(), strict=False):
@@ -71,7 +71,8 @@ def _curves(
         axis.set_ylabel(f"{label}, nats")
         if quantity == "gap":
             axis.axhline(0, color="black", linewidth=0.8)
-    axes[0, 0].legend(frameon=False, title="G_LM of")
+    lines, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     return Picture(f"causality_{quantity}", CAPTIONS[quantity], png(figure))
 
 

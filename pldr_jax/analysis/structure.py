@@ -18,7 +18,7 @@ from pldr_jax.analysis.section import Section
 from pldr_jax.analysis.spectra import RowStatistics, describe, singular_values
 from pldr_jax.analysis.structure_figures import pictures_of
 from pldr_jax.analysis.structure_tables import tables_of
-from pldr_jax.analysis.structure_words import words_of
+from pldr_jax.analysis.structure_words import kind, words_of
 from pldr_jax.api import LanguageModel
 from pldr_jax.config import ModelConfig
 from pldr_jax.model.decoder import Decoder, Params, apply
@@ -130,6 +130,7 @@ def measure(
         "parameters": {name: _lists(x.results()) for name, x in learned_tensors.items()},
         "attention": _lists(describe_weights(weights_LNTS)),
     }
+    numbers["verdict"] = ", ".join(kind("G_LM", numbers))
     tensors: dict[str, np.ndarray] = {}
     for name, statistics in outputs.items():
         tensors[f"mean_{name}"] = statistics.mean.astype(np.float32)

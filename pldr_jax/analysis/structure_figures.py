@@ -91,7 +91,7 @@ def _spectra(values: dict[str, np.ndarray]) -> Picture:
 
 
 def _distributions(name: str, caption: str, histograms: Mapping[str, EntryHistograms]) -> Picture:
-    """Linear density above, density of the magnitude below; a line a layer."""
+    """Density of the value above, of its magnitude below; a line a layer."""
     figure, axes = new_figure(2, len(histograms), 0.8 + 2.8 * len(histograms), 5.4)
     for (above, below), (output, entries) in zip(axes.T, histograms.items(), strict=True):
         linear_LE, log_LE = entries.densities()
@@ -104,17 +104,22 @@ def _distributions(name: str, caption: str, histograms: Mapping[str, EntryHistog
                 "linewidth": 1.2,
                 "linestyle": "-" if k < len(COLORS) else "--",
             }
-            above.stairs(linear_LE[layer], entries.linear_edges[layer], **style)
+            density = np.where(linear_LE[layer] > 0, linear_LE[layer], np.nan)
+            above.stairs(density, entries.linear_edges[layer], baseline=None, **style)
             seen = log_LE[layer] > 0
             below.loglog(centers[seen], log_LE[layer][seen], **style)
+        above.set_yscale("log")
+        above.locator_params(axis="x", nbins=4)
         above.set_title(output, fontsize=10)
         above.set_xlabel("value")
         below.set_xlabel("magnitude")
     axes[0, 0].set_ylabel("density")
     axes[1, 0].set_ylabel("density per decade")
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    lines, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     caption = (
-        f"{caption}: the middle 99% on a linear scale, and all magnitudes on a logarithmic one."
+        f"{caption}: density of the middle 99%, above, and per decade of all magnitudes, below; "
+        "densities are on a logarithmic scale."
         f"{_which(len(linear_LE), layers, 'layers')}"
     )
     return Picture(name, caption, png(figure))

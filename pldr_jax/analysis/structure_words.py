@@ -34,9 +34,13 @@ def words_of(numbers: dict[str, Any]) -> tuple[str, ...]:
     return first, _row_words(numbers), *others, _power_words(numbers)
 
 
-def kind(name: str, numbers: dict[str, Any]) -> tuple[str, str, str]:
-    """The words for the rank, symmetry and sparsity of a mean tensor."""
+def kind(name: str, numbers: dict[str, Any]) -> tuple[str, ...]:
+    """The words for the rank, symmetry and sparsity of a mean tensor; "not finite" alone of one
+    that holds NaN or infinity.
+    """
     of = numbers["outputs"][name]["mean_tensor"]
+    if not np.isfinite(of["norm"]).all():
+        return ("not finite",)
     rank = np.median(of[RANK]) / numbers["head_dim"]
     asymmetry, small = np.median(of["asymmetry"]), np.median(of["small_0.001"])
     low, full = rank <= LOW_RANK, rank >= FULL_RANK
@@ -50,11 +54,14 @@ def kind(name: str, numbers: dict[str, Any]) -> tuple[str, str, str]:
 
 def _matrix_words(name: str, numbers: dict[str, Any]) -> str:
     of = numbers["outputs"][name]["mean_tensor"]
+    if (words := kind(name, numbers)) == ("not finite",):
+        finite = np.isfinite(of["norm"])
+        return f"{name} is not finite in {int((~finite).sum())} of {finite.size} heads."
     ranks_LN, condition_LN = np.array(of[RANK]), np.array(of["condition"])
     by_layer = ", ".join(f"{value:g}" for value in np.median(ranks_LN, axis=1))
     singular = int((condition_LN >= SINGULAR).sum())
     return (
-        f"{name} is {', '.join(kind(name, numbers))}. Median rank of the heads of each layer at a "
+        f"{name} is {', '.join(words)}. Median rank of the heads of each layer at a "
         f"relative 1e-3: {by_layer}, of {numbers['head_dim']}; {int((ranks_LN == 1).sum())} of "
         f"{ranks_LN.size} heads have rank 1, and {singular} are singular (condition number "
         f"{SINGULAR:.0e} or more). Effective rank {np.median(of['effective_rank']):.1f}, "
