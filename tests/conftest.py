@@ -71,18 +71,6 @@ def case(request: pytest.FixtureRequest) -> Golden:
     return load_golden(request.param)
 
 
-@pytest.fixture(scope="module")
-def compiled_quickly() -> Iterator[None]:
-    """For tests that compile much and run little: without most of XLA's optimisations, which takes
-    two thirds of the time.
-    """
-    name = "jax_disable_most_optimizations"
-    before = jax.config.read(name)
-    jax.config.update(name, True)
-    yield
-    jax.config.update(name, before)
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or writes the user's own cache of tokenised text."""

@@ -14,8 +14,6 @@ from pldr_jax.config import ConfigError
 from pldr_jax.model.decoder import Params
 from pldr_jax.training.freeze import without_plga
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 LENGTH = 11
 ROWS = np.random.default_rng(0).integers(1, 61, (7, LENGTH + 1)).astype(np.int32)
 CALIBRATION = np.random.default_rng(1).integers(1, 61, (3, LENGTH + 1)).astype(np.int32)

@@ -21,8 +21,6 @@ from pldr_jax.api import LanguageModel
 from pldr_jax.config import ConfigError
 from pldr_jax.training.freeze import without_plga
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 RNG = np.random.default_rng(0)
 ROWS = RNG.integers(1, 61, (6, 13)).astype(np.int32)
 DECOMPOSED = 4

@@ -284,13 +284,10 @@ def _tables(numbers: dict[str, Any]) -> tuple[Table, ...]:
     )
     quantiles = [(f"quantile {q}", value) for q, value in difference["quantiles"].items()]
     spread = (("mean", difference["mean"]), *quantiles, ("max", difference["max"]))
+    title = "|Difference| of a token's log-probability, whole row and prefix"
     return (
         Table("Held-out loss by where G_LM comes from", columns, tuple(rows)),
-        Table(
-            "|Difference| of a token's log-probability, whole row and prefix",
-            ("", "nats"),
-            spread,
-        ),
+        Table(title, ("", "nats"), spread),
     )
 
 
