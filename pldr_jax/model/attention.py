@@ -78,6 +78,16 @@ def attention_scores(q_BTNJ: jax.Array, k_BSNJ: jax.Array) -> jax.Array:
     return scores / math.sqrt(q_BTNJ.shape[-1])
 
 
+def attention_weights(
+    q_BTNJ: jax.Array, k_BSNJ: jax.Array, mask_BNTS: jax.Array | None = None
+) -> jax.Array:
+    """softmax(mask((q G_LM) K^T / sqrt(H))), [B,N,T,S] in float32; None is the causal mask."""
+    scores_BNTS = attention_scores(q_BTNJ, k_BSNJ)
+    if mask_BNTS is None:
+        mask_BNTS = jnp.tril(jnp.ones(scores_BNTS.shape[-2:], bool))
+    return jax.nn.softmax(jnp.where(mask_BNTS, scores_BNTS, MASKED), axis=-1)
+
+
 def attend(
     q_BTNJ: jax.Array,
     k_BSNH: jax.Array,
@@ -99,10 +109,7 @@ def attend(
     long = kernel == "auto" and q_BTNJ.shape[1] >= LONG
     if mask_BNTS is None and (kernel == "blocks" or long):
         return attend_in_blocks(q_BTNJ, k_BSNH, v_BSNH)
-    scores_BNTS = attention_scores(q_BTNJ, k_BSNH)
-    if mask_BNTS is None:
-        mask_BNTS = jnp.tril(jnp.ones(scores_BNTS.shape[-2:], bool))
-    weights_BNTS = jax.nn.softmax(jnp.where(mask_BNTS, scores_BNTS, MASKED), axis=-1)
+    weights_BNTS = attention_weights(q_BTNJ, k_BSNH, mask_BNTS)
     return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS.astype(v_BSNH.dtype), v_BSNH)
 
 

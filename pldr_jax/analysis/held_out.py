@@ -1,0 +1,48 @@
+"""Held-out rows: checked once, and cut into batches of one shape."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from pldr_jax.config import ConfigError, ModelConfig
+
+
+def check_rows(config: ModelConfig, rows_RC: np.ndarray, least: int = 1) -> None:
+    """ConfigError unless `rows_RC` holds at least `least` rows of tokens of the model's vocabulary
+    that fit its context.
+    """
+    if rows_RC.ndim != 2 or not np.issubdtype(rows_RC.dtype, np.integer):
+        raise ConfigError(
+            f"rows: shape {rows_RC.shape}, dtype {rows_RC.dtype}: must be integer ids [R,C]"
+        )
+    if len(rows_RC) < least:
+        raise ConfigError(f"rows: {len(rows_RC)} of them, {least} are needed; give more text")
+    length = rows_RC.shape[1]
+    if not 3 <= length <= config.context_length:
+        raise ConfigError(
+            f"rows: of {length} tokens; the model needs 3 to {config.context_length} of them"
+        )
+    if rows_RC.min() < 0 or rows_RC.max() >= config.vocab_size:
+        raise ConfigError(f"rows: a token id outside the vocabulary of {config.vocab_size}")
+
+
+def quick_to_compile(config: ModelConfig) -> ModelConfig:
+    """The same model with its scans over layers not unrolled: rows are few here, and compiling is
+    most of the time.
+    """
+    return dataclasses.replace(config, unroll=False)
+
+
+def check_at_least(name: str, value: int, least: int) -> None:
+    """ConfigError if `value`, the argument `name`, is below `least`."""
+    if value < least:
+        raise ConfigError(f"{name} = {value}: must be at least {least}")
+
+
+def batches(rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """(rows [size, ...], how many of them are real): a short last batch repeats its last row."""
+    for start in range(0, len(rows), size):
+        chosen = rows[start : start + size]
+        filled = np.concatenate([chosen, np.repeat(chosen[-1:], size - len(chosen), axis=0)])
+        yield filled, len(chosen)
