@@ -313,7 +313,10 @@ def parse_args(
         plain, overrides = _split_overrides(argv) if fields else (list(argv), [])
     except ConfigError as error:
         parser.error(str(error))
-    namespace, unknown = parser.parse_known_args(plain)
+    # Only this one takes flags between the arguments of a place that repeats.
+    several = any(option.place and option.repeat for option in options)
+    parse = parser.parse_known_intermixed_args if several else parser.parse_known_args
+    namespace, unknown = parse(plain)
     if unknown:
         flag = unknown[0].partition("=")[0]
         known = [

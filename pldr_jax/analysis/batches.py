@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from pldr_jax.api import LanguageModel
+from pldr_jax.model.deductive import identity_g_lm
 
 
 def batches(rows_RC: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -24,6 +25,8 @@ def deductive_outputs(model: LanguageModel, tokens_BT: np.ndarray) -> dict[str, 
     not learned, G_LM alone.
     """
     tensors = jax.device_get(dict(model(tokens_BT).deductive.items()))
+    if not tensors:  # the identity is not even made
+        tensors = {"G_LM": np.asarray(identity_g_lm(model.config))}
     return {
         name: np.broadcast_to(x, (x.shape[0], len(tokens_BT), *x.shape[2:]))
         for name, x in tensors.items()

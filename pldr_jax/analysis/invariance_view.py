@@ -137,8 +137,6 @@ def pictures(numbers: dict[str, Any]) -> Iterator[Picture]:
             values = np.maximum(entry["by_layer"]["order_parameter"], _FLOOR)
             color = OUTPUT_COLORS[output]
             axis.plot(range(len(values)), values, "o-", color=color, markersize=4, label=output)
-        for threshold in (INVARIANT, NEARLY_INVARIANT):
-            axis.axhline(threshold, color="#777777", linestyle=":", linewidth=1)
         axis.set_yscale("log")
         axis.set_xticks(range(len(values)))
         axis.set_title(words, fontsize=9)
@@ -147,8 +145,7 @@ def pictures(numbers: dict[str, Any]) -> Iterator[Picture]:
     axes[0, 0].legend(fontsize=8)
     yield Picture(
         "invariance_order_parameter",
-        "RMSE over the magnitude of the mean, by layer; dotted: the thresholds of the verdict. "
-        f"Values below {_FLOOR:g} are drawn there.",
+        f"RMSE over the magnitude of the mean, by layer. Values below {_FLOOR:g} are drawn there.",
         png(figure),
     )
     yield determinant_picture(found["determinants"])
