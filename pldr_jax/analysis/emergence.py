@@ -89,7 +89,7 @@ def _words(checkpoints: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         f"{first['order_parameter']['G_LM']:.1e} at step {first['step']:,} and "
         f"{last['order_parameter']['G_LM']:.1e} at step {last['step']:,}; the median rank of its "
         f"mean is {np.median(first['rank']):g} and {np.median(last['rank']):g}. A run folder keeps "
-        "its last checkpoints (Checkpoint.keep); lines are its evaluations, dots its checkpoints."
+        "its last checkpoints, and more with Checkpoint.keep_every."
     )
 
 
