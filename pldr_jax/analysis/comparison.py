@@ -9,9 +9,9 @@ from pldr_jax.analysis.figures import COLORS, new_figure, png
 from pldr_jax.analysis.report import RunReport
 from pldr_jax.analysis.section import Cell, Picture, Section, Table
 
-DRAWN = ("order_parameter", "relative_rmse", "rmse_over_std", "loss", "causal_gap", "gap", "rank")
+DRAWN = ("order_parameter", "causal_gap", "gap", "loss", "relative_rmse", "rank")
 """Numbers of which figures are made: the last part of their path, in this order."""
-MAX_DRAWN = 6
+MAX_DRAWN = 9
 _FLOOR = 1e-12
 
 
