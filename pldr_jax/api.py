@@ -1,7 +1,7 @@
 """The Python API: `load` a checkpoint, call it, generate with it."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.mesh = mesh
         self._engine = Engine(config, self.params, g_lm, cache_dtype, mesh)
-        self._forward = jax.jit(partial(forward, config))
+        self._forward = _compiled_forward(config, mesh)
 
     def __call__(
         self,
@@ -316,6 +316,12 @@ class LanguageModel:
                 f"g_lm: has shape {g_lm.shape}, this model needs {(layers, *head)} [L,N,H,H]"
             )
         return jnp.asarray(g_lm, jnp.float32)
+
+
+@lru_cache(maxsize=8)
+def _compiled_forward(config: ModelConfig, mesh: Mesh | None) -> Callable[..., ModelOutputs]:
+    """Shared by all models of a config, so that new parameters compile nothing again."""
+    return jax.jit(partial(forward, config))
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

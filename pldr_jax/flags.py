@@ -222,7 +222,7 @@ class Option:
 
     `name` is without its dashes, and is the attribute of the result. `repeat` collects the values
     in a list. An option of type bool takes no value. `place` is an argument without a flag, which
-    must be given; several stand in their order.
+    must be given; several stand in their order, and one that repeats takes all that are left.
     """
 
     name: str
@@ -265,7 +265,11 @@ def parse_args(
         SystemExit: status 0 after printing the help for `--help`; status 2 after one line on
             stderr where a flag is unknown, malformed or missing.
     """
-    places = [option.metavar or option.name for option in options if option.place]
+    places = [
+        (option.metavar or option.name) + (" ..." if option.repeat else "")
+        for option in options
+        if option.place
+    ]
     gin = ["[--gin_file=PATH ...] [--gin.Group.field=VALUE ...]"] if fields else []
     parser = _Parser(
         program,
@@ -289,8 +293,9 @@ def parse_args(
     for option in options:
         if option.place:
             # Its absence is reported below, in the words of every other option.
+            nargs = "*" if option.repeat else "?"
             parser.add_argument(
-                option.name, nargs="?", type=option.type, metavar=option.metavar, help=option.doc
+                option.name, nargs=nargs, type=option.type, metavar=option.metavar, help=option.doc
             )
             continue
         note = " (required)" if option.required else " (repeatable)" if option.repeat else ""
@@ -308,7 +313,10 @@ def parse_args(
         plain, overrides = _split_overrides(argv) if fields else (list(argv), [])
     except ConfigError as error:
         parser.error(str(error))
-    namespace, unknown = parser.parse_known_args(plain)
+    # Only this one takes flags between the arguments of a place that repeats.
+    several = any(option.place and option.repeat for option in options)
+    parse = parser.parse_known_intermixed_args if several else parser.parse_known_args
+    namespace, unknown = parse(plain)
     if unknown:
         flag = unknown[0].partition("=")[0]
         known = [
@@ -322,7 +330,7 @@ def parse_args(
             else f"{flag!r} follows no flag"
         )
     for option in options:
-        if option.place and getattr(namespace, option.name) is None:
+        if option.place and getattr(namespace, option.name) in (None, []):
             parser.error(f"{option.metavar or option.name} is required: {option.doc}")
         if option.required and getattr(namespace, option.name) in (None, []):
             parser.error(f"--{option.name} is required: {option.doc}")

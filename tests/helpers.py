@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -19,8 +20,10 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from pldr_jax.cli.common import keep_compiled_programs, run
 from pldr_jax.config import ExperimentConfig, MeshConfig
+from pldr_jax.data.corpus import prepare
 from pldr_jax.data.pipeline import TrainIterator
-from pldr_jax.flags import config_from_dict, load_config
+from pldr_jax.flags import config_from_dict, config_to_dict, load_config
+from pldr_jax.model.decoder import init_params
 from pldr_jax.model.deductive import predefined_g_lm
 from pldr_jax.partition import build_mesh
 from pldr_jax.training import loop
@@ -145,6 +148,26 @@ def finished_run(session: Path) -> tuple[Path, str]:
     result = run_program("train.py", f"--run_dir={run_dir}", *flags(corpus_of(session), FINISHED))
     assert result.returncode == 0, result.stderr
     return run_dir, result.stdout
+
+
+@functools.cache
+def untrained_run(session: Path) -> Path:
+    """A run folder with two checkpoints of a model that was not trained, and whose G_LM depends on
+    its input; nothing may change it.
+    """
+    run_dir = session / "shared" / "untrained"
+    small = {"Model.unroll": False, "Model.num_gated_units": 1}
+    config = tiny_config(corpus_of(session), small)
+    params = nn.unbox(jax.jit(init_params, static_argnums=0)(config.model, jax.random.key(2)))
+    plga = params["layers"]["attention"]["plga"]
+    with Checkpointer(run_dir, config.checkpoint) as checkpointer:
+        for step, scale in ((3, 20.0), (7, 2.0)):
+            plga["a"] = scale * plga["a"]
+            state = {"params": params, "g_lm": None}
+            checkpointer.save(step, state, {}, config_to_dict(config), {}, wait=True)
+    corpus = prepare(config.data, config.model.vocab_size)
+    (run_dir / "tokenizer.model").write_bytes(corpus.tokenizer.model_bytes)
+    return run_dir
 
 
 def train_here(config: ExperimentConfig, run_dir: Path, **arguments: Any) -> dict[str, float]:

@@ -21,7 +21,9 @@ MAY_IMPORT = {
     "interop": {"config", "flags", "partition", "model", "data", "training"},
     "api": {"config", "flags", "partition", "model", "interop", "inference", "data", "training"},
     "evaluation": {"config", "inference", "api"},
-    "analysis": {"config", "flags", "partition", "model", "inference", "data", "training", "api"},
+    "analysis": {
+        "config", "flags", "partition", "model", "interop", "inference", "data", "training", "api",
+    },
     "cli": {
         "config",
         "hosts", "flags", "partition", "model", "interop", "inference", "data", "training", "api",

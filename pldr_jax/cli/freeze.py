@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pldr_jax.cli.common import keep_compiled_programs
-from pldr_jax.cli.weights import read_any
+from pldr_jax.cli.weights import held_out_text, read_any
 from pldr_jax.config import ConfigError, DataConfig, ExperimentConfig
 from pldr_jax.flags import (
     Option,
@@ -150,19 +150,12 @@ def _row_sets(
 ) -> tuple["RowSet", "RowSet"]:
     """Rows to calibrate on and rows to evaluate on, of different documents where text is given."""
     from pldr_jax.data.corpus import prepare
-    from pldr_jax.data.mixture import open_text
     from pldr_jax.data.rows import joined, make_rows
     from pldr_jax.training.freeze import some_rows, split_rows
 
     model, path = config.model, folder / TOKENIZER
     if text is None:
-        if (folder / "config.json").is_file():
-            raise ConfigError(f"--text: none was given, and {folder} does not say what is held out")
-        training_text = open_text(config.data, model.vocab_size, log)
-        if path.is_file() and path.read_bytes() != training_text.tokenizer.model_bytes:
-            raise ConfigError(
-                f"{folder}: has another tokenizer than Data.source gives now; give a --text"
-            )
+        training_text = held_out_text(folder, config, "--text", log)
         held_out = training_text.rows("validation", model.context_length, config.data)
         return split_rows(joined(held_out), rows, eval_rows)
     if not path.is_file():

@@ -16,7 +16,15 @@ Array = np.ndarray
 def reference_logits(
     config: ModelConfig, tensors: Mapping[str, Array], tokens_T: Array, g_lm_LNHJ: Array | None
 ) -> Array:
-    """Logits [T,V], float64, of one sequence.
+    """Logits [T,V], float64, of one sequence; see `reference_outputs`."""
+    return reference_outputs(config, tensors, tokens_T, g_lm_LNHJ)[0]
+
+
+def reference_outputs(
+    config: ModelConfig, tensors: Mapping[str, Array], tokens_T: Array, g_lm_LNHJ: Array | None
+) -> tuple[Array, dict[str, Array]]:
+    """Logits [T,V] of one sequence, and its deductive outputs A, A_LM, A_P and G_LM [L,N,H,J] by
+    their names, all float64; only G_LM where it is not learned.
 
     Args:
       tensors: by their names, any float dtype.
@@ -38,7 +46,7 @@ def reference_logits(
         gate = linear(f"{name}.gluw1", x)
         return linear(f"{name}.gluw3", gate * _sigmoid(gate) * linear(f"{name}.gluw2", x))
 
-    def learned_g(name: str, q_NTH: Array) -> Array:
+    def deductive(name: str, q_NTH: Array) -> dict[str, Array]:
         a_NHJ = norm(f"{name}.layernorm1", np.swapaxes(q_NTH, 1, 2) @ q_NTH)
         for r in range(config.num_residual_layers):
             x = a_NHJ
@@ -48,13 +56,16 @@ def reference_logits(
         plga = f"{name}.plgatt_layer"
         x = get(f"{plga}.Wlst") @ a_NHJ + get(f"{plga}.blst")
         a_lm = x * x * _sigmoid(x) + 1e-9
-        return get(f"{plga}.alst") @ a_lm ** get(f"{plga}.pwlst") + get(f"{plga}.balst")
+        a_p = a_lm ** get(f"{plga}.pwlst")
+        g_lm = get(f"{plga}.alst") @ a_p + get(f"{plga}.balst")
+        return {"A": a_NHJ, "A_LM": a_lm, "A_P": a_p, "G_LM": g_lm}
 
     eps, heads, width = config.layer_norm_eps, config.num_heads, config.head_dim
     length = len(tokens_T)
     future_TT = np.triu(np.ones((length, length), bool), 1)
     x_TD = get("decoder.embedding.weight")[tokens_T] * np.sqrt(config.model_dim)
     x_TD = norm("decoder.layernorm1", x_TD)
+    layers: list[dict[str, Array]] = []
     for i in range(config.num_layers):
         layer, attention = f"decoder.dec_layers.{i}", f"decoder.dec_layers.{i}.mha1"
         q_NTH, k_NTH, v_NTH = (
@@ -63,19 +74,20 @@ def reference_logits(
         )
         q_NTH, k_NTH = _rotate(config, q_NTH), _rotate(config, k_NTH)
         if g_lm_LNHJ is not None:
-            g_NHJ = np.asarray(g_lm_LNHJ[i], np.float64)
+            layers.append({"G_LM": np.asarray(g_lm_LNHJ[i], np.float64)})
         elif config.g_source == "identity":
-            g_NHJ = np.broadcast_to(np.eye(width), (heads, width, width))
+            layers.append({"G_LM": np.broadcast_to(np.eye(width), (heads, width, width))})
         else:
-            g_NHJ = learned_g(attention, q_NTH)
-        scores_NTT = q_NTH @ g_NHJ @ k_NTH.swapaxes(1, 2) / np.sqrt(width)
+            layers.append(deductive(attention, q_NTH))
+        scores_NTT = q_NTH @ layers[-1]["G_LM"] @ k_NTH.swapaxes(1, 2) / np.sqrt(width)
         scores_NTT = np.where(future_TT, -np.inf, scores_NTT)
         weights_NTT = np.exp(scores_NTT - scores_NTT.max(-1, keepdims=True))
         weights_NTT /= weights_NTT.sum(-1, keepdims=True)
         mixed_TD = (weights_NTT @ v_NTH).swapaxes(0, 1).reshape(length, -1)
         x_TD = norm(f"{layer}.layernorm1", x_TD + linear(f"{attention}.dense", mixed_TD))
         x_TD = norm(f"{layer}.layernorm2", x_TD + glu(f"{layer}.ffn", x_TD))
-    return linear("final_layer", x_TD)
+    outputs = {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
+    return linear("final_layer", x_TD), outputs
 
 
 def _sigmoid(x: Array) -> Array:

@@ -6,6 +6,7 @@ from which nothing can leak (`loss_frozen_g`, and `causal_gap`, that minus the o
 how far the deductive outputs of two sequences are apart (the order parameter of arXiv 2603.23539).
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,41 +23,82 @@ from pldr_jax.training.losses import TokenLoss, dag_losses, token_loss
 from pldr_jax.training.rows import RowOutputs, forward_rows
 
 
-class DeductiveStatistics:
-    """Running sums of a deductive output over sequences, in float64 on the host: memory does not
-    grow with rows.
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """How a deductive output differs between sequences.
 
-    The RMSE is between each sequence and the next one; the order parameter divides it by the
-    magnitude of the mean.
+    Attributes:
+      mean, std: over all entries of all sequences.
+      rmse: between the two sequences of each pair.
+    """
+
+    mean: float
+    std: float
+    rmse: float
+
+    @property
+    def order_parameter(self) -> float:
+        """The RMSE over the magnitude of the mean (arXiv 2603.23539)."""
+        return self.rmse / abs(self.mean) if self.mean else math.inf
+
+    @property
+    def rmse_over_std(self) -> float:
+        """The same over the standard deviation, which also holds where the mean is near zero."""
+        return self.rmse / self.std if self.std else 0.0
+
+
+class DeductiveStatistics:
+    """Running sums of a deductive output over sequences, by layer, in float64 on the host: memory
+    does not grow with rows.
     """
 
     def __init__(self) -> None:
         self._last: np.ndarray | None = None
-        self._differences, self._pairs = 0.0, 0
-        self._sum, self._squares, self._entries = 0.0, 0.0, 0
+        self._sums_L3: np.ndarray = np.zeros(())
+        self._pairs, self._entries = 0, 0
 
     def add(self, x_LBNHJ: np.ndarray) -> None:
-        """Adds the sequences of one batch."""
-        x = np.moveaxis(np.asarray(x_LBNHJ, np.float64), 1, 0)
-        chain = x if self._last is None else np.concatenate([self._last[None], x])
-        self._differences += float(np.square(np.diff(chain, axis=0)).sum())
-        self._pairs += (len(chain) - 1) * x[0].size
-        self._sum += float(x.sum())
-        self._squares += float(np.square(x).sum())
-        self._entries += x.size
-        self._last = x[-1]
+        """Adds the sequences of one batch; each makes a pair with the next one, also across
+        batches.
+        """
+        x_LBNHJ = np.asarray(x_LBNHJ, np.float64)
+        before = [] if self._last is None else [self._last]
+        chain = np.concatenate([*before, x_LBNHJ], axis=1)
+        self._last = x_LBNHJ[:, -1:]
+        self._add(x_LBNHJ, np.diff(chain, axis=1))
+
+    def add_pairs(self, x_LBNHJ: np.ndarray, y_LBNHJ: np.ndarray) -> None:
+        """Adds pairs of sequences, x and y of each row."""
+        x, y = np.asarray(x_LBNHJ, np.float64), np.asarray(y_LBNHJ, np.float64)
+        self._add(np.concatenate([x, y], axis=1), x - y)
+
+    def _add(self, x_LBNHJ: np.ndarray, differences_LBNHJ: np.ndarray) -> None:
+        axes = (1, 2, 3, 4)
+        sums = (
+            x_LBNHJ.sum(axes),
+            np.square(x_LBNHJ).sum(axes),
+            np.square(differences_LBNHJ).sum(axes),
+        )
+        self._sums_L3 = self._sums_L3 + np.stack(sums, axis=-1)
+        self._entries += x_LBNHJ[0].size
+        self._pairs += differences_LBNHJ[0].size
+
+    def spread(self, layer: int | None = None) -> Spread:
+        """Of one layer, or of all together."""
+        layers = len(self._sums_L3) if layer is None else 1
+        sums = self._sums_L3.sum(0) if layer is None else self._sums_L3[layer]
+        entries, pairs = self._entries * layers, max(self._pairs * layers, 1)
+        mean = float(sums[0]) / entries
+        variance = float(sums[1]) / entries - mean * mean
+        return Spread(mean, math.sqrt(max(variance, 0.0)), math.sqrt(float(sums[2]) / pairs))
 
     def results(self, name: str) -> dict[str, float]:
-        """`order_parameter`, `rmse`, and `rmse_over_std`, which also holds where the mean is near
-        zero.
-        """
-        rmse = math.sqrt(self._differences / max(self._pairs, 1))
-        mean = self._sum / self._entries
-        std = math.sqrt(max(self._squares / self._entries - mean * mean, 0.0))
+        """`order_parameter`, `rmse` and `rmse_over_std` of all layers."""
+        spread = self.spread()
         return {
-            f"eval/order_parameter/{name}": rmse / abs(mean) if mean else math.inf,
-            f"eval/rmse/{name}": rmse,
-            f"eval/rmse_over_std/{name}": rmse / std if std else 0.0,
+            f"eval/order_parameter/{name}": spread.order_parameter,
+            f"eval/rmse/{name}": spread.rmse,
+            f"eval/rmse_over_std/{name}": spread.rmse_over_std,
         }
 
 

@@ -17,21 +17,31 @@ from pldr_jax.training.checkpoint import Checkpointer
 OUTPUT = "--output"
 
 
-def check_output(output: str | Path, flag: str = OUTPUT) -> None:
-    """ConfigError, which names the `flag`, if something is there already."""
+def check_output(output: str | Path, flag: str = OUTPUT, replaces: str | None = None) -> None:
+    """ConfigError, which names the `flag`, if something is there already; a folder that holds the
+    file `replaces` may be.
+    """
     folder = Path(output)
+    if replaces is not None and (folder / replaces).is_file():
+        return
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ConfigError(f"{flag}={output}: is not an empty folder; name another one")
 
 
 @contextlib.contextmanager
-def new_folder(output: str | Path, flag: str = OUTPUT) -> Iterator[Path]:
+def new_folder(
+    output: str | Path, flag: str = OUTPUT, replaces: str | None = None
+) -> Iterator[Path]:
     """A temporary folder, which becomes `output` if nothing is raised in it, and else vanishes.
+
+    Args:
+      replaces: a folder that holds a file of this name gives way to the new one; None refuses
+        every folder that is not empty.
 
     Raises:
       ConfigError: `output` is there already, or cannot be written.
     """
-    check_output(output, flag)
+    check_output(output, flag, replaces)
     # A relative name without a parent, "." and links have one only when resolved.
     folder = Path(output).resolve()
     try:
@@ -40,13 +50,30 @@ def new_folder(output: str | Path, flag: str = OUTPUT) -> Iterator[Path]:
         try:
             yield temporary
             temporary.chmod(0o777 & ~_umask())
-            os.replace(temporary, folder)
+            _put(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise ConfigError(
             f"{flag}={output}: cannot be written to ({error.strerror}); name another folder"
         ) from None
+
+
+def _put(new: Path, folder: Path) -> None:
+    """Renames `new` to `folder`; one with files in it, which cannot be renamed over, steps aside
+    and comes back if that fails.
+    """
+    if not (folder.is_dir() and any(folder.iterdir())):
+        os.replace(new, folder)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    os.replace(folder, aside)
+    try:
+        os.replace(new, folder)
+    except BaseException:
+        os.replace(aside, folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def fill_run(

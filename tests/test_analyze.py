@@ -1,0 +1,278 @@
+"""`pldr-analyze`: files of a report, text to rows, and one line for what is wrong."""
+
+import html.parser
+import json
+import math
+
+import numpy as np
+import pytest
+from helpers import contents, run_here, untrained_run
+
+from pldr_jax.analysis import comparison
+from pldr_jax.analysis.figures import new_figure, png
+from pldr_jax.analysis.html import shown
+from pldr_jax.analysis.progress import ReportProgress
+from pldr_jax.analysis.report import RunReport, labels, strict, write_report
+from pldr_jax.analysis.section import Picture, Section, Table
+from pldr_jax.analysis.sections import MEASUREMENTS, chosen
+from pldr_jax.analysis.texts import rows_of_file
+from pldr_jax.cli.analyze import analyze_main
+from pldr_jax.config import ConfigError, ModelConfig
+from pldr_jax.data.tokenizer import Tokenizer
+from pldr_jax.model.deductive import read_g_lm
+from pldr_jax.training.run_folder import new_folder
+
+CONFIG = ModelConfig(num_layers=2, num_heads=2, head_dim=8)
+VOID = {"meta", "img", "br", "link"}
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that tags close in order; collects attributes, text and the names of tags."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.seen, self.attributes, self.text = [], [], [], ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+        self.attributes += [(tag, *pair) for pair in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.text += data
+
+
+def make_run(label: str, order: float, seed: int = 0) -> RunReport:
+    figure, axes = new_figure()
+    axes[0, 0].plot([1, 2])
+    section = Section(
+        "invariance",
+        "Title of <it> & more",
+        (f"{label} is <invariant>.",),
+        (Table("T", ("a", "b"), (("x<y", None), (1234, math.inf))),),
+        (Picture("lines", 'A "line"', png(figure)),),
+        {
+            "order_parameter": order,
+            "deep": {"rank": np.int64(3), "list": [1, np.nan]},
+            "never": -math.inf,
+        },
+        {"spectrum": np.arange(3.0)},
+    )
+    g_lm = np.random.default_rng(seed).normal(size=(2, 2, 8, 8))
+    return RunReport(label, {"step": 3, "model": {"x": 1}}, (section,), g_lm)
+
+
+@pytest.fixture
+def one(tmp_path):
+    write_report(tmp_path, [make_run("run", 0.5)], tensors=True)
+    return tmp_path
+
+
+def test_the_page_is_whole_and_needs_nothing_else(one) -> None:
+    text = (one / "report.html").read_text()
+    page = Page(text)
+    assert ("meta", "name", "viewport") in page.attributes
+    assert page.seen.count("img") == 1 and not {"script", "link"} & set(page.seen)
+    for _, name, value in page.attributes:
+        if name == "src":
+            assert value.startswith("data:image/png;base64,")
+        if name == "href":
+            assert value.startswith("#") and ("id", value[1:]) in {a[1:] for a in page.attributes}
+    assert "url(" not in text and "@import" not in text and "http" not in text
+    assert "prefers-color-scheme: dark" in text and "max-width" in text and "overflow-x" in text
+    for piece in ("run is <invariant>.", "Title of <it> & more", "x<y", "1,234", "∞"):
+        assert piece in page.text
+
+
+def test_the_json_is_strict(one) -> None:
+    def refuse(name):
+        raise AssertionError(name)
+
+    content = json.loads((one / "report.json").read_text(), parse_constant=refuse)
+    numbers = content["runs"]["run"]["sections"]["invariance"]["numbers"]
+    assert numbers == {
+        "order_parameter": 0.5,
+        "deep": {"rank": 3, "list": [1, "NaN"]},
+        "never": "-Infinity",
+    }
+    figures = content["runs"]["run"]["sections"]["invariance"]["figures"]
+    assert figures == ["figures/lines.png"]
+    assert (one / figures[0]).read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(TypeError, match="set"):
+        strict({"x": {1}})
+
+
+def test_tensors_can_be_trained_with(one) -> None:
+    stored = dict(np.load(one / "tensors.npz"))
+    assert set(stored) == {"G_LM", "invariance.spectrum"}
+    g_lm = read_g_lm(one / "tensors.npz", CONFIG)
+    np.testing.assert_array_equal(g_lm[:, 0], np.float32(make_run("run", 0.5).g_lm))
+
+
+def test_several_runs_are_compared(tmp_path) -> None:
+    runs = [make_run("a", 0.5), make_run("b", 1e-4, seed=1)]
+    across = comparison.compare(runs)
+    write_report(tmp_path, runs, [across], tensors=True)
+    assert sorted(p.name for p in tmp_path.glob("**/*") if p.is_file()) == [
+        "a_lines.png", "b_lines.png", "comparison_numbers.png", "comparison_spectra.png",
+        "report.html", "report.json", "tensors_a.npz", "tensors_b.npz",
+    ]  # fmt: skip
+    table = across.tables[0]
+    assert table.columns == ("number", "a", "b")
+    assert ("order_parameter", 0.5, 1e-4) in table.rows and ("deep.rank", 3, 3) in table.rows
+    values = np.linalg.svd(runs[0].g_lm, compute_uv=False)
+    expected = np.median(values / values[..., :1], axis=1)
+    np.testing.assert_allclose(across.numbers["singular_values"]["a"], expected)
+    assert "a is <invariant>." in across.words[0] and "b is <invariant>." in across.words[1]
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.seen.count("img") == 4 and page.seen.count("h2") == 3
+
+
+def test_a_comparison_takes_what_a_run_lacks() -> None:
+    lacking = RunReport("c", {"text": "other"}, ())
+    found = comparison.compare([make_run("a", 0.5), lacking])
+    assert ("order_parameter", 0.5, None) in found.tables[0].rows
+    assert "different texts" in found.words[-1]
+
+
+def test_labels_differ() -> None:
+    assert labels(["runs/a", "other/a", "b c/"]) == ["a", "a_2", "b_c"]
+    assert labels(["x/a", "y/a_2", "z/a"]) == ["a", "a_2", "a_3"]
+
+
+@pytest.mark.parametrize(
+    "value,text",
+    [
+        (None, ""),
+        (0.0, "0"),
+        (1.5e-7, "1.50e-07"),
+        (0.25, "0.25"),
+        (-math.inf, "-∞"),
+        (True, "True"),
+    ],
+)
+def test_cells(value, text) -> None:
+    assert shown(value) == text
+
+
+def test_progress_on_and_off_a_terminal(capsys) -> None:
+    for terminal in (False, True):
+        now = [0.0]
+        with ReportProgress(2, terminal, clock=lambda now=now: now[0]) as progress:
+            progress.start("one", 4)
+            progress.advance(2)
+            now[0] = 11.0
+            progress.advance(1)
+            progress.print("[note]")
+        err = capsys.readouterr().err
+        assert "[1/2] one" in err and "[note]" in err
+        assert ("[1/2] one: 4 rows" in err and "[1/2] one: 3/4" in err) is not terminal
+
+
+def test_sections_are_chosen_in_the_order_of_the_report() -> None:
+    assert list(chosen(None)) == list(MEASUREMENTS)
+    assert list(chosen(" invariance,")) == ["invariance"]
+    for text, named in (("invariance,nope", "nope"), (",", "nothing")):
+        with pytest.raises(ConfigError, match=f"'{named}' is no section; there are invariance"):
+            chosen(text)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    return untrained_run(tmp_path_factory.getbasetemp())
+
+
+def test_text_becomes_rows(run_dir, tmp_path) -> None:
+    tokenizer = Tokenizer.load(run_dir / "tokenizer.model")
+    documents = ["def return self", "the value of a token", "for else"] * 3
+    tokens = [t for text in documents for t in (*tokenizer.encode(text), tokenizer.eos_id)]
+    plain, jsonl = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    plain.write_text("\n\n".join(documents) + "\n")
+    rows = [{"prompt": documents[0]}, documents[1], *({"text": text} for text in documents[2:])]
+    jsonl.write_text("\n".join(map(json.dumps, rows)))
+    n_rows = len(tokens) // 7
+    for path in (plain, jsonl):
+        found = rows_of_file(path, tokenizer, 0, 7)
+        assert found.dtype == np.int32
+        np.testing.assert_array_equal(found, np.reshape(tokens[: n_rows * 7], (n_rows, 7)))
+        np.testing.assert_array_equal(rows_of_file(path, tokenizer, 3, 7), found[:3])
+
+
+@pytest.mark.parametrize(
+    "flags,line",
+    [
+        (["--prompts=empty.txt"], "--prompts=empty.txt: holds no text"),
+        (["--prompts=short.txt"], "too few for two rows of 32"),
+        (["--prompts=no.txt"], "--prompts=no.txt: no such file"),
+        (["--prompts=bad.jsonl"], "--prompts=bad.jsonl:2: is no JSON"),
+        (["--prompts=keys.jsonl"], "--prompts=keys.jsonl:1: holds no text"),
+        (["--prompts=latin.txt"], "--prompts=latin.txt: is not UTF-8 text"),
+        (["--sections=nope"], "'nope' is no section"),
+        (["--rows=1"], "--rows=1: "),
+        (["--rows=-1"], "--rows=-1: must be at least 0"),
+        (["--batch_size=0"], "--batch_size=0: must be at least 1"),
+        (["--length=33"], "has a context of 32 tokens"),
+        (["--step=99"], "no checkpoint of step 99"),
+        (["--step=7", "--over_checkpoints"], "--over_checkpoints: cannot be given together"),
+        (["--out=."], "--out=.: is not an empty folder"),
+        (["no_such_run"], "'no_such_run': no such folder"),
+        (["--nope"], "--nope: no such flag"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_keeps_the_report(
+    run_dir, tmp_path, monkeypatch, capsys, flags, line
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "short.txt").write_text("def return\n")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{oops\n')
+    (tmp_path / "keys.jsonl").write_text('{"words": "a"}\n')
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.json").write_text("{}")
+    before = contents(tmp_path)
+    given = [run_dir, "--out=out", *flags]
+    status, printed, err = run_here(capsys, analyze_main, *given)
+    assert status in (1, 2) and printed == ""
+    assert line in err.splitlines()[-1] and "Traceback" not in err
+    assert contents(tmp_path) == before
+    assert sum("error: " in text for text in err.splitlines()) == 1
+
+
+def test_a_run_is_needed(capsys) -> None:
+    assert run_here(capsys, analyze_main)[::2] == (
+        2,
+        "pldr-analyze: error: RUN is required: run folder, or folder with config.json and "
+        "model.safetensors; several are compared\n",
+    )
+
+
+def test_a_folder_without_held_out_text_asks_for_one(golden, capsys, tmp_path) -> None:
+    status, _, err = run_here(
+        capsys, analyze_main, golden("tiny").folder, f"--out={tmp_path / 'o'}"
+    )
+    assert status == 2 and "--prompts: none was given" in err and not (tmp_path / "o").exists()
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mark").write_text("old")
+    with pytest.raises(ZeroDivisionError), new_folder(out, "--out", "mark") as folder:
+        (folder / "mark").write_text("new")
+        raise ZeroDivisionError
+    assert contents(out) == {"mark": b"old"}
+    with new_folder(out, "--out", "mark") as folder:
+        (folder / "mark").write_text("new")
+        assert contents(out) == {"mark": b"old"}
+    assert contents(tmp_path) == {"out/mark": b"new"}
+    with pytest.raises(ConfigError, match="not an empty folder"), new_folder(out):
+        pass
