@@ -149,6 +149,20 @@ class LossConfig(_Validated):
     (arXiv 2410.16703), whose three losses are metrics even at 0.
     """
 
+    dag_a_lm: float = _field(0.0, "coefficient of the DAG loss of A_LM", low=0)
+    dag_a_p: float = _field(0.0, "coefficient of the DAG loss of A_P", low=0)
+    dag_g_lm: float = _field(0.0, "coefficient of the DAG loss of G_LM", low=0)
+    chunk: int = _field(
+        0,
+        "positions of each row whose logits are in memory at once, in training; 0 is all of them",
+        low=0,
+    )
+    dag_warmup_steps: int = _field(
+        0, "steps over which the three coefficients rise linearly from 0", low=0
+    )
+    dag_until_step: int | None = _field(
+        None, "step from which on the coefficients are 0; None is never", low=1
+    )
     g_from: Literal["row", "prefix", "random_prefix", "neighbour"] = _field(
         "row",
         "tokens that G_LM is computed from in training: all of the row, which tells each position "
@@ -160,21 +174,6 @@ class LossConfig(_Validated):
         "tokens of the prefix, at most where they are random; None is half of the row, and all of "
         "it where they are random",
         low=1,
-    )
-
-    dag_a_lm: float = _field(0.0, "coefficient of the DAG loss of A_LM", low=0)
-    dag_a_p: float = _field(0.0, "coefficient of the DAG loss of A_P", low=0)
-    dag_g_lm: float = _field(0.0, "coefficient of the DAG loss of G_LM", low=0)
-    dag_warmup_steps: int = _field(
-        0, "steps over which the three coefficients rise linearly from 0", low=0
-    )
-    dag_until_step: int | None = _field(
-        None, "step from which on the coefficients are 0; None is never", low=1
-    )
-    chunk: int = _field(
-        0,
-        "positions of each row whose logits are in memory at once, in training; 0 is all of them",
-        low=0,
     )
 
     def __post_init__(self) -> None:
