@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,13 +10,7 @@ import numpy as np
 import pytest
 from conftest import load_golden
 from helpers import (
-    QUICK,
-    corpus_of,
     one_device_mesh,
-    record_batches,
-    rows_of,
-    tiny_config,
-    train_here,
 )
 
 from pldr_jax.config import (
@@ -33,9 +26,9 @@ from pldr_jax.model.decoder import Params, forward
 from pldr_jax.partition import batch_sharding, build_mesh
 from pldr_jax.training.causal import forward_neighbour, prefix_lengths, scored_share
 from pldr_jax.training.evaluate import Evaluator
-from pldr_jax.training.losses import PAD_ID
+from pldr_jax.training.losses import PAD_ID, TokenLoss
 from pldr_jax.training.rows import targets_of
-from pldr_jax.training.step import accumulated_gradients, loss_fn
+from pldr_jax.training.step import abstract_state, accumulated_gradients, loss_fn, train_step
 
 MODEL = dataclasses.replace(load_golden("tiny").config, context_length=13)
 ROWS, LENGTH = 8, 12
@@ -183,26 +176,20 @@ def test_rows_of_documents(params: Params) -> None:
 
 
 def test_parts_and_chunks_change_no_number(params: Params) -> None:
-    dag = {"g_from": "random_prefix", "dag_a_lm": 0.01, "dag_warmup_steps": 4}
-    whole, parts = (
-        jax.jit(functools.partial(accumulated_gradients, experiment(count, **dag)))
-        .lower(params, None, TOKENS, 3)
-        .compile({"xla_backend_optimization_level": 0})(params, None, TOKENS, 3)
-        for count in (1, 4)
-    )
-    lengths = prefix_lengths(experiment(**dag), TOKENS, 3)
-    assert float(parts[1].count) == float(whole[1].count) == (LENGTH + 1 - lengths).sum()
-    for expected, actual in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
-        scale = max(float(jnp.abs(expected).max()), 1e-3)
-        assert float(jnp.abs(actual - expected).max()) < 2e-4 * scale
-    total, tokens, dag_values, _ = whole
-    assert float(parts[0]) == pytest.approx(float(total), rel=1e-6)
-    added = 0.75 * 0.01 * float(dag_values["A_LM"])  # three of four steps of the rise
-    assert added > 1e-4
-    assert float(total) == pytest.approx(float(tokens.loss) + added, abs=2e-6)
-    config = experiment(chunk=5, g_from="random_prefix")
-    chunked = loss_of(config)(params, None, TOKENS, lengths)[0]
-    assert float(chunked) == pytest.approx(float(tokens.loss), rel=1e-6)
+    dag = {"g_from": "random_prefix", "dag_a_lm": 1.0, "dag_g_lm": 1.0, "dag_warmup_steps": 4}
+    config, step = experiment(4, **dag), 3
+    lengths = prefix_lengths(config, TOKENS, step)
+    compute = jax.jit(functools.partial(accumulated_gradients, config))
+    compiled = compute.lower(params, None, TOKENS, step)
+    compiled = compiled.compile({"xla_backend_optimization_level": 0})
+    total, tokens, _, _ = compiled(params, None, TOKENS, step)
+    whole = loss_of(experiment(chunk=5, **dag))
+    expected, (expected_tokens, dag_values) = whole(params, None, TOKENS, lengths, 0.75)
+    assert float(tokens.count) == float(expected_tokens.count) == (LENGTH + 1 - lengths).sum()
+    assert float(tokens.loss) == pytest.approx(float(expected_tokens.loss), rel=1e-6)
+    assert float(total) == pytest.approx(float(expected), rel=1e-5)
+    added = 0.75 * float(dag_values["A_LM"] + dag_values["G_LM"])  # three of four steps' rise
+    assert float(total) == pytest.approx(float(tokens.loss) + added, rel=1e-5) and added > 0.01
 
 
 @pytest.mark.parametrize("source", ["random_prefix", "neighbour"])
@@ -214,16 +201,15 @@ def test_the_mesh_decides_nothing(params: Params, source: str) -> None:
         lengths = prefix_lengths(config, rows, 1)
         return lengths, loss_fn(config, params, None, rows, lengths)[1][0]
 
-    results = []
-    for devices in (1, 4):
-        mesh = build_mesh(MeshConfig(-1, 1, 1), jax.devices()[:devices])
-        with jax.set_mesh(mesh):
-            rows = jax.device_put(TOKENS, batch_sharding(mesh, TOKENS.shape))
-            results.append(jax.device_get(jax.jit(run)(jax.device_get(params), rows)))
-    (lengths, tokens), (split_lengths, split_tokens) = results
+    mesh = build_mesh(MeshConfig(-1, 1, 1), jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(TOKENS, batch_sharding(mesh, TOKENS.shape))
+        split_lengths, split_tokens = jax.device_get(jax.jit(run)(jax.device_get(params), rows))
+    lengths = prefix_lengths(config, TOKENS, 1)
     if source == "random_prefix":
         np.testing.assert_array_equal(lengths, split_lengths)
-        assert float(tokens.count) == (LENGTH + 1 - lengths).sum()
+    _, (tokens, _) = loss_of(config)(params, None, TOKENS, lengths)
+    assert float(split_tokens.count) == float(tokens.count)
     assert float(split_tokens.loss) == pytest.approx(float(tokens.loss), rel=1e-5)
 
 
@@ -245,11 +231,15 @@ def test_a_neighbours_g_lm(params: Params) -> None:
     assert (made.targets_BT == TOKENS[:, 1:]).all()
 
 
-def test_evaluation_of_the_second_half(params: Params) -> None:
+def test_evaluation_of_the_second_half(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the G_LM of the first half of each row, and of all of it."""
-    mesh = one_device_mesh(MeshConfig())
+    mesh, zero = one_device_mesh(MeshConfig()), TokenLoss(*(np.zeros(()),) * 3)
+    evaluator = Evaluator(MODEL, mesh, TOKENS, TOKENS[:1], ROWS, 2.5, prefix_g=True)
+    # What is always evaluated is the matter of test_evaluate.py, and slow to compile.
+    monkeypatch.setattr(evaluator, "_calibrate", lambda *_: None)
+    monkeypatch.setattr(evaluator, "_score", lambda *_: (zero, zero, {}, {}, None))
     with jax.set_mesh(mesh):
-        metrics = Evaluator(MODEL, mesh, TOKENS, TOKENS[:1], ROWS, 2.5, prefix_g=True)(params)
+        metrics = evaluator(params)
     inputs = TOKENS[:, :-1]
     half, whole = (
         nats(FORWARD(params, inputs, g_lm).logits)[0][:, LENGTH // 2 - 1 :].mean()
@@ -279,22 +269,14 @@ def test_what_cannot_be_is_one_line(overrides: list[str], message: str) -> None:
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_run_draws_by_its_step(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What each step scored follows from config, step and rows: all that a resumed run needs."""
-    fields = {**QUICK, "Training.steps": 3, "Training.log_every": 1, "Training.eval_rows": 8}
-    fields |= {"Loss.g_from": "random_prefix", "Training.eval_prefix_g": True}
-    fields |= {"Loss.dag_g_lm": 1e-3, "Loss.dag_warmup_steps": 4}
-    config = tiny_config(corpus_of(tmp_path_factory.getbasetemp()), fields)
-    batches = record_batches(monkeypatch)
-    evaluation = train_here(config, tmp_path / "run")
-    rows = [row for row in rows_of(tmp_path / "run") if "train/loss" in row]
-    for step, (batch, row) in enumerate(zip(batches, rows, strict=True)):
-        lengths = prefix_lengths(config, jnp.asarray(batch), step)
-        assert lengths is not None
-        assert row["train/scored_share"] == float(scored_share(jnp.asarray(batch), lengths))
-        assert row["train/dag_scale"] == step / 4
-    assert len({row["train/scored_share"] for row in rows}) == 3
-    gap = evaluation["eval/prefix_gap"]
-    assert np.isfinite(gap) and evaluation["eval/loss_prefix_g"] > 0
+def test_metrics_of_a_step() -> None:
+    """Their names, from tracing the step alone."""
+    mesh = one_device_mesh(MeshConfig())
+    plain = experiment()
+    prefix = experiment(g_from="random_prefix", dag_a_p=0.1, dag_until_step=3)
+    names = []
+    for config in (plain, prefix):
+        state = abstract_state(config, mesh)
+        names.append(set(jax.eval_shape(functools.partial(train_step, config), state, TOKENS)[1]))
+    dag = {f"train/dag_loss/{name}" for name in ("A_LM", "A_P", "G_LM")}
+    assert names[1] - names[0] == {"train/scored_share", "train/dag_scale"} | dag

@@ -109,7 +109,7 @@ def write_comparison(folder: Path, runs: Mapping[str, Path]) -> Path | None:
         fontsize=11,
     )  # fmt: skip
     path, temporary = folder / "curves.png", folder / f"curves.{os.getpid()}.tmp.png"
-    figure.savefig(temporary, dpi=110)
+    figure.savefig(temporary, dpi=85)
     os.replace(temporary, path)
     return path
 
