@@ -82,7 +82,8 @@ def write_comparison(folder: Path, runs: Mapping[str, Path]) -> Path | None:
     read = {name: rows for name, rows in read.items() if rows}
     if not 2 <= len(read) <= MOST_COMPARED:
         return None
-    legend_rows = -(-len(read) // 2)
+    columns = 2 if max(map(len, read)) < 40 else 1
+    legend_rows = -(-len(read) // columns)
     figure = Figure(figsize=(11, 4.4 + 0.28 * legend_rows), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2)
@@ -105,11 +106,11 @@ def write_comparison(folder: Path, runs: Mapping[str, Path]) -> Path | None:
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False,
-        fontsize=11,
+        *axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=columns,
+        frameon=False, fontsize=11,
     )  # fmt: skip
     path, temporary = folder / "curves.png", folder / f"curves.{os.getpid()}.tmp.png"
-    figure.savefig(temporary, dpi=85)
+    figure.savefig(temporary, dpi=80)
     os.replace(temporary, path)
     return path
 
