@@ -8,61 +8,12 @@ of either). Every field carries its meaning, which `--help` prints, and its boun
 
 import dataclasses
 import math
-from typing import Any, Literal, NoReturn, get_args
+from typing import Literal
 
-
-class ConfigError(ValueError):
-    """A configuration value that cannot be used; the message is one line naming field, value and
-    remedy.
-    """
-
-
-def _field(
-    default: Any,
-    doc: str,
-    *,
-    low: float | None = None,
-    above: float | None = None,
-    high: float | None = None,
-) -> Any:
-    """A dataclass field with its meaning and bounds: `low` <= value, `above` < value, value <=
-    `high`.
-    """
-    return dataclasses.field(
-        default=default, metadata={"doc": doc, "low": low, "above": above, "high": high}
-    )
-
-
-def group_name(config_class: type) -> str:
-    """`ModelConfig` -> `Model`, the name the group has in config files, flags and messages."""
-    return config_class.__name__.removesuffix("Config")
-
-
-class _Validated:
-    """Checks the bounds declared by `_field` as soon as a config object exists."""
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value, bounds = getattr(self, field.name), field.metadata
-            choices = (
-                get_args(field.type) if getattr(field.type, "__origin__", None) is Literal else ()
-            )
-            if choices and value not in choices:
-                self.fail(field.name, f"is not one of {', '.join(map(repr, choices))}")
-            if value is None or isinstance(value, (str, bool)):
-                continue
-            if isinstance(value, float) and not math.isfinite(value):
-                self.fail(field.name, "must be finite")
-            if bounds["low"] is not None and value < bounds["low"]:
-                self.fail(field.name, f"must be at least {bounds['low']}")
-            if bounds["above"] is not None and value <= bounds["above"]:
-                self.fail(field.name, f"must be greater than {bounds['above']}")
-            if bounds["high"] is not None and value > bounds["high"]:
-                self.fail(field.name, f"must be at most {bounds['high']}")
-
-    def fail(self, name: str, remedy: str) -> NoReturn:
-        """Raises the one-line `ConfigError` for field `name`."""
-        raise ConfigError(f"{group_name(type(self))}.{name} = {getattr(self, name)!r}: {remedy}")
+from pldr_jax.fields import ConfigError as ConfigError
+from pldr_jax.fields import Validated as _Validated
+from pldr_jax.fields import field as _field
+from pldr_jax.fields import group_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,8 +105,8 @@ HOW_COMPUTED = ("dtype", "plga_precision", "remat", "unroll", "attention_kernel"
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig(_Validated):
-    """Coefficients of the DAG regularisers (arXiv 2410.16703); the three losses are metrics even
-    at 0.
+    """What G_LM of a training row is computed from, and the coefficients of the DAG regularisers
+    (arXiv 2410.16703), whose three losses are metrics even at 0.
     """
 
     dag_a_lm: float = _field(0.0, "coefficient of the DAG loss of A_LM", low=0)
@@ -166,6 +117,31 @@ class LossConfig(_Validated):
         "positions of each row whose logits are in memory at once, in training; 0 is all of them",
         low=0,
     )
+    dag_warmup_steps: int = _field(
+        0, "steps over which the three coefficients rise linearly from 0", low=0
+    )
+    dag_until_step: int | None = _field(
+        None, "step from which on the coefficients are 0; None is never", low=1
+    )
+    g_from: Literal["row", "prefix", "random_prefix", "neighbour"] = _field(
+        "row",
+        "tokens that G_LM is computed from in training: all of the row, which tells each position "
+        "of its future; its first ones, a fixed or random number, the loss being over the others; "
+        "or those of another row of the batch, in a second forward pass",
+    )
+    g_prefix_length: int | None = _field(
+        None,
+        "tokens of the prefix, at most where they are random; None is half of the row, and all of "
+        "it where they are random",
+        low=1,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.g_prefix_length is not None and "prefix" not in self.g_from:
+            self.fail("g_prefix_length", f"is only read with a prefix, not {self.g_from!r}")
+        if self.dag_until_step is not None and self.dag_until_step <= self.dag_warmup_steps:
+            self.fail("dag_until_step", f"must be above dag_warmup_steps, {self.dag_warmup_steps}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,10 +275,15 @@ class TrainingConfig(_Validated):
     spike_nats: float = _field(
         1.0, "a loss so far above the mean of the last 100 steps is counted as a spike", above=0
     )
-    seed: int = _field(0, "seed of the initial parameters", low=0)
+    seed: int = _field(0, "seed of the initial parameters, and of random prefixes", low=0)
     log_every: int = _field(10, "steps between rows of training metrics", low=1)
     eval_every: int = _field(200, "steps between evaluations", low=1)
     eval_rows: int = _field(128, "held-out rows evaluated; 0 takes all", low=0)
+    eval_prefix_g: bool = _field(
+        False,
+        "also evaluate the second half of each row with the G_LM of its first half, which cannot "
+        "know it: eval/loss_prefix_g and eval/prefix_gap",
+    )
     gap_threshold: float = _field(
         0.01, "causal gap in nats a token above which a warning is printed", above=0
     )
@@ -392,6 +373,22 @@ class ExperimentConfig:
                 "g_source",
                 "a predefined G_LM cannot be regularised: set the Loss.dag_* coefficients to 0",
             )
+        self._check_g_from()
+
+    def _check_g_from(self) -> None:
+        """Refuses a `Loss.g_from` that model, rows or batch do not allow."""
+        loss, longest = self.loss, self.model.context_length - 1
+        if loss.g_from != "row":
+            if self.model.g_source != "learned":
+                loss.fail("g_from", "a predefined G_LM is computed from no tokens; take 'row'")
+            if self.data.segments_per_row > 1:
+                loss.fail("g_from", "rows with segments know 'row' alone; take another packing")
+        if (loss.g_prefix_length or 1) > longest:
+            loss.fail("g_prefix_length", f"a row has {longest} inputs; take at most that many")
+        if loss.g_from == "neighbour" and self.data.batch_size // self.training.accumulate < 2:
+            loss.fail("g_from", "needs 2 rows a step, or part of one; raise Data.batch_size")
+        if self.training.eval_prefix_g and self.data.segments_per_row > 1:
+            self.training.fail("eval_prefix_g", "rows with segments have no prefix; take False")
 
 
 GROUPS: dict[str, type] = {

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import WORDS, make_corpus, run_here
+from safetensors.numpy import save_file
 
 import pldr_jax
 from pldr_jax.cli.freeze import freeze, freeze_main
@@ -76,7 +77,8 @@ def frozen(text, tmp_path_factory):
     run_dir, output = folder / "run", folder / "frozen"
     corpus = write_run(run_dir, experiment(text))
     full = pldr_jax.load(run_dir)
-    certificate = freeze(run_dir, output, rows=ROWS, log=lines.append)
+    saved = folder / "g_lm.npz"
+    certificate = freeze(run_dir, output, rows=ROWS, log=lines.append, save_g=saved)
     shutil.rmtree(run_dir)
     rows = validation_rows([TokenRows(corpus.validation, MODEL.context_length)], EVAL_ROWS, ROWS)
     return full, rows, certificate, output, lines
@@ -103,6 +105,27 @@ def test_frozen_checkpoint_is_the_model_with_that_g_lm(frozen) -> None:
     ):
         assert made.tokens == other.tokens and len(made.tokens) == 8
         np.testing.assert_allclose(made.logprobs, other.logprobs, atol=1e-5)
+
+
+def test_the_saved_g_lm_is_what_another_run_trains_with(frozen, tmp_path) -> None:
+    """As NPZ, and as safetensors."""
+    lm, file = pldr_jax.load(frozen[3]), frozen[3].parent / "g_lm.npz"
+    with np.load(file) as tensors:
+        g_lm = tensors["G_LM"]
+    assert g_lm.shape == (2, 2, 8, 8)
+    save_file({"G_LM": g_lm}, tmp_path / "g_lm.safetensors")
+    for path in (file, tmp_path / "g_lm.safetensors"):
+        config = dataclasses.replace(MODEL, g_source="external", g_file=str(path))
+        np.testing.assert_array_equal(predefined_g_lm(config), lm.g_lm)
+    assert f"G_LM: {file}" in frozen[4]
+    refused = {
+        file: "is there already",
+        file.with_suffix(".txt"): r"must end in \.npz",
+        tmp_path / "none" / "g.npz": "there is no folder",
+    }
+    for path, reason in refused.items():
+        with pytest.raises(ConfigError, match=rf"^--save_g=.*: {reason}"):
+            freeze(frozen[3], tmp_path / "out", save_g=path)
 
 
 def test_nothing_of_plga_is_left(frozen) -> None:

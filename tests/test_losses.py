@@ -10,7 +10,13 @@ from conftest import Golden
 
 from pldr_jax.config import LossConfig
 from pldr_jax.model.deductive import DeductiveOutputs
-from pldr_jax.training.losses import dag_loss, dag_losses, regularizer, token_loss
+from pldr_jax.training.losses import (
+    dag_loss,
+    dag_losses,
+    dag_schedule,
+    regularizer,
+    token_loss,
+)
 
 
 def dag_loss_64(x: np.ndarray) -> float:
@@ -126,3 +132,14 @@ def test_a_batch_of_padding_has_loss_zero() -> None:
     assert (float(tokens.loss), float(tokens.accuracy)) == (0.0, 0.0)
     gradient = jax.grad(lambda x: token_loss(x, targets).loss)(logits)
     assert not np.asarray(gradient).any()
+
+
+def test_dag_schedule() -> None:
+    def factors(config: LossConfig) -> list[float]:
+        return [float(dag_schedule(config, step)) for step in range(7)]
+
+    assert factors(LossConfig()) == [1] * 7
+    assert factors(LossConfig(dag_warmup_steps=4)) == [0, 0.25, 0.5, 0.75, 1, 1, 1]
+    assert factors(LossConfig(dag_until_step=3)) == [1, 1, 1, 0, 0, 0, 0]
+    both = LossConfig(dag_warmup_steps=2, dag_until_step=5)
+    assert factors(both) == [0, 0.5, 1, 1, 1, 0, 0]

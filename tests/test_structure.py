@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "pldr_jax"
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 MAY_IMPORT = {
-    "config": set(),
+    "fields": set(),
+    "config": {"fields"},
     "gin": {"config"},
     "flags": {"config", "gin"},
     "partition": {"config"},

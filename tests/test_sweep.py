@@ -19,6 +19,7 @@ from pldr_jax.config import ConfigError, ExperimentConfig
 from pldr_jax.flags import load_config, parse_values
 from pldr_jax.training import sweep as sweeps
 from pldr_jax.training.phase import PANELS, _value, write_phase_diagram
+from pldr_jax.training.plots import write_comparison
 from pldr_jax.training.progress import SweepProgress
 from pldr_jax.training.signals import StopRequest
 from pldr_jax.training.sweep_table import table_text, write_table
@@ -248,6 +249,11 @@ def test_table_and_phase_diagram(tmp_path: Path) -> None:
     path = write_phase_diagram(tmp_path, outcomes)
     assert path is not None and path.read_bytes().startswith(b"\x89PNG")
     assert [_value(PANELS[0], one) for one in outcomes] == [[1.0], [0.1], [0.01], []]
+    named = {run.name: run.folder for run in runs}
+    assert write_comparison(tmp_path / "more", dict(list(named.items())[:1])) is None
+    (tmp_path / "more").mkdir()
+    curves = write_comparison(tmp_path / "more", named)
+    assert curves is not None and curves.read_bytes().startswith(b"\x89PNG")
     # One place is no diagram.
     assert write_phase_diagram(tmp_path, outcomes[:1]) is None
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pldr_jax.cli.common import keep_compiled_programs
 from pldr_jax.cli.weights import held_out_text, read_any
 from pldr_jax.config import ConfigError, DataConfig, ExperimentConfig
@@ -56,6 +58,12 @@ OPTIONS = (
         default="mean",
         choices=("mean", "first"),
     ),
+    Option(
+        "save_g",
+        "also write the calibrated G_LM alone, as NPZ, which Model.g_file and Generation.g_file "
+        "read",
+        metavar="FILE",
+    ),
 )
 
 
@@ -71,6 +79,7 @@ def freeze(
     gin_files: Sequence[str | Path] = (),
     overrides: Sequence[str] = (),
     log: Callable[[str], None] = print,
+    save_g: str | Path | None = None,
 ) -> dict[str, Any]:
     """Writes a frozen checkpoint, and prints and returns its certificate.
 
@@ -86,6 +95,8 @@ def freeze(
       kl_threshold: nats a token above which a warning is printed.
       gin_files, overrides: for `load_config`, on top of the run's config.
       log: takes each line.
+      save_g: an NPZ file for the calibrated G_LM [L,N,H,J], key `G_LM`, which another run can train
+        with (`Model.g_source = "external"`) or decode with.
 
     Raises:
       ConfigError: no learned G_LM to freeze, no text, or a folder that cannot be used.
@@ -103,6 +114,8 @@ def freeze(
         raise ConfigError(f"--calibration={calibration}: must be 'mean' or 'first'")
     folder = Path(checkpoint)
     check_output(output)
+    if save_g is not None:
+        _check_new_file(Path(save_g))
     stored, weights = read_any(folder, step)
     params, found = weights.params, weights.step
     freezing.check_learned(stored.model, folder)
@@ -133,11 +146,24 @@ def freeze(
         files[TOKENIZER] = (folder / TOKENIZER).read_bytes()
     kept = freezing.without_plga(params)
     write_run(output, found, kept, calibrated.g_lm, config_to_dict(frozen), files)
+    if save_g is not None:
+        np.savez(save_g, G_LM=np.asarray(calibrated.g_lm)[:, 0])
+        log(f"G_LM: {save_g}")
     log(summary_table(certificates.certificate_lines(certificate)))
     if warning := certificates.invariance_warning(certificate):
         log(warning)
     log(f"frozen checkpoint of step {found}: {output}")
     return certificate
+
+
+def _check_new_file(path: Path) -> None:
+    """ConfigError if an NPZ file of this name cannot be written, or is there."""
+    if path.suffix != ".npz":
+        raise ConfigError(f"--save_g={path}: must end in .npz")
+    if path.exists():
+        raise ConfigError(f"--save_g={path}: is there already; name another file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--save_g={path}: there is no folder {path.parent}; make it first")
 
 
 def _row_sets(
@@ -190,4 +216,5 @@ def freeze_main(argv: list[str]) -> None:
         options.step,
         gin_files=options.gin_files,
         overrides=options.overrides,
+        save_g=options.save_g,
     )

@@ -23,7 +23,7 @@ OPTIONS = (
     Option(
         "sweep",
         "run every combination of the values given for some config fields, each in its own folder "
-        "under --run_dir; a table and a phase diagram at the end",
+        "under --run_dir; a table, a phase diagram and curves at the end",
         repeat=True,
         metavar="Group.field=A,B,...",
     ),
@@ -144,6 +144,7 @@ def sweep(options: Options, folder: Path, forwarded: Sequence[str]) -> None:
 
 def _report(folder: Path, outcomes: Sequence[sweeps.Outcome]) -> None:
     from pldr_jax.training.phase import write_phase_diagram
+    from pldr_jax.training.plots import write_comparison
     from pldr_jax.training.sweep_table import table_text, write_table
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,6 +153,16 @@ def _report(folder: Path, outcomes: Sequence[sweeps.Outcome]) -> None:
     diagram = write_phase_diagram(folder, outcomes)
     print(f"phase diagram: {diagram}" if diagram else "no phase diagram: neither "
           "Optimizer.learning_rate nor Optimizer.warmup_steps varies")  # fmt: skip
+    compared = {_legend(one.run): one.run.folder for one in outcomes}
+    if curves := write_comparison(folder, compared):
+        print(f"curves: {curves}")
+
+
+def _legend(run: sweeps.SweepRun) -> str:
+    """What varies, without fields that are not set."""
+    keys = list(run.settings)
+    shown = {sweeps.label(key, keys): run.settings[key] for key in keys}
+    return ", ".join(f"{name} = {value}" for name, value in shown.items() if value is not None)
 
 
 def _end(failures: dict[str, str], stop: StopRequest, runs: int) -> None:

@@ -33,7 +33,8 @@ class AttentionInputs(flax.struct.PyTreeNode):
 
     Attributes:
       positions_BT: position of each token, for RoPE; [1,T] serves every row.
-      valid_BT: true for real tokens; None where all are. Only Q^T Q needs it: rows are
+      valid_BT: true for the tokens that Q^T Q sums over, which are real ones, and of those the
+        first where G_LM is that of a prefix; None where all are. Only Q^T Q needs it: rows are
         left-aligned, so that the causal mask already keeps padding, which comes last, from every
         real token.
       segments: where rows hold several sequences side by side.

@@ -121,6 +121,7 @@ class Decoder(nn.Module):
         g_lm_LBNHJ: jax.Array | None = None,
         length_B: jax.Array | None = None,
         segments: Segments | None = None,
+        g_length_B: jax.Array | None = None,
     ) -> ModelOutputs:
         """Full causal forward pass.
 
@@ -130,11 +131,14 @@ class Decoder(nn.Module):
             [L,B * K,N,H,J] or [L,1,N,H,J].
           length_B: real tokens of each row; what lies beyond is padding. None: all are real.
           segments: of rows that hold several sequences; they know of padding themselves.
+          g_length_B: tokens of each row, its first ones, that Q^T Q of every layer sums over. The
+            logits from position g_length_B - 1 on then know nothing of later tokens. None: all
+            real ones. Not with segments.
 
         Raises:
           ValueError: the model has a random or external G_LM and none was given.
         """
-        hidden_BTD, layers = self.hidden(tokens_BT, g_lm_LBNHJ, length_B, segments)
+        hidden_BTD, layers = self.hidden(tokens_BT, g_lm_LBNHJ, length_B, segments, g_length_B)
         return ModelOutputs(self.logits(hidden_BTD), layers.deductive, hidden_BTD, layers)
 
     def hidden(
@@ -143,6 +147,7 @@ class Decoder(nn.Module):
         g_lm_LBNHJ: jax.Array | None = None,
         length_B: jax.Array | None = None,
         segments: Segments | None = None,
+        g_length_B: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerOutputs]:
         """As `__call__`, without the head: hidden states [B,T,D], and what every layer returned,
         stacked [L, ...].
@@ -152,10 +157,14 @@ class Decoder(nn.Module):
                 f"Model.g_source = {self.config.g_source!r}: there is no PLGA network, pass G_LM"
             )
         positions_BT = jnp.arange(tokens_BT.shape[1])[None, :]
-        valid_BT = None if length_B is None else positions_BT < length_B[:, None]
+        lengths = [length for length in (length_B, g_length_B) if length is not None]
+        summed_BT = None
+        if lengths:
+            summed_BT = positions_BT < functools.reduce(jnp.minimum, lengths)[:, None]
         if segments is not None:
+            assert g_length_B is None
             positions_BT = segments.positions_BT
-        inputs = AttentionInputs(positions_BT, valid_BT, segments)
+        inputs = AttentionInputs(positions_BT, summed_BT, segments)
         x_BTD = self.embedding(tokens_BT)
 
         def body(
@@ -203,9 +212,10 @@ def forward(
     g_lm_LBNHJ: jax.Array | None = None,
     length_B: jax.Array | None = None,
     segments: Segments | None = None,
+    g_length_B: jax.Array | None = None,
 ) -> ModelOutputs:
     """`Decoder.__call__` as a pure function of the parameters."""
-    return apply(Decoder(config), params, tokens_BT, g_lm_LBNHJ, length_B, segments)
+    return apply(Decoder(config), params, tokens_BT, g_lm_LBNHJ, length_B, segments, g_length_B)
 
 
 def unstack_layers(config: ModelConfig, params: Params) -> Params:

@@ -148,17 +148,28 @@ class PowerLawGraphAttention(nn.Module):
     def energy_curvature(self, A_BNHJ: jax.Array) -> DeductiveOutputs:
         """A_LM, A_P and G_LM from A: the last three steps, all float32."""
         A_BNHJ = A_BNHJ.astype(jnp.float32)
-        A_LM = iswiglu(self._per_head(self.W, A_BNHJ) + self.b_W) + A_LM_FLOOR
-        # exp(P log A_LM) is A_LM ** P for a positive base, and costs half of it.
-        A_P = jnp.exp(self.P * jnp.log(A_LM))
-        G_LM = self._per_head(self.a, A_P) + self.b_a
+        A_LM = iswiglu(_per_head(self.W, A_BNHJ, self.config.plga_precision) + self.b_W)
+        A_LM = A_LM + A_LM_FLOOR
+        A_P, G_LM = curvature(A_LM, self.P, self.a, self.b_a, self.config.plga_precision)
         return DeductiveOutputs(A=A_BNHJ, A_LM=A_LM, A_P=A_P, G_LM=G_LM)
 
-    def _per_head(self, w_NHK: Any, x_BNKJ: jax.Array) -> jax.Array:
-        return jnp.einsum(
-            "NHK,BNKJ->BNHJ",
-            w_NHK,
-            x_BNKJ,
-            precision=self.config.plga_precision,
-            preferred_element_type=jnp.float32,
-        )
+
+def curvature(
+    A_LM: jax.Array,
+    P_NHJ: jax.Array,
+    a_NHJ: jax.Array,
+    b_a_NHJ: jax.Array,
+    precision: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """A_P = A_LM ** P and G_LM = a A_P + b_a, [B,N,H,J], from A_LM [B,N,H,J] and the parameters of
+    one layer.
+    """
+    # exp(P log A_LM) is A_LM ** P for a positive base, and costs half of it.
+    A_P = jnp.exp(P_NHJ * jnp.log(A_LM))
+    return A_P, _per_head(a_NHJ, A_P, precision) + b_a_NHJ
+
+
+def _per_head(w_NHK: Any, x_BNKJ: jax.Array, precision: str | None) -> jax.Array:
+    return jnp.einsum(
+        "NHK,BNKJ->BNHJ", w_NHK, x_BNKJ, precision=precision, preferred_element_type=jnp.float32
+    )

@@ -4,6 +4,9 @@ Through G_LM a position sees its future, so the ordinary loss of a model whose G
 input is too good to be true. Two numbers tell: the loss with G_LM frozen from another sequence,
 from which nothing can leak (`loss_frozen_g`, and `causal_gap`, that minus the ordinary loss), and
 how far the deductive outputs of two sequences are apart (the order parameter of arXiv 2603.23539).
+A third can be asked for: the loss of the second half of each row with the G_LM of its first half
+(`loss_prefix_g`, and `prefix_gap`, that minus the loss of the second half with the G_LM of it all).
+That is what a prompt as long gives its continuation.
 """
 
 import dataclasses
@@ -19,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pldr_jax.config import ModelConfig
 from pldr_jax.model.decoder import Params
 from pldr_jax.partition import batch_sharding
+from pldr_jax.training.causal import half_lengths
 from pldr_jax.training.losses import TokenLoss, dag_losses, token_loss
 from pldr_jax.training.rows import RowOutputs, forward_rows
 
@@ -115,6 +119,7 @@ class Evaluator:
       max_segments: of the rows, which have the packing that is trained on. The loss is over their
         targets; a "sequence" of the statistics is a row, or a segment of one, and G_LM is frozen
         from the first.
+      prefix_g: also evaluate the second half of each row with the G_LM of its first.
     """
 
     def __init__(
@@ -126,8 +131,10 @@ class Evaluator:
         batch_size: int,
         bytes_per_token: float,
         max_segments: int = 1,
+        prefix_g: bool = False,
     ) -> None:
         self._config, self._max_segments = config, max_segments
+        self._prefix_g = prefix_g and config.g_source == "learned"
         self._batch_size = min(batch_size, len(rows_RC))
         self._rows = rows_RC
         self._calibration = calibration_RC[:1]
@@ -136,6 +143,7 @@ class Evaluator:
         # Whole on every device, so that each process can read all of it.
         whole = NamedSharding(mesh, PartitionSpec())
         self._score: Callable[..., Any] = jax.jit(self._score_rows, out_shardings=whole)
+        self._score_halves: Callable[..., Any] = jax.jit(self._second_halves, out_shardings=whole)
         self._calibrate: Callable[..., Any] = jax.jit(self._calibrated_g_lm, out_shardings=whole)
 
     def _score_rows(
@@ -148,6 +156,18 @@ class Evaluator:
         other = token_loss(self._forward(params, rows_BC, frozen).outputs.logits, targets_BT)
         tensors = dict(own.deductive.items())
         return scored, other, dag_losses(own.deductive, real_B), tensors, real_B
+
+    def _second_halves(self, params: Params, rows_BC: jax.Array) -> tuple[TokenLoss, TokenLoss]:
+        """Of the targets that the first half of the row does not hold: the loss with the G_LM of
+        that half, and with that of the whole row.
+        """
+        half_B = half_lengths(rows_BC)
+        before = forward_rows(self._config, params, rows_BC, g_length_B=half_B)
+        whole = self._forward(params, rows_BC, None).outputs
+        return (
+            token_loss(before.outputs.logits, before.targets_BT),
+            token_loss(whole.logits, before.targets_BT),
+        )
 
     def _forward(self, params: Params, rows_BC: jax.Array, g_lm: jax.Array | None) -> RowOutputs:
         return forward_rows(self._config, params, rows_BC, self._max_segments, g_lm)
@@ -163,17 +183,18 @@ class Evaluator:
         """
         learned = self._config.g_source == "learned"
         frozen = self._calibrate(params, self._calibration) if learned else None
-        own_parts, frozen_parts, dag_parts = [], [], []
+        own_parts, frozen_parts, dag_parts, half_parts = [], [], [], []
         statistics: dict[str, DeductiveStatistics] = {}
         for start in range(0, len(self._rows), self._batch_size):
             rows = self._rows[start : start + self._batch_size]
             # A short last batch is filled with padding rows, whose targets do not count.
             filled = np.zeros((self._batch_size, *rows.shape[1:]), np.int32)
             filled[: len(rows)] = rows
-            own, other, dag, tensors, real = self._score(
-                params, jax.device_put(filled, self._rows_sharding), g_lm, frozen
-            )
+            placed = jax.device_put(filled, self._rows_sharding)
+            own, other, dag, tensors, real = self._score(params, placed, g_lm, frozen)
             own_parts.append(own)
+            if self._prefix_g:
+                half_parts.append(self._score_halves(params, placed))
             if not learned:
                 continue
             frozen_parts.append(other)
@@ -183,7 +204,13 @@ class Evaluator:
                 for name, tensor in tensors.items():
                     x_LBNHJ = jax.device_get(tensor)[:, chosen]
                     statistics.setdefault(name, DeductiveStatistics()).add(x_LBNHJ)
-        return self._summary(own_parts, frozen_parts, dag_parts, statistics)
+        metrics = self._summary(own_parts, frozen_parts, dag_parts, statistics)
+        if half_parts:
+            before, whole = (
+                float(_add_up(list(part)).loss) for part in zip(*half_parts, strict=True)
+            )
+            metrics |= {"eval/loss_prefix_g": before, "eval/prefix_gap": before - whole}
+        return metrics
 
     def _summary(
         self,

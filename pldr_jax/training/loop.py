@@ -169,6 +169,7 @@ class _Run:
             config.data.batch_size,
             text.bytes_per_token,
             config.data.segments_per_row,
+            config.training.eval_prefix_g,
         )
 
     def _check_epochs(self) -> None:

@@ -142,6 +142,16 @@ def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
+def dag_schedule(config: LossConfig, step: jax.Array | int) -> jax.Array:
+    """Factor of the DAG coefficients at a step, counted from 0: rises from 0 to 1 over
+    `Loss.dag_warmup_steps`, and is 0 from `Loss.dag_until_step` on.
+    """
+    step = jnp.asarray(step, jnp.float32)
+    rising = jnp.minimum(step / config.dag_warmup_steps, 1.0) if config.dag_warmup_steps else 1.0
+    until = config.dag_until_step
+    return jnp.where(step < (jnp.inf if until is None else until), rising, 0.0)
+
+
 def regularizer(config: LossConfig, dag: dict[str, jax.Array]) -> jax.Array:
     """The weighted sum of the DAG losses that is added to the cross-entropy."""
     weights = {"A_LM": config.dag_a_lm, "A_P": config.dag_a_p, "G_LM": config.dag_g_lm}

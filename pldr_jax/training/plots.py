@@ -1,4 +1,6 @@
-"""What a run leaves to look at: `curves.png` from the metrics, and a table for its end."""
+"""What runs leave to look at: `curves.png` from the metrics of one or of several, and a table for
+the end of one.
+"""
 
 import io
 import os
@@ -22,6 +24,10 @@ CONDENSED = 1e-3
 _BLUE, _ORANGE, _GREEN, _PURPLE, _GREY = "#2a6fbb", "#d9541e", "#3a923a", "#8a4fa3", "#777777"
 _OUTPUTS = {"A": _BLUE, "A_LM": _ORANGE, "A_P": _GREEN, "G_LM": _PURPLE}
 _STYLE: dict[str, Any] = {"linewidth": 1.8, "marker": "o", "markersize": 4}
+_COLORS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _GREY, "#b8860b")
+_LINES = ("-", "--")
+MOST_COMPARED = len(_COLORS) * len(_LINES)
+"""Runs that can be told apart in one picture."""
 
 
 def write_curves(run_dir: str | Path) -> Path | None:
@@ -59,6 +65,61 @@ def write_curves(run_dir: str | Path) -> Path | None:
     figure.savefig(temporary, dpi=130)
     os.replace(temporary, path)
     return path
+
+
+def write_comparison(folder: Path, runs: Mapping[str, Path]) -> Path | None:
+    """Draws loss and accuracy of several runs over steps, thin in training and with marks on
+    held-out text, in `curves.png` of `folder`; None where fewer than 2 runs, or more than
+    `MOST_COMPARED`, have metrics.
+
+    Args:
+      runs: run folders by the names that the legend has.
+
+    Raises:
+      MetricsError: metrics that cannot be read.
+    """
+    read = {name: read_metrics(run) for name, run in runs.items() if (run / FILE_NAME).is_file()}
+    read = {name: rows for name, rows in read.items() if rows}
+    if not 2 <= len(read) <= MOST_COMPARED:
+        return None
+    columns = 2 if max(map(len, read)) < 40 else 1
+    legend_rows = -(-len(read) // columns)
+    figure = Figure(figsize=(11, 4.4 + 0.28 * legend_rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2)
+    quantities = {"loss": "loss (nats/token)", "accuracy": "accuracy"}
+    for axis, (quantity, title) in zip(axes, quantities.items(), strict=True):
+        shown: list[np.ndarray] = []
+        for number, (name, rows) in enumerate(read.items()):
+            color = _COLORS[number % len(_COLORS)]
+            line = _LINES[number // len(_COLORS)]
+            steps, values = _series(rows, f"train/{quantity}")
+            if len(values):
+                smooth = _smooth(values, max(1, min(25, len(values) // 20)))
+                axis.plot(steps, smooth, color=color, linestyle=line, linewidth=0.9, alpha=0.5)
+            held_out = f"eval/{quantity}"
+            shown.append(_draw(axis, rows, held_out, color=color, linestyle=line, label=name))
+        _crop(axis, np.concatenate(shown))
+        axis.set_ylabel(title, fontsize=12)
+        axis.set_xlabel("step", fontsize=12)
+        axis.grid(color="#dddddd", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=columns,
+        frameon=False, fontsize=11,
+    )  # fmt: skip
+    path, temporary = folder / "curves.png", folder / f"curves.{os.getpid()}.tmp.png"
+    figure.savefig(temporary, dpi=80)
+    os.replace(temporary, path)
+    return path
+
+
+def _crop(axis: Axes, values: np.ndarray) -> None:
+    """The range of the values that are finite, and as much on either side: not the first steps."""
+    values = values[np.isfinite(values)]
+    if len(values) and (room := values.max() - values.min()) > 0:
+        axis.set_ylim(values.min() - 0.3 * room, values.max() + 0.5 * room)
 
 
 def summary_table(rows: Mapping[str, str], title: str = "") -> str:

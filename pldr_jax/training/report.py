@@ -16,6 +16,8 @@ def report(step: int, evaluation: dict[str, float], gap_threshold: float) -> str
     gap = evaluation["eval/causal_gap"]
     order = evaluation["eval/order_parameter/G_LM"]
     text += f", causal gap {gap:+.5f}, order parameter of G_LM {order:.1e}"
+    if "eval/prefix_gap" in evaluation:
+        text += f", with the G_LM of the first half {evaluation['eval/prefix_gap']:+.5f}"
     if abs(gap) > gap_threshold:
         text += (
             f"\nwarning: with G_LM of another text the loss changes by {gap:+.3f}: the model "

@@ -9,6 +9,7 @@ from pldr_jax.config import ModelConfig
 from pldr_jax.data.rows import INPUTS, SEGMENTS, TARGETS
 from pldr_jax.model.decoder import ModelOutputs, Params, forward
 from pldr_jax.model.segments import Segments
+from pldr_jax.training.losses import PAD_ID
 
 
 class RowOutputs(NamedTuple):
@@ -25,9 +26,27 @@ class RowOutputs(NamedTuple):
     real_B: jax.Array | None
 
 
-def targets_of(rows: jax.Array) -> jax.Array:
-    """What is to be predicted in rows [B,C] or [B,3,T]."""
-    return rows[:, 1:] if rows.ndim == 2 else rows[:, TARGETS]
+def inputs_of(rows: jax.Array) -> jax.Array:
+    """What the model reads of rows [B,C] or [B,3,T]."""
+    return rows[:, :-1] if rows.ndim == 2 else rows[:, INPUTS]
+
+
+def targets_of(rows: jax.Array, g_length_B: jax.Array | None = None) -> jax.Array:
+    """What is to be predicted in rows [B,C] or [B,3,T].
+
+    With `g_length_B`, padding stands where the G_LM of the first g_length_B tokens knows the
+    target: what position g_length_B - 1 predicts is the first token that is left.
+    """
+    targets_BT = rows[:, 1:] if rows.ndim == 2 else rows[:, TARGETS]
+    if g_length_B is None:
+        return targets_BT
+    known_BT = jnp.arange(targets_BT.shape[1]) < g_length_B[:, None] - 1
+    return jnp.where(known_BT, PAD_ID, targets_BT)
+
+
+def lengths_of(rows: jax.Array) -> jax.Array | None:
+    """Real tokens [B] of rows [B,3,T]; None of rows [B,C], whose tokens all are."""
+    return None if rows.ndim == 2 else jnp.count_nonzero(rows[:, SEGMENTS], axis=1)
 
 
 def forward_rows(
@@ -36,21 +55,22 @@ def forward_rows(
     rows: jax.Array,
     max_segments: int = 1,
     g_lm: jax.Array | None = None,
+    g_length_B: jax.Array | None = None,
 ) -> RowOutputs:
     """The forward pass that the packing of the rows asks for.
 
     Args:
       rows: [B,C], or [B,3,T].
       max_segments: K, of rows [B,3,T]; static.
-      g_lm: G_LM to use instead of PLGA's, [L,1,N,H,J].
+      g_lm: G_LM to use instead of PLGA's, [L,1,N,H,J], or [L,B,N,H,J] where K is 1.
+      g_length_B: first tokens of each row that G_LM is computed from; targets that it knows are
+        padding then. None is all of them. Only where K is 1.
     """
-    if rows.ndim == 2:
-        return RowOutputs(forward(config, params, rows[:, :-1], g_lm), targets_of(rows), None)
-    inputs_BT, targets_BT, ids_BT = rows[:, INPUTS], rows[:, TARGETS], rows[:, SEGMENTS]
-    if max_segments == 1:
-        length_B = jnp.count_nonzero(ids_BT, axis=1)
-        outputs = forward(config, params, inputs_BT, g_lm, length_B)
-        return RowOutputs(outputs, targets_BT, length_B > 0)
-    segments = Segments(ids_BT, max_segments)
-    outputs = forward(config, params, inputs_BT, g_lm, segments=segments)
-    return RowOutputs(outputs, targets_BT, segments.real)
+    targets_BT = targets_of(rows, g_length_B)
+    if max_segments > 1:
+        segments = Segments(rows[:, SEGMENTS], max_segments)
+        outputs = forward(config, params, inputs_of(rows), g_lm, segments=segments)
+        return RowOutputs(outputs, targets_BT, segments.real)
+    length_B = lengths_of(rows)
+    outputs = forward(config, params, inputs_of(rows), g_lm, length_B, g_length_B=g_length_B)
+    return RowOutputs(outputs, targets_BT, None if length_B is None else length_B > 0)

@@ -1,6 +1,7 @@
 """Sweeps: many runs of one config that differ in a few values, each a process of its own.
 
-A sweep folder holds a folder for each run, named by what varies, then `sweep.csv` and `phase.png`.
+A sweep folder holds a folder for each run, named by what varies, then `sweep.csv`, `phase.png` and
+`curves.png`.
 A run is its own process, so that a crash, or memory that runs out, ends that run and no other. What
 it prints is kept in `log.txt` of its folder.
 """

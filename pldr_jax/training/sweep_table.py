@@ -18,6 +18,8 @@ METRICS = (
     "eval/loss",
     "eval/loss_frozen_g",
     "eval/causal_gap",
+    "eval/loss_prefix_g",
+    "eval/prefix_gap",
     "eval/order_parameter/G_LM",
     "eval/rmse_over_std/G_LM",
     "eval/bits_per_byte",
