@@ -109,7 +109,7 @@ class LowRankLayerCache(flax.struct.PyTreeNode):
         def part(factors: HeadGroup) -> GroupCache:
             heads = np.array(factors.heads)
             k_BNES = _reduced("BNSH,NHE->BNES", k_BNSH[:, heads], factors)
-            return GroupCache(k_BNES.astype(k_BNSH.dtype), v_BNSH[:, heads], factors)
+            return GroupCache(k_BNES.astype(k_BNSH.dtype), v_BNSH[:, heads], _own(factors))
 
         return cls(tuple(part(factors) for factors in groups)).laid_out()
 
@@ -225,7 +225,8 @@ def empty_low_rank(
     def part(factors: HeadGroup) -> GroupCache:
         heads, _, rank = factors.key_NHE.shape
         k_BNES = jnp.zeros((rows, heads, rank, slots), dtype)
-        return GroupCache(k_BNES, jnp.zeros((rows, heads, slots, head_dim), dtype), factors)
+        v_BNSH = jnp.zeros((rows, heads, slots, head_dim), dtype)
+        return GroupCache(k_BNES, v_BNSH, _own(factors))
 
     return LowRankLayerCache(tuple(part(factors) for factors in groups)).laid_out()
 
@@ -249,6 +250,11 @@ def _write_token(
         return where.set(new_NX.astype(row.dtype))
 
     return write(cache, new_BNX, slot_B)
+
+
+def _own(factors: HeadGroup) -> HeadGroup:
+    """A copy, so that donating the cache leaves the given factors as they are."""
+    return jax.tree.map(jnp.copy, factors)
 
 
 def _reduced(equation: str, k: jax.Array, factors: HeadGroup) -> jax.Array:
