@@ -18,12 +18,12 @@ from pldr_jax.analysis.low_rank import measure
 from pldr_jax.api import LanguageModel
 from pldr_jax.config import ConfigError, GenerationConfig, MeshConfig, ModelConfig
 from pldr_jax.inference.decode import decode_step, prefill
-from pldr_jax.inference.engine import Engine
 from pldr_jax.inference.request import Request
 from pldr_jax.model.cache import LowRankLayerCache, empty_low_rank
-from pldr_jax.model.decoder import Params, init_params, unstack_layers
+from pldr_jax.model.decoder import Params, forward, init_params, unstack_layers
 from pldr_jax.model.low_rank import factorize, group_heads, smallest_ranks
 from pldr_jax.partition import build_mesh
+from pldr_jax.training.freeze import without_plga
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -59,16 +59,13 @@ def model_of(budget: float | None, config: ModelConfig = CONFIG, **options: Any)
     return LanguageModel(config, params_of(config), g_lm_of(), rank_budget=budget, **options)
 
 
-def continued(lm: LanguageModel | Engine, **settings: Any) -> list[Any]:
-    """The prompts, continued greedily by 12 tokens, two side by side."""
+def continued(lm: LanguageModel, temperature: float = 0.0, **options: Any) -> list[Any]:
+    """The prompts, continued by 12 tokens, two side by side."""
     requests = [
-        Request(prompt, **{"max_new_tokens": 12, "seed": i, **settings})
+        Request(prompt, max_new_tokens=12, seed=i, temperature=temperature)
         for i, prompt in enumerate(PROMPTS)
     ]
-    made = {}
-    for item in lm.run(requests, rows=2, length=32):
-        index, row = (item.index, item) if isinstance(lm, Engine) else item
-        made[index] = row
+    made = {index: row for index, row in lm.run(requests, rows=2, length=32, **options)}
     assert not any(row.error for row in made.values())
     return [made[i] for i in range(len(PROMPTS))]
 
@@ -82,6 +79,24 @@ def relative_error(g_lm: Any, other: Any) -> np.ndarray:
         np.sqrt(np.square(np.asarray(x, np.float64)).sum((-1, -2))) for x in (g_lm - other, g_lm)
     )
     return (difference / size)[:, 0]
+
+
+@functools.cache
+def compiled_forward() -> Any:
+    return jax.jit(functools.partial(forward, CONFIG))
+
+
+def assert_greedy(made: list[Any], params: Params, g_lm: Any) -> None:
+    """That the rows are what the whole model draws with this G_LM."""
+    tokens_BT = np.zeros((len(PROMPTS), 28), np.int32)
+    for i, row in enumerate(made):
+        tokens_BT[i, : len(PROMPTS[i]) + 12] = [*PROMPTS[i], *row.tokens]
+    logits_BTV = np.asarray(compiled_forward()(params, tokens_BT, g_lm).logits)
+    for i, row in enumerate(made):
+        drawn_TV = logits_BTV[i, len(PROMPTS[i]) - 1 :][:12]
+        assert list(row.tokens) == drawn_TV.argmax(-1).tolist()
+        logprobs = np.asarray(jax.nn.log_softmax(drawn_TV))[range(12), row.tokens]
+        np.testing.assert_allclose(row.logprobs, logprobs, atol=1e-5)
 
 
 # Factors
@@ -184,11 +199,8 @@ def test_full_rank_is_the_ordinary_path() -> None:
     assert (factorize(g_lm_of(), 0.0).ranks == CONFIG.head_dim).all()
     np.testing.assert_allclose(steps_at(0.0)[0], ordinary_logits(), atol=1e-5)
     assert np.ptp(ordinary_logits(), axis=-1).min() > 1
-    made, other = continued(model_of(0.0)), continued(model_of(None))
-    assert tokens_of(made) == tokens_of(other) and len(made[0].tokens) == 12
-    np.testing.assert_allclose(
-        [row.logprobs for row in made], [row.logprobs for row in other], atol=1e-5
-    )
+    greedy = [logits.argmax(-1) for logits in (steps_at(0.0)[0], ordinary_logits())]
+    np.testing.assert_array_equal(*greedy)
 
 
 def test_logit_error_shrinks_with_the_budget() -> None:
@@ -201,17 +213,11 @@ def test_decoding_is_the_forward_pass_with_the_truncated_g_lm() -> None:
     """Rows of any length in two slots, each against the whole model on its own tokens."""
     lm = model_of(1e-2)
     assert lm.low_rank is not None and lm.low_rank.ranks.max() < CONFIG.head_dim
-    tokens_BT = np.zeros((len(PROMPTS), 28), np.int32)
     made = continued(lm)
-    for i, row in enumerate(made):
-        tokens_BT[i, : len(PROMPTS[i]) + 12] = [*PROMPTS[i], *row.tokens]
-    logits_BTV = np.asarray(lm(tokens_BT).logits)
-    for i, row in enumerate(made):
-        drawn_TV = logits_BTV[i, len(PROMPTS[i]) - 1 :][:12]
-        assert list(row.tokens) == drawn_TV.argmax(-1).tolist()
-        logprobs = np.asarray(jax.nn.log_softmax(drawn_TV))[range(12), row.tokens]
-        np.testing.assert_allclose(row.logprobs, logprobs, atol=1e-5)
-    assert np.abs(logits_BTV - lm(tokens_BT, g_lm=g_lm_of()).logits).max() > 1e-4
+    assert_greedy(made, lm.params, lm.low_rank.G_LM)
+    with pytest.raises(AssertionError):
+        assert_greedy(made, lm.params, g_lm_of())
+    np.testing.assert_array_equal(lm.g_lm, lm.low_rank.G_LM)
     uncached = lm.generate(PROMPTS[:1], 12, stop_ids=[], kv_cache=False)
     assert tokens_of(uncached) == tokens_of(made[:1])
 
@@ -256,11 +262,7 @@ def test_on_a_mesh() -> None:
     assert lm.low_rank is not None
     for group in itertools.chain(*lm.low_rank.layers):
         assert len(group.heads) % 2 == 0
-    single = continued(Engine(CONFIG, params_of(), lm.low_rank))
-    made = continued(lm)
-    assert tokens_of(made) == tokens_of(single)
-    for row, other in zip(made, single, strict=True):
-        np.testing.assert_allclose(row.logprobs, other.logprobs, atol=1e-4)
+    assert_greedy(continued(lm), params_of(), lm.low_rank.G_LM)
     slots = lm._engine._jitted.empty(
         rows=4, length=16, stop_ids=1, g_lm_LBNHJ=lm.low_rank, keep="G_LM", dtype="bfloat16"
     )
@@ -282,20 +284,12 @@ def test_one_g_lm_for_all_is_needed() -> None:
         lm.generate([PROMPTS[0]], 4)
     assert "\n" not in str(caught.value)
     # Of the first prompt, or given with the call.
-    first = [PROMPTS[0]]
-    whole = lm(first).deductive.G_LM
-    settings: dict[str, Any] = {"max_new_tokens": 6, "stop_ids": []}
-    (made,), (shared,) = (
-        lm.generate(first, **settings, g_lm=whole),
-        lm.generate(first, **settings, share_first_g=True),
-    )
-    assert made.tokens == shared.tokens
-    np.testing.assert_allclose(made.logprobs, shared.logprobs, atol=1e-4)
-    logits_TV = lm([[*PROMPTS[0], *made.tokens]], g_lm=factorize(whole, 1e-2).G_LM).logits[0]
-    logprobs = jax.nn.log_softmax(logits_TV)[range(2, 8), jnp.array(made.tokens)]
-    np.testing.assert_allclose(made.logprobs, logprobs, atol=1e-5)
+    shared = continued(lm, share_first_g=True)
+    whole = lm._engine._g_lm_of(Request(PROMPTS[0]))
+    assert tokens_of(continued(lm, g_lm=whole)) == tokens_of(shared)
+    assert_greedy(shared, without_plga(lm.params), factorize(whole, 1e-2).G_LM)
     with pytest.raises(ConfigError, match=r"one .* for all prompts"):
-        lm.generate(first, g_lm=np.zeros((2, 3, 4, 8, 8)), **settings)
+        lm.generate([PROMPTS[0]], g_lm=np.zeros((2, 3, 4, 8, 8)))
 
 
 def test_what_cannot_be_is_one_line() -> None:
@@ -317,7 +311,9 @@ def test_what_cannot_be_is_one_line() -> None:
 
 
 @functools.cache
-def section_of(source: str = "external") -> tuple[LanguageModel, np.ndarray, Any, list[int]]:
+def section_of(
+    source: str = "external", budgets: tuple[float, ...] = (0.0, 0.1)
+) -> tuple[LanguageModel, np.ndarray, Any, list[int]]:
     config = dataclasses.replace(
         CONFIG, **(LEARNED if source == "learned" else {"g_source": source})
     )
@@ -325,7 +321,7 @@ def section_of(source: str = "external") -> tuple[LanguageModel, np.ndarray, Any
     lm = LanguageModel(config, params_of(config), g_lm)
     rows_RC = np.random.default_rng(5).integers(1, CONFIG.vocab_size, (5, 16)).astype(np.int32)
     seen: list[int] = []
-    return lm, rows_RC, measure(lm, rows_RC, (0.0, 0.1), 2, seen.append), seen
+    return lm, rows_RC, measure(lm, rows_RC, budgets, 2, seen.append), seen
 
 
 def test_measured_by_hand() -> None:
@@ -373,12 +369,12 @@ def test_the_report_of_it() -> None:
 
 def test_other_models_have_a_g_lm_too() -> None:
     """The mean over the rows where it is learned, and what nobody can compress."""
-    lm, rows_RC, section, _ = section_of("learned")
+    lm, rows_RC, section, _ = section_of("learned", (0.1,))
     mean_LNHJ = np.asarray(lm(rows_RC[:, :-1]).deductive.G_LM, np.float64).mean(1)
     expected = np.linalg.svd(mean_LNHJ, compute_uv=False)
     found = section.tensors["low_rank/singular_values"]
     np.testing.assert_allclose(found, expected, atol=1e-4 * expected.max())
     assert section.numbers["g_lm"] == "the mean over the rows"
-    _, _, section, _ = section_of("identity")
+    _, _, section, _ = section_of("identity", (0.1,))
     assert "full rank" in section.words[0]
-    assert section.numbers["budgets"][1]["keys"]["ideal"] == 1
+    assert section.numbers["budgets"][0]["keys"]["ideal"] == 1
