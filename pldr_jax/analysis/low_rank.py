@@ -197,14 +197,19 @@ def _trade(measured: list[dict[str, Any]]) -> Picture:
         ("mean KL, nats a token", [m["kl"]["mean"] for m in measured]),
     )
     for axis, (label, values) in zip(axes.flat, panels, strict=True):
-        heights = [math.nan if value is None else max(value, 1e-14) for value in values]
+        heights = [value or math.nan for value in values]  # no difference has no place
         axis.loglog(keys, heights, color=COLORS[1], marker="o", linewidth=1)
         for x, y, m in zip(keys, heights, measured, strict=True):
-            axis.annotate(f" {m['budget']:g}", (x, y), fontsize=8)
+            if math.isfinite(y):
+                axis.annotate(f" {m['budget']:g}", (x, y), fontsize=8)
+        axis.margins(x=0.12)
         axis.set_xlabel("times fewer numbers a key")
         axis.set_ylabel(label)
         ticks = [x for x in (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64) if x <= 1.3 * max(keys)]
         axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axis.minorticks_off()
-    caption = "What a smaller key cache costs; the numbers at the points are the error budgets."
+    caption = (
+        "What a smaller key cache costs; the numbers at the points are the error budgets. A budget "
+        "that changes nothing is left out."
+    )
     return Picture("low_rank_trade", caption, png(figure))
