@@ -249,6 +249,10 @@ def test_keys_take_as_many_numbers_as_the_ranks(dtype: str) -> None:
     ]
     assert isinstance(cache.layers[0], LowRankLayerCache)
     assert cache.layers[0].groups[0].k_BNES.dtype == dtype and cache.slots == 24
+    # A cache that is donated takes the factors of nobody with it.
+    for leaf in jax.tree.leaves(layers):
+        leaf.delete()
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(low_rank))
     # In bfloat16 as far from float32 as the ordinary path is.
     exact, ordinary = steps_at(1e-2)[0], ordinary_logits()
     if not f32:
