@@ -13,7 +13,7 @@ import numpy as np
 from pldr_jax.config import ModelConfig
 from pldr_jax.model.decoder import Params
 from pldr_jax.model.low_rank import LowRankG, factorize, smallest_ranks
-from pldr_jax.training.certificate import Difference, Totals, difference
+from pldr_jax.training.certificate import Totals, difference
 from pldr_jax.training.rows import forward_rows
 
 BUDGETS = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -79,16 +79,11 @@ def measure_budgets(
         outputs, targets_BT, _ = forward_rows(config, params, rows, max_segments, g_lm)
         return outputs.logits, targets_BT
 
-    def compare(
-        own: jax.Array, targets_BT: jax.Array, rows: jax.Array, g_lm: jax.Array, params: Params
-    ) -> Difference:
-        return difference(own, logits(rows, g_lm, params)[0], targets_BT)
-
-    of_whole, compared = jax.jit(logits), jax.jit(compare)
+    of, compared = jax.jit(logits), jax.jit(difference)
     for rows in batches:
-        own, targets_BT = of_whole(rows, g_lm, params)
+        own, targets_BT = of(rows, g_lm, params)
         for low_rank, total in zip(truncated, totals, strict=True):
-            total.add(compared(own, targets_BT, rows, low_rank.G_LM, params))
+            total.add(compared(own, of(rows, low_rank.G_LM, params)[0], targets_BT))
         done()
     return [
         {**savings(values_LNH, low_rank, budget), **total.results("after")}
