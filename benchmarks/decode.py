@@ -46,6 +46,7 @@ from pldr_jax.training.freeze import without_plga
 
 STEPS = 8
 SOURCES = {"KV": "learned", "KV+G": "learned", "frozen": "external", "SDPA": "identity"}
+"""Variant -> `Model.g_source`; of other variants, which are given their G_LM, it is "external"."""
 NO_CACHE_TOKENS = 4096
 """Without a cache, only batches of so many tokens are timed: more would take minutes."""
 
@@ -98,14 +99,16 @@ def _half_full(slots: Slots) -> Slots:
 
 
 class Variant:
-    """One way of decoding, and its model."""
+    """One way of decoding, and its model; `g_lm` is the one to decode with, if it is known."""
 
-    def __init__(self, name: str, config: ModelConfig, learned: Params) -> None:
+    def __init__(self, name: str, config: ModelConfig, learned: Params, g_lm: Any = None) -> None:
         self.name, self.keep = name, "A" if name == "KV" else "G_LM"
-        source: Any = SOURCES[name]
+        source: Any = SOURCES.get(name, "external")
         self.config = dataclasses.replace(config, g_source=source)
         self.params = learned if source == "learned" else without_plga(learned)
-        self.g_lm = random_g_lm(self.config, 0) if source == "external" else None
+        self.g_lm = g_lm
+        if source == "external" and g_lm is None:
+            self.g_lm = random_g_lm(self.config, 0)
         self.unstacked = jax.jit(functools.partial(unstack_layers, self.config))(self.params)
         self._decode = jax.jit(
             functools.partial(decode_slots, self.config, steps=STEPS), donate_argnames="slots"
@@ -184,14 +187,15 @@ def measure(
     rounds: int,
     bandwidth: Bandwidth,
     compilations: Compilations,
+    without_cache: bool = True,
 ) -> list[dict[str, Any]]:
-    """The rows of the table of one batch and context."""
+    """The rows of the table of one batch and context; variants must have "SDPA" among them."""
     compiled = {v.name: v.make_slots(batch, context, compilations) for v in variants}
-    slow = (
-        no_cache_step(variants[0], batch, context) if batch * context <= NO_CACHE_TOKENS else None
-    )
+    few = without_cache and batch * context <= NO_CACHE_TOKENS
+    slow = no_cache_step(variants[0], batch, context) if few else None
     times: dict[str, list[float]] = {variant.name: [] for variant in variants}
     times |= {"no cache": [], "read": []}
+    base = "frozen" if "frozen" in times else "SDPA"
     if slow is not None:
         seconds(slow)
     count = compilations.count
@@ -212,6 +216,8 @@ def measure(
                 "step_ms": statistics.median(times[variant.name]) * 1e3,
                 "to_floor": ratio(times[variant.name], floors),
                 "to_sdpa": ratio(times[variant.name], times["SDPA"]),
+                "to_frozen": ratio(times[variant.name], times[base]),
+                "to_frozen_quartiles": quartiles(times[variant.name], times[base]),
                 "compilations": compiled[variant.name][0],
                 "compile_s": compiled[variant.name][1],
                 "cache_MiB": variant.slots.cache.nbytes / 2**20,
@@ -235,6 +241,13 @@ def measure(
 def ratio(numbers: list[float], others: list[float]) -> float:
     """Median over rounds of one over the other."""
     return statistics.median(x / y for x, y in zip(numbers, others, strict=True))
+
+
+def quartiles(numbers: list[float], others: list[float]) -> tuple[float, float]:
+    """Lower and upper quartile over rounds of one over the other."""
+    ratios = [x / y for x, y in zip(numbers, others, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return low, high
 
 
 COLUMNS = {

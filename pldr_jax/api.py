@@ -18,6 +18,7 @@ from pldr_jax.inference.request import CacheMode, Completion, Generation, Reques
 from pldr_jax.inference.score import Score, ScoreMode, score
 from pldr_jax.inference.text import find_stop, text_of
 from pldr_jax.model.decoder import ModelOutputs, Params, forward
+from pldr_jax.model.low_rank import LowRankG, check_budget, factorize
 from pldr_jax.model.shapes import place_params
 from pldr_jax.partition import build_mesh, mesh_scope
 
@@ -30,9 +31,11 @@ class LanguageModel:
     Attributes:
       config: the model's config.
       params: its parameters, stacked over layers.
-      g_lm: its predefined G_LM [L,1,N,H,J]; None where it is learned, or the identity.
+      g_lm: its predefined G_LM [L,1,N,H,J]; None where it is learned, or the identity. With a
+        `rank_budget`, of the ranks that decoding keeps.
       tokenizer: None where the checkpoint has none; token ids work all the same.
       mesh: that the parameters are split over; None is a single device.
+      low_rank: the factors of `g_lm` with which keys are cached; None without a `rank_budget`.
     """
 
     def __init__(
@@ -43,13 +46,21 @@ class LanguageModel:
         tokenizer: Tokenizer | None = None,
         cache_dtype: str | None = None,
         mesh: Mesh | None = None,
+        rank_budget: float | None = None,
     ) -> None:
         self.config = config
         self.params = params if mesh is None else place_params(config, params, mesh)
-        self.g_lm = g_lm
         self.tokenizer = tokenizer
         self.mesh = mesh
-        self._engine = Engine(config, self.params, g_lm, cache_dtype, mesh)
+        self.low_rank: LowRankG | None = None
+        if rank_budget is not None:
+            check_budget(rank_budget)
+            if g_lm is not None:
+                tensor = 1 if mesh is None else mesh.shape["tensor"]
+                self.low_rank = factorize(g_lm, rank_budget, shards=tensor)
+        self.g_lm = g_lm if self.low_rank is None else self.low_rank.G_LM
+        own = g_lm if self.low_rank is None else self.low_rank
+        self._engine = Engine(config, self.params, own, cache_dtype, mesh, rank_budget)
         self._forward = _compiled_forward(config, mesh)
 
     def __call__(
@@ -337,6 +348,7 @@ def load(
     step: int | None = None,
     cache_dtype: str | None = None,
     mesh: Mesh | MeshConfig | None = None,
+    rank_budget: float | None = None,
 ) -> LanguageModel:
     """Opens a run folder, or a folder in the transformers layout (`config.json`, and
     `model.safetensors` or several files with an index).
@@ -347,6 +359,9 @@ def load(
       cache_dtype: "float32" or "bfloat16", of cached keys and values; None is the model's.
       mesh: devices to split parameters and cache over, such as `MeshConfig(data=2, tensor=4)`; None
         is a single device.
+      rank_budget: relative error of G_LM, in the Frobenius norm of each head, for which decoding
+        caches keys in fewer numbers (docs/low_rank.md), such as 1e-3; for a frozen checkpoint, or
+        a G_LM that all prompts share. None caches them whole.
 
     Raises:
       ConfigError, CheckpointError: one line, saying what the folder lacks.
@@ -364,9 +379,10 @@ def load(
         from pldr_jax.interop.transformers import read_checkpoint
 
         config, params, g_lm = read_checkpoint(folder)
-        return LanguageModel(config, params, g_lm, tokenizer, cache_dtype, mesh)
+        return LanguageModel(config, params, g_lm, tokenizer, cache_dtype, mesh, rank_budget)
     from pldr_jax.training.checkpoint import read_weights
 
     weights = read_weights(folder, step)
     config = config_from_dict(weights.config_dict, str(folder)).model
-    return LanguageModel(config, weights.params, weights.g_lm, tokenizer, cache_dtype, mesh)
+    g_lm = weights.g_lm
+    return LanguageModel(config, weights.params, g_lm, tokenizer, cache_dtype, mesh, rank_budget)

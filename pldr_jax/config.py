@@ -339,6 +339,13 @@ class GenerationConfig(_Validated):
     cache_dtype: Literal["auto", "float32", "bfloat16"] = _field(
         "auto", "dtype of cached keys and values; auto is Model.dtype"
     )
+    rank_budget: float | None = _field(
+        None,
+        "relative error of a G_LM shared by all prompts (g_mode 'first' or 'frozen') for which "
+        "keys are cached in fewer numbers; 0 keeps every rank",
+        low=0,
+        high=1,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 import pldr_jax
 from pldr_jax.cli.freeze import freeze, freeze_main
+from pldr_jax.cli.infer import infer_main
 from pldr_jax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig, TrainingConfig
 from pldr_jax.data.corpus import prepare
 from pldr_jax.data.pipeline import validation_rows
@@ -40,6 +41,7 @@ MODEL = ModelConfig(
 )
 ROWS, EVAL_ROWS = 5, 18
 """More rows to evaluate than one batch holds."""
+BUDGETS = (0.0, 0.2)
 
 
 def write_run(folder, config: ExperimentConfig, scale: float = 20.0):
@@ -78,7 +80,9 @@ def frozen(text, tmp_path_factory):
     corpus = write_run(run_dir, experiment(text))
     full = pldr_jax.load(run_dir)
     saved = folder / "g_lm.npz"
-    certificate = freeze(run_dir, output, rows=ROWS, log=lines.append, save_g=saved)
+    certificate = freeze(
+        run_dir, output, rows=ROWS, rank_budgets=BUDGETS, log=lines.append, save_g=saved
+    )
     shutil.rmtree(run_dir)
     rows = validation_rows([TokenRows(corpus.validation, MODEL.context_length)], EVAL_ROWS, ROWS)
     return full, rows, certificate, output, lines
@@ -190,6 +194,28 @@ def test_certificate_by_hand(frozen) -> None:
     assert certificate["g_lm"]["order_parameter"] == pytest.approx(order, rel=1e-3)
 
 
+def test_certificate_of_low_rank(frozen, capsys) -> None:
+    """What it says of a budget is true of the checkpoint, opened with that budget."""
+    _, rows, certificate, output, lines = frozen
+    whole, low = pldr_jax.load(output), pldr_jax.load(output, rank_budget=BUDGETS[1])
+    inputs = rows.rows_RC[:, :-1]
+    p, q = (np.asarray(lm(inputs).logits, np.float64) for lm in (whole, low))
+    exact, rough = certificate["low_rank"]
+    assert [exact["budget"], rough["budget"]] == list(BUDGETS)
+    assert exact["logit_difference"]["max"] < 1e-5 and exact["keys"]["kept"] == 1
+    assert rough["logit_difference"]["max"] == pytest.approx(np.abs(p - q).max(), rel=1e-3)
+    assert rough["greedy_agreement"] == (p.argmax(-1) == q.argmax(-1)).mean()
+    assert rough["loss"]["before"] == pytest.approx(certificate["loss"]["frozen"], abs=1e-6)
+    assert low.low_rank.ranks.tolist() == rough["kept"] and rough["keys"]["kept"] > 1
+    assert "rank budget 0.2" in "\n".join(lines)
+    # And of infer.py.
+    prompt = ["--prompt", "def return", "--max_new_tokens=8", "--format=jsonl"]
+    arguments = ["--checkpoint", output, *prompt, f"--gin.Generation.rank_budget={BUDGETS[1]}"]
+    status, shown, _ = run_here(capsys, infer_main, *arguments)
+    (expected,) = low.generate("def return", 8)
+    assert status == 0 and json.loads(shown)["tokens"] == expected.tokens
+
+
 def test_folder_and_output(frozen, text) -> None:
     _, _, certificate, output, lines = frozen
     names = {path.name for path in output.iterdir()}
@@ -286,6 +312,7 @@ def test_what_cannot_be_frozen_is_one_line(frozen, text, tmp_path) -> None:
         "g_source = 'external'": (frozen[3], {}),
         "--rows": (tmp_path / "sdpa", {"rows": 0}),
         "--calibration": (tmp_path / "sdpa", {"calibration": "median"}),
+        "--rank_budget": (tmp_path / "sdpa", {"rank_budgets": [0.1, 2.0]}),
     }
     for named, (folder, options) in cases.items():
         with pytest.raises(ConfigError, match=named) as caught:

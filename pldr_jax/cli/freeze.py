@@ -64,6 +64,13 @@ OPTIONS = (
         "read",
         metavar="FILE",
     ),
+    Option(
+        "rank_budget",
+        "also certify decoding with keys cached in fewer numbers, at this relative error of G_LM",
+        type=float,
+        repeat=True,
+        metavar="X",
+    ),
 )
 
 
@@ -76,6 +83,7 @@ def freeze(
     eval_rows: int | None = None,
     step: int | None = None,
     kl_threshold: float = KL_THRESHOLD,
+    rank_budgets: Sequence[float] = (),
     gin_files: Sequence[str | Path] = (),
     overrides: Sequence[str] = (),
     log: Callable[[str], None] = print,
@@ -93,6 +101,8 @@ def freeze(
       eval_rows: other rows, to evaluate on; None is `Training.eval_rows`, 0 takes all.
       step: checkpoint of a run folder; None is the newest complete one.
       kl_threshold: nats a token above which a warning is printed.
+      rank_budgets: relative errors of G_LM for which the certificate says what low-rank decoding
+        saves and costs (`pldr_jax/training/rank_budget.py`); the checkpoint is the same.
       gin_files, overrides: for `load_config`, on top of the run's config.
       log: takes each line.
       save_g: an NPZ file for the calibrated G_LM [L,N,H,J], key `G_LM`, which another run can train
@@ -102,9 +112,11 @@ def freeze(
       ConfigError: no learned G_LM to freeze, no text, or a folder that cannot be used.
       CheckpointError: the checkpoint cannot be read or written.
     """
+    from pldr_jax.model.low_rank import check_budget
     from pldr_jax.training import certificate as certificates
     from pldr_jax.training import freeze as freezing
     from pldr_jax.training.plots import summary_table
+    from pldr_jax.training.rank_budget import budget_lines, measure_budgets
     from pldr_jax.training.run_folder import check_output, write_run
 
     for name, value, low in (("rows", rows, 1), ("eval_rows", eval_rows or 0, 0)):
@@ -112,6 +124,8 @@ def freeze(
             raise ConfigError(f"--{name}={value}: must be at least {low}")
     if calibration not in freezing.CALIBRATIONS:
         raise ConfigError(f"--calibration={calibration}: must be 'mean' or 'first'")
+    for budget in rank_budgets:
+        check_budget(budget, "--rank_budget")
     folder = Path(checkpoint)
     check_output(output)
     if save_g is not None:
@@ -138,18 +152,28 @@ def freeze(
         batch_size,
         kl_threshold,
     )
+    kept = freezing.without_plga(params)
+    if rank_budgets:
+        certificate["low_rank"] = measure_budgets(
+            frozen.model,
+            kept,
+            calibrated.g_lm,
+            (batch for batch, _ in row_sets[1].batches(batch_size)),
+            rank_budgets,
+            row_sets[1].rows.max_segments,
+        )
     files = {
         "config.gin": dump_config(frozen).encode(),
         CERTIFICATE: (json.dumps(certificate, indent=2, allow_nan=False) + "\n").encode(),
     }
     if (folder / TOKENIZER).is_file():
         files[TOKENIZER] = (folder / TOKENIZER).read_bytes()
-    kept = freezing.without_plga(params)
     write_run(output, found, kept, calibrated.g_lm, config_to_dict(frozen), files)
     if save_g is not None:
         np.savez(save_g, G_LM=np.asarray(calibrated.g_lm)[:, 0])
         log(f"G_LM: {save_g}")
-    log(summary_table(certificates.certificate_lines(certificate)))
+    lines = certificates.certificate_lines(certificate)
+    log(summary_table({**lines, **budget_lines(certificate.get("low_rank", ()))}))
     if warning := certificates.invariance_warning(certificate):
         log(warning)
     log(f"frozen checkpoint of step {found}: {output}")
@@ -214,6 +238,7 @@ def freeze_main(argv: list[str]) -> None:
         options.calibration,
         options.eval_rows,
         options.step,
+        rank_budgets=options.rank_budget,
         gin_files=options.gin_files,
         overrides=options.overrides,
         save_g=options.save_g,

@@ -144,7 +144,7 @@ def _infer(options: Options, config: ExperimentConfig) -> None:
 
         dtype = None if settings.cache_dtype == "auto" else settings.cache_dtype
         mesh = config.mesh if jax.device_count() > 1 else None
-        lm = load(options.checkpoint, options.step, dtype, mesh)
+        lm = load(options.checkpoint, options.step, dtype, mesh, settings.rank_budget)
         output = _output(options, writer, total)
         with output.progress:
             run_batch(lm, jobs, settings, output, options.stop, total)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from pldr_jax.config import ModelConfig
 from pldr_jax.model.cache import Cache, LayerOutputs, build_cache
 from pldr_jax.model.decoder import Decoder, Params, apply, decode_token
+from pldr_jax.model.low_rank import LowRankG
 
 
 def prefill(
@@ -19,7 +20,7 @@ def prefill(
     params: Params,
     tokens_BT: jax.Array,
     length_B: jax.Array,
-    g_lm_LBNHJ: jax.Array | None,
+    g_lm_LBNHJ: jax.Array | LowRankG | None,
     slots: int,
     keep: str = "G_LM",
 ) -> tuple[jax.Array, Cache]:
@@ -29,15 +30,18 @@ def prefill(
       params: stacked parameters.
       tokens_BT: prompts, padded on the right.
       length_B: real tokens of each, at least 1.
-      g_lm_LBNHJ: G_LM to decode with; None takes what each prompt gives.
+      g_lm_LBNHJ: G_LM to decode with, for a cache of V^T k in factors; None takes what each prompt
+        gives.
       slots: tokens the cache has room for, at least T.
       keep: "G_LM", or "A" to recompute the last steps of PLGA at every token.
 
     Returns:
       Logits [B,V] after each row's last real token, and the cache.
     """
-    last_BV, layers = _last_logits(config, params, tokens_BT, length_B, g_lm_LBNHJ)
-    return last_BV, build_cache(layers, length_B, slots, config, keep)
+    low_rank = g_lm_LBNHJ if isinstance(g_lm_LBNHJ, LowRankG) else None
+    g_lm = g_lm_LBNHJ.G_LM if isinstance(g_lm_LBNHJ, LowRankG) else g_lm_LBNHJ
+    last_BV, layers = _last_logits(config, params, tokens_BT, length_B, g_lm)
+    return last_BV, build_cache(layers, length_B, slots, config, keep, low_rank=low_rank)
 
 
 def decode_step(

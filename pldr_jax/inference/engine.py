@@ -15,6 +15,7 @@ from pldr_jax.inference.request import CacheMode, Completion, Request, check_req
 from pldr_jax.inference.sampling import Sampling
 from pldr_jax.inference.slots import Emitted, Limits, Slots
 from pldr_jax.model.decoder import Params
+from pldr_jax.model.low_rank import LowRankG, factorize, no_shared_g_lm
 
 SMALLEST_BUCKET = 16
 STOP_IDS = 8
@@ -30,25 +31,30 @@ class Engine:
     Args:
       config: of the model.
       params: stacked parameters.
-      g_lm: the model's predefined G_LM [L,1,N,H,J], if it has one.
+      g_lm: the model's predefined G_LM [L,1,N,H,J], if it has one, or its factors.
       cache_dtype: "float32" or "bfloat16", of keys and values.
       mesh: that `params` live on (`model.shapes.place_params`); slots are split over its data and
         fsdp axes, heads over its tensor axis. None is a single device.
+      rank_budget: relative error of G_LM for which keys are cached in fewer numbers
+        (`pldr_jax/model/low_rank.py`); one G_LM must serve all requests. None caches them whole.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         params: Params,
-        g_lm: jax.Array | None = None,
+        g_lm: jax.Array | LowRankG | None = None,
         cache_dtype: str | None = None,
         mesh: Mesh | None = None,
+        rank_budget: float | None = None,
     ) -> None:
         self._config = config
         self._params = params
         self._g_lm = g_lm
         self._cache_dtype = cache_dtype or config.dtype
         self._jitted = compiled_functions(config, mesh)
+        self._rank_budget = rank_budget
+        self._tensor = 1 if mesh is None else mesh.shape["tensor"]
         self._shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
     @functools.cached_property
@@ -83,7 +89,7 @@ class Engine:
         mode = mode or CacheMode()
         rows += -rows % self._shards
         queue = iter(requests)
-        given = g_lm if g_lm is not None else self._g_lm
+        given = self._factorized(g_lm if g_lm is not None else self._g_lm)
         numbered: Iterator[Completion] = (Completion(i, request) for i, request in enumerate(queue))
         if given is None and share_first and self._config.g_source == "learned":
             first = next(numbered, None)
@@ -91,12 +97,20 @@ class Engine:
                 return
             numbered = itertools.chain([first], numbered)
             if check_request(first.request, *self._bounds()) is None:
-                given = self._g_lm_of(first.request)
+                given = self._factorized(self._g_lm_of(first.request))
+        if self._rank_budget is not None and given is None:
+            raise no_shared_g_lm(self._config)
         if mode.kv:
             slots = min(length or self._config.context_length, self._config.context_length)
             yield from self._cached(numbered, rows, slots, given, mode.g, steps, find_stop)
         else:
-            yield from self._uncached(numbered, given, mode.g, find_stop)
+            whole = given.G_LM if isinstance(given, LowRankG) else given
+            yield from self._uncached(numbered, whole, mode.g, find_stop)
+
+    def _factorized(self, g_lm: jax.Array | LowRankG | None) -> jax.Array | LowRankG | None:
+        if g_lm is None or self._rank_budget is None or isinstance(g_lm, LowRankG):
+            return g_lm
+        return factorize(g_lm, self._rank_budget, shards=self._tensor)
 
     def _bounds(self) -> tuple[int, int]:
         return self._config.context_length, self._config.vocab_size
@@ -110,7 +124,7 @@ class Engine:
         queue: Iterator[Completion],
         rows: int,
         length: int,
-        g_lm: jax.Array | None,
+        g_lm: jax.Array | LowRankG | None,
         keep: str,
         steps: int,
         find_stop: FindStop | None,
@@ -174,7 +188,7 @@ class Engine:
         slots: Slots,
         slot: int,
         request: Request,
-        g_lm: jax.Array | None,
+        g_lm: jax.Array | LowRankG | None,
         keep: str,
     ) -> Slots:
         # The bucket depends on the prompt alone, so that its G_LM does, too, to the last bit.

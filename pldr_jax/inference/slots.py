@@ -14,9 +14,16 @@ import jax.numpy as jnp
 from pldr_jax.config import ModelConfig
 from pldr_jax.inference.decode import decode_step, prefill
 from pldr_jax.inference.sampling import Sampling, draw, penalize
-from pldr_jax.model.cache import Cache, LayerCache
+from pldr_jax.model.cache import (
+    Cache,
+    LayerCache,
+    LowRankLayerCache,
+    empty_low_rank,
+    write_row,
+)
 from pldr_jax.model.decoder import Params
 from pldr_jax.model.deductive import DeductiveOutputs
+from pldr_jax.model.low_rank import LowRankG
 from pldr_jax.partition import constrain
 
 
@@ -74,7 +81,7 @@ def empty_slots(
     rows: int,
     length: int,
     stop_ids: int,
-    g_lm_LBNHJ: jax.Array | None,
+    g_lm_LBNHJ: jax.Array | LowRankG | None,
     keep: str,
     dtype: Any,
 ) -> Slots:
@@ -85,15 +92,17 @@ def empty_slots(
       rows: B.
       length: S, tokens that a slot can hold.
       stop_ids: K, stop tokens that a row can have.
-      g_lm_LBNHJ: one G_LM [L,1,N,H,J] for all rows; None where each has its own, or for the
-        identity.
+      g_lm_LBNHJ: one G_LM [L,1,N,H,J] for all rows, or its factors; None where each has its own,
+        or for the identity.
       keep: "G_LM" or "A", what each row keeps of its prompt.
       dtype: of keys and values.
     """
     heads, head = config.num_heads, config.head_dim
     own = config.g_source == "learned" and g_lm_LBNHJ is None
 
-    def layer(i: int) -> LayerCache:
+    def layer(i: int) -> LayerCache | LowRankLayerCache:
+        if isinstance(g_lm_LBNHJ, LowRankG):
+            return empty_low_rank(g_lm_LBNHJ.layers[i], rows, length, head, dtype)
         kept = None if g_lm_LBNHJ is None else g_lm_LBNHJ[i]
         if own:
             kept = jnp.zeros((rows, heads, head, head), jnp.float32)
@@ -122,7 +131,7 @@ def admit(
     length: jax.Array,
     sampling: Sampling,
     limits: Limits,
-    g_lm_LBNHJ: jax.Array | None,
+    g_lm_LBNHJ: jax.Array | LowRankG | None,
     keep: str,
 ) -> Slots:
     """Runs one prompt and puts it into a slot. Donate `slots` when jitting this.
@@ -143,22 +152,21 @@ def admit(
     logits_1V, row = prefill(
         config, params, tokens_T[None], length[None], g_lm_LBNHJ, tokens_T.shape[0], keep
     )
-    layers, room = [], slots.cache.slots
+    layers = []
+    old: Any  # both are of one class
+    new: Any
     for old, new in zip(slots.cache.layers, row.layers, strict=True):
-        # Beyond the slot's room there is only padding.
-        k_BNSH = _write(old.k_BNSH, new.k_BNSH[:, :, :room], slot)
-        v_BNSH = _write(old.v_BNSH, new.v_BNSH[:, :, :room], slot)
-        deductive = old.deductive
+        layer = old.with_row(new, slot)
         if own:
-            kept = _write(getattr(deductive, keep), getattr(new.deductive, keep), slot)
-            deductive = DeductiveOutputs(**{keep: kept})
-        layers.append(LayerCache(k_BNSH, v_BNSH, deductive).laid_out())
+            kept = write_row(getattr(layer.deductive, keep), getattr(new.deductive, keep), slot)
+            layer = layer.replace(deductive=DeductiveOutputs(**{keep: kept}))
+        layers.append(layer.laid_out())
     vocab = config.vocab_size
     padded = jnp.where(jnp.arange(tokens_T.shape[0]) < length, tokens_T, vocab)
     seen_V = jnp.zeros((vocab,), bool).at[padded].set(True, mode="drop")
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        return _write(old, new, slot)
+        return write_row(old, new, slot)
 
     slots = Slots(
         cache=Cache(tuple(layers), slots.cache.length_B.at[slot].set(length)),
@@ -244,9 +252,3 @@ def _laid_out(slots: Slots) -> Slots:
         sampling=jax.tree.map(place, slots.sampling),
         limits=jax.tree.map(place, slots.limits),
     )
-
-
-def _write(old: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
-    """`old` with the row `new` [1, ...] at `slot`; later axes of `new` may be shorter."""
-    start = (slot,) + (0,) * (old.ndim - 1)
-    return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), start)

@@ -9,9 +9,10 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pldr_jax.config import ModelConfig
-from pldr_jax.model.cache import LayerCache, LayerOutputs
+from pldr_jax.model.cache import LayerCache, LayerOutputs, LowRankLayerCache
 from pldr_jax.model.deductive import DeductiveOutputs
 from pldr_jax.model.kernels import fused_attention
 from pldr_jax.model.layers import Linear, full_product_operand
@@ -149,8 +150,26 @@ def attend_cached(
     """
     q_BNJ = q_BNJ.astype(k_BNSH.dtype)
     scores_BNS = jnp.einsum("BNJ,BNSJ->BNS", q_BNJ, k_BNSH, preferred_element_type=jnp.float32)
-    visible_BNS = jnp.arange(k_BNSH.shape[2]) <= last_B[:, None, None]
-    scores_BNS = jnp.where(visible_BNS, scores_BNS / math.sqrt(q_BNJ.shape[-1]), MASKED)
+    return _weighted_values(scores_BNS, v_BNSH, last_B)
+
+
+def attend_low_rank(q_BNH: jax.Array, cache: LowRankLayerCache, last_B: jax.Array) -> jax.Array:
+    """`attend_cached` of queries that have not met G_LM, with keys cached as V^T k."""
+    outs, order = [], []
+    for group in cache.groups:
+        heads, k_BNES = list(group.factors.heads), group.k_BNES
+        q_BNH_ = q_BNH[:, np.array(heads)].astype(jnp.float32)
+        q_BNE = jnp.einsum("BNH,NHE->BNE", q_BNH_, group.factors.query_NHE).astype(k_BNES.dtype)
+        scores_BNS = jnp.einsum("BNE,BNES->BNS", q_BNE, k_BNES, preferred_element_type=jnp.float32)
+        outs.append(_weighted_values(scores_BNS, group.v_BNSH, last_B))
+        order += heads
+    return jnp.concatenate(outs, axis=1)[:, np.argsort(order)]
+
+
+def _weighted_values(scores_BNS: jax.Array, v_BNSH: jax.Array, last_B: jax.Array) -> jax.Array:
+    """Softmax of the scores over sqrt(H) up to slot `last_B`, times the values, [B,N,H]."""
+    visible_BNS = jnp.arange(v_BNSH.shape[2]) <= last_B[:, None, None]
+    scores_BNS = jnp.where(visible_BNS, scores_BNS / math.sqrt(v_BNSH.shape[-1]), MASKED)
     weights_BNS = jax.nn.softmax(scores_BNS, axis=-1).astype(v_BNSH.dtype)
     return jnp.einsum("BNS,BNSH->BNH", weights_BNS, v_BNSH, preferred_element_type=jnp.float32)
 
@@ -201,8 +220,12 @@ class Attention(nn.Module):
         return self.out(out_BTNH), LayerOutputs(k_BTNH, v_BTNH, deductive)
 
     def decode(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: LayerCache, update_g_lm: bool
-    ) -> tuple[jax.Array, LayerCache]:
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        cache: LayerCache | LowRankLayerCache,
+        update_g_lm: bool,
+    ) -> tuple[jax.Array, LayerCache | LowRankLayerCache]:
         """Attention of the newest token (T = 1) to itself and to what the cache holds before it.
 
         Args:
@@ -215,13 +238,17 @@ class Attention(nn.Module):
           The output [B,1,D] and the cache with the token's key and value added.
         """
         q_BTNH, k_BTNH, v_BTNH = self._project(x_BTD, positions_BT)
-        cache = cache.append(k_BTNH, v_BTNH, positions_BT[:, 0])
-        g_lm = cache.deductive.G_LM
-        if update_g_lm:
-            assert cache.deductive.A is not None  # the caller has looked
-            g_lm = self.plga.energy_curvature(cache.deductive.A).G_LM
-        query_BNH = apply_metric_once(q_BTNH[:, 0], g_lm)
-        out_BNH = attend_cached(query_BNH, cache.k_BNSH, cache.v_BNSH, positions_BT[:, 0])
+        last_B = positions_BT[:, 0]
+        cache = cache.append(k_BTNH, v_BTNH, last_B)
+        if isinstance(cache, LowRankLayerCache):
+            out_BNH = attend_low_rank(q_BTNH[:, 0], cache, last_B)
+        else:
+            g_lm = cache.deductive.G_LM
+            if update_g_lm:
+                assert cache.deductive.A is not None  # the caller has looked
+                g_lm = self.plga.energy_curvature(cache.deductive.A).G_LM
+            query_BNH = apply_metric_once(q_BTNH[:, 0], g_lm)
+            out_BNH = attend_cached(query_BNH, cache.k_BNSH, cache.v_BNSH, last_B)
         out_BTNH = out_BNH.astype(x_BTD.dtype)[:, None]
         return self.out(out_BTNH), cache
 

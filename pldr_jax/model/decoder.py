@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pldr_jax.config import ModelConfig
 from pldr_jax.model.attention import Attention, AttentionInputs
-from pldr_jax.model.cache import Cache, LayerCache, LayerOutputs
+from pldr_jax.model.cache import Cache, LayerCache, LayerOutputs, LowRankLayerCache
 from pldr_jax.model.deductive import DeductiveOutputs
 from pldr_jax.model.layers import GLU, Linear, layer_norm, logical
 from pldr_jax.model.segments import Segments
@@ -62,8 +62,12 @@ class DecoderLayer(nn.Module):
         return self._feed_forward(x_BTD, attended_BTD), layer
 
     def decode(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: LayerCache, update_g_lm: bool
-    ) -> tuple[jax.Array, LayerCache]:
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        cache: LayerCache | LowRankLayerCache,
+        update_g_lm: bool,
+    ) -> tuple[jax.Array, LayerCache | LowRankLayerCache]:
         """The newest token's hidden state [B,1,D] to its next one, and the layer's cache with the
         token in it.
         """
@@ -252,7 +256,7 @@ def decode_token(
     positions_BT = cache.length_B[:, None]
     layers = []
     for layer_params, layer in zip(unstacked["layers"], cache.layers, strict=True):
-        update_g_lm = layer.deductive.A is not None
+        update_g_lm = isinstance(layer, LayerCache) and layer.deductive.A is not None
         x_BTD, layer = apply(
             DecoderLayer(config),
             layer_params,

@@ -57,6 +57,24 @@ def read_g_lm(path: str | Path, config: ModelConfig, field: str = "Model.g_file"
     Raises:
       ConfigError: no such file, not such a file, or another shape than the model's.
     """
+    tensor = read_tensor(path, field)
+    shape = g_lm_shape(config)
+    if tensor.shape == shape[:1] + shape[2:]:
+        tensor = tensor[:, None]
+    if tensor.shape != shape:
+        raise ConfigError(
+            f"{field} = {str(path)!r}: G_LM has shape {tensor.shape}, this model needs "
+            f"{shape[:1] + shape[2:]} [L,N,H,H]"
+        )
+    return jnp.asarray(tensor, jnp.float32)
+
+
+def read_tensor(path: str | Path, field: str = "g_file") -> np.ndarray:
+    """The tensor `G_LM` of an npz, npy or safetensors file, or its only one, of any shape.
+
+    Raises:
+      ConfigError: no such file, or not such a file.
+    """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{field} = {str(path)!r}: no such file")
@@ -75,16 +93,7 @@ def read_g_lm(path: str | Path, config: ModelConfig, field: str = "Model.g_file"
         ) from error
     if "G_LM" not in tensors and len(tensors) != 1:
         raise ConfigError(f"{field} = {str(path)!r}: holds {sorted(tensors)}, none named G_LM")
-    tensor = tensors.get("G_LM", next(iter(tensors.values())))
-    shape = g_lm_shape(config)
-    if tensor.shape == shape[:1] + shape[2:]:
-        tensor = tensor[:, None]
-    if tensor.shape != shape:
-        raise ConfigError(
-            f"{field} = {str(path)!r}: G_LM has shape {tensor.shape}, this model needs "
-            f"{shape[:1] + shape[2:]} [L,N,H,H]"
-        )
-    return jnp.asarray(tensor, jnp.float32)
+    return np.asarray(tensors.get("G_LM", next(iter(tensors.values()))))
 
 
 def predefined_g_lm(config: ModelConfig) -> jax.Array | None:

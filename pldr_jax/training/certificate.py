@@ -28,6 +28,7 @@ class Difference(flax.struct.PyTreeNode):
       full, frozen: loss of either model.
       logit_sum, logit_max: of |logit difference| over all V logits of those positions.
       kl_sum, kl_max: of KL(full || frozen), nats.
+      agreed: positions at which both have the same most probable token.
     """
 
     full: TokenLoss
@@ -36,6 +37,44 @@ class Difference(flax.struct.PyTreeNode):
     logit_max: jax.Array
     kl_sum: jax.Array
     kl_max: jax.Array
+    agreed: jax.Array
+
+
+class Totals:
+    """`Difference` of all batches, added up in float64."""
+
+    def __init__(self) -> None:
+        self._sums, self._largest = np.zeros(6, np.float64), np.zeros(2, np.float64)
+
+    def add(self, part: Difference) -> None:
+        """Adds a batch."""
+        part = jax.device_get(part)
+        losses = (part.full.loss_sum, part.frozen.loss_sum, part.full.count)
+        self._sums += np.asarray([*losses, part.logit_sum, part.kl_sum, part.agreed], np.float64)
+        self._largest = np.maximum(self._largest, [part.logit_max, part.kl_max])
+
+    @property
+    def tokens(self) -> int:
+        """Positions that were compared."""
+        return int(self._sums[2])
+
+    def results(self, other: str = "frozen") -> dict[str, Any]:
+        """ "loss", "logit_difference", "kl" and "greedy_agreement", plain values for JSON.
+
+        Args:
+          other: what to call the loss of the second model.
+        """
+        before, after, logit, kl, agreed = self._sums[[0, 1, 3, 4, 5]] / max(self.tokens, 1)
+        return {
+            "loss": {
+                "before": _number(before),
+                other: _number(after),
+                "difference": _number(after - before),
+            },
+            "logit_difference": {"max": _number(self._largest[0]), "mean": _number(logit)},
+            "kl": {"mean": _number(kl), "max": _number(self._largest[1])},
+            "greedy_agreement": _number(agreed),
+        }
 
 
 def kl_divergence(p_logits: jax.Array, q_logits: jax.Array) -> jax.Array:
@@ -67,8 +106,12 @@ def compare(
     """
     outputs, targets_BT, _ = forward_rows(config, params, rows_BC, max_segments)
     bare = without_plga(params)
-    own = outputs.logits
     other = forward_rows(frozen, bare, rows_BC, max_segments, g_lm).outputs.logits
+    return difference(outputs.logits, other, targets_BT)
+
+
+def difference(own: jax.Array, other: jax.Array, targets_BT: jax.Array) -> Difference:
+    """What the logits of two models [B,T,V] have between them."""
     counted_BT = targets_BT != PAD_ID
     logit_BTV = jnp.where(counted_BT[:, :, None], jnp.abs(own - other), 0)
     kl_BT = jnp.where(counted_BT, kl_divergence(own, other), 0)
@@ -79,6 +122,7 @@ def compare(
         logit_max=logit_BTV.max(),
         kl_sum=kl_BT.sum(),
         kl_max=kl_BT.max(),
+        agreed=jnp.sum((own.argmax(-1) == other.argmax(-1)) & counted_BT),
     )
 
 
@@ -89,30 +133,19 @@ def measure(
     g_lm: jax.Array,
     rows: RowSet,
     batch_size: int,
-) -> dict[str, dict[str, float | int | None]]:
+) -> dict[str, Any]:
     """`compare` over all rows, batch by batch: the certificate's "evaluation", "loss",
-    "logit_difference" and "kl".
+    "logit_difference", "kl" and "greedy_agreement".
     """
     compared = jax.jit(
         functools.partial(compare, config, frozen, max_segments=rows.rows.max_segments)
     )
-    sums, largest = np.zeros(5, np.float64), np.zeros(2, np.float64)
+    totals = Totals()
     for batch_BC, _ in rows.batches(batch_size):
-        part = jax.device_get(compared(params, batch_BC, g_lm))
-        losses = (part.full.loss_sum, part.frozen.loss_sum, part.full.count)
-        sums += np.asarray([*losses, part.logit_sum, part.kl_sum], np.float64)
-        largest = np.maximum(largest, [part.logit_max, part.kl_max])
-    count = max(int(sums[2]), 1)
-    before, after = sums[0] / count, sums[1] / count
+        totals.add(compared(params, batch_BC, g_lm))
     return {
-        "evaluation": {"rows": len(rows.order), "tokens": int(sums[2])},
-        "loss": {
-            "before": _number(before),
-            "frozen": _number(after),
-            "difference": _number(after - before),
-        },
-        "logit_difference": {"max": _number(largest[0]), "mean": _number(sums[3] / count)},
-        "kl": {"mean": _number(sums[4] / count), "max": _number(largest[1])},
+        "evaluation": {"rows": len(rows.order), "tokens": totals.tokens},
+        **totals.results(),
     }
 
 
@@ -182,6 +215,7 @@ def certificate_lines(certificate: dict[str, Any]) -> dict[str, str]:
         f"difference {_shown(c['loss']['difference'])}",
         "logit difference": _mean_and_max(c["logit_difference"]),
         "KL divergence": f"{_mean_and_max(c['kl'])} nats a token",
+        "greedy tokens": f"{c['greedy_agreement']:.2%} the same",
         "RMSE of G_LM": f"{_shown(g['rmse'])} between rows, "
         f"order parameter {_shown(g['order_parameter'])}",
     }
