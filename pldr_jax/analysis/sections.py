@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pldr_jax.analysis import invariance
+from pldr_jax.analysis import alteration, causality, invariance, low_rank, structure
 from pldr_jax.analysis.section import Section
 from pldr_jax.api import LanguageModel
 from pldr_jax.config import ConfigError
@@ -27,6 +27,10 @@ class Measurement:
 
 MEASUREMENTS: Mapping[str, Measurement] = {
     "invariance": Measurement(invariance.measure, ("float64",)),
+    "causality": Measurement(causality.measure),
+    "structure": Measurement(structure.measure),
+    "alteration": Measurement(alteration.measure, ("others",)),
+    "low_rank": Measurement(low_rank.measure),
 }
 """In the order of the report."""
 

@@ -11,6 +11,7 @@ from pldr_jax.config import ConfigError, ExperimentConfig
 from pldr_jax.flags import Option, Options, config_to_dict, load_config, parse_args
 
 if TYPE_CHECKING:
+    import jax
     import numpy as np
 
     from pldr_jax.analysis.progress import ReportProgress
@@ -49,6 +50,12 @@ OPTIONS = (
         metavar="STEP",
     ),
     Option("sections", "comma-separated; default: all", metavar="LIST"),
+    Option(
+        "other_g",
+        "another G_LM to try in place of the model's: an NPZ or safetensors file, or another run",
+        repeat=True,
+        metavar="PATH",
+    ),
     Option("tensors", "also write tensors.npz; its G_LM is one for Model.g_file", type=bool),
     Option("float64", "also compute the deductive outputs in float64, in NumPy: slow", type=bool),
     Option(
@@ -129,10 +136,11 @@ def _measure(
 
     stored, step, lm = _open(folder, options.step, config)
     rows_RC = _rows(folder, stored, lm, options, progress)
+    others = _others(options.other_g, lm, config)
     sections = []
     for name, measurement in measurements.items():
         progress.start(f"{label}: {name}", len(rows_RC))
-        settings = {"float64": options.float64}
+        settings = {"float64": options.float64, "others": others}
         sections.append(
             run_section(measurement, lm, rows_RC, options.batch_size, settings, progress.advance)
         )
@@ -164,6 +172,21 @@ def _open(
     model = dataclasses.replace(stored.model, unroll=False)
     lm = LanguageModel(model, weights.params, weights.g_lm, tokenizer, mesh=mesh)
     return stored, weights.step, lm
+
+
+def _others(
+    paths: list[str], lm: "LanguageModel", config: ExperimentConfig
+) -> "dict[str, jax.Array | LanguageModel]":
+    """What `--other_g` names, by the names of the files and folders."""
+    from pldr_jax.analysis.report import labels
+    from pldr_jax.model.deductive import read_g_lm
+
+    return {
+        label: _open(Path(path), None, config)[2]
+        if Path(path).is_dir()
+        else read_g_lm(path, lm.config, "--other_g")[:, 0]
+        for path, label in zip(paths, labels(paths), strict=True)
+    }
 
 
 def _rows(
