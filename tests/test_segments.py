@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pldr_jax.config import DataConfig, ExperimentConfig
+from pldr_jax.config import DataConfig, ExperimentConfig, MeshConfig
 from pldr_jax.data.corpus import TokenFile
 from pldr_jax.data.rows import SEGMENTS, SegmentRows
 from pldr_jax.model.segments import Segments
+from pldr_jax.model.shapes import place_params
+from pldr_jax.partition import batch_sharding, build_mesh, mesh_scope
 from pldr_jax.training.losses import dag_losses
 from pldr_jax.training.rows import forward_rows
 from pldr_jax.training.step import loss_fn
@@ -131,3 +133,21 @@ def test_positions_restart_and_blocks_do_not_touch() -> None:
     ids = np.asarray([1, 1, 1, 2, 2, 3])
     np.testing.assert_array_equal(mask, np.tril(ids[:, None] == ids))
     assert segments.real.tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("sizes", [(4, 1, 2), (1, 8, 1)])
+def test_segments_on_a_mesh(tiny, rows, sizes) -> None:
+    """Loss and gradients are those of one device: rows, parameters and heads split."""
+    model, params = tiny
+    batch = np.concatenate([rows[1]] * 8)[:8]
+    config = ExperimentConfig(model=model, data=DataConfig(packing="segment", max_segments=K))
+    gradient = jax.jit(jax.value_and_grad(functools.partial(loss_fn, config), has_aux=True))
+    (loss, _), grads = gradient(params, None, batch)
+    mesh = build_mesh(MeshConfig(*sizes))
+    placed = place_params(model, params, mesh)
+    split = jax.device_put(batch, batch_sharding(mesh, batch.shape))
+    with mesh_scope(mesh):
+        (loss_2, _), grads_2 = gradient(placed, None, split)
+    assert len(split.sharding.device_set) == 8
+    chex.assert_trees_all_close(loss_2, loss, rtol=1e-5)
+    chex.assert_trees_all_close(grads_2, grads, rtol=0, atol=1e-5)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pldr_jax.analysis.batches import mean_g_lm
 from pldr_jax.analysis.figures import COLORS, new_figure, png
 from pldr_jax.analysis.section import Cell, Picture, Section, Table
 from pldr_jax.api import LanguageModel
@@ -69,14 +70,8 @@ def recomputed_g_lm(params: Params, A_LM: jax.Array) -> jax.Array:
 
 def calibrated_g_lm(model: LanguageModel, rows_RC: np.ndarray, batch_size: int = 16) -> jax.Array:
     """Mean of G_LM [L,1,N,H,J] over rows, summed in float64; a predefined one is itself."""
-    if model.config.g_source != "learned":
-        return _predefined(model)
-    total, done = np.zeros(()), 0
-    for start in range(0, len(rows_RC), batch_size):
-        rows = rows_RC[start : start + batch_size]
-        own = np.asarray(model(rows[:, :-1]).deductive.G_LM, np.float64)
-        total, done = total + own.sum(1, keepdims=True), done + len(rows)
-    return jnp.asarray(total / done, jnp.float32)
+    mean_LNHJ = mean_g_lm(model, rows_RC[:, :-1], batch_size)
+    return jnp.asarray(mean_LNHJ[:, None], jnp.float32)
 
 
 def alterations(

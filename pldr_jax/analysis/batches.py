@@ -10,8 +10,8 @@ from pldr_jax.model.deductive import identity_g_lm
 
 
 def batches(rows_RC: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """(int32 [B,C], real rows of it); the last batch is filled up with its first row, so that one
-    compiled program serves all.
+    """(a new array [B,...], real rows of it); the last batch is filled up with its first row, so
+    that one compiled program serves all.
     """
     batch_size = min(batch_size, len(rows_RC))
     for start in range(0, len(rows_RC), batch_size):

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pldr_jax.analysis.batches import batches
 from pldr_jax.analysis.causality_figures import pictures_of
-from pldr_jax.analysis.held_out import batches, check_at_least, check_rows
+from pldr_jax.analysis.held_out import check_at_least, check_rows
 from pldr_jax.analysis.position_loss import (
     PositionLosses,
     jitted,

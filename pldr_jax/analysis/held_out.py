@@ -1,7 +1,6 @@
-"""Held-out rows: checked once, and cut into batches of one shape."""
+"""Held-out rows, checked once; models that compile quickly."""
 
 import dataclasses
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -38,11 +37,3 @@ def check_at_least(name: str, value: int, least: int) -> None:
     """ConfigError if `value`, the argument `name`, is below `least`."""
     if value < least:
         raise ConfigError(f"{name} = {value}: must be at least {least}")
-
-
-def batches(rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """(rows [size, ...], how many of them are real): a short last batch repeats its last row."""
-    for start in range(0, len(rows), size):
-        chosen = rows[start : start + size]
-        filled = np.concatenate([chosen, np.repeat(chosen[-1:], size - len(chosen), axis=0)])
-        yield filled, len(chosen)

@@ -7,11 +7,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from pldr_jax.analysis.batches import batches, mean_g_lm
 from pldr_jax.analysis.figures import COLORS, new_figure, png
 from pldr_jax.analysis.section import Picture, Section, Table
 from pldr_jax.api import LanguageModel
 from pldr_jax.model.deductive import identity_g_lm
 from pldr_jax.partition import mesh_scope
+from pldr_jax.training.losses import PAD_ID
 from pldr_jax.training.rank_budget import BUDGETS, measure_budgets, singular_values
 
 CLOSE = 1e-2
@@ -44,7 +46,7 @@ def measure(
             model.config,
             model.params,
             g_lm,
-            (batch for batch, _ in _batches(rows_RC, batch_size)),
+            _padded(rows_RC, batch_size),
             budgets,
             done=lambda: advance(next(sizes)),
         )
@@ -65,20 +67,15 @@ def _g_lm(model: LanguageModel, rows_RC: np.ndarray, batch_size: int) -> tuple[A
         return model.g_lm, "the model's own"
     if model.config.g_source == "identity":
         return identity_g_lm(model.config), "the identity"
-    total = np.zeros(())
-    for batch_BC, real in _batches(rows_RC, batch_size):
-        g_lm_LBNHJ = np.asarray(model(batch_BC[:, :-1]).deductive.G_LM, np.float64)
-        total = total + g_lm_LBNHJ[:, :real].sum(1, keepdims=True)
-    return jnp.asarray(total / len(rows_RC), jnp.float32), "the mean over the rows"
+    mean_LNHJ = mean_g_lm(model, rows_RC[:, :-1], batch_size)
+    return jnp.asarray(mean_LNHJ[:, None], jnp.float32), "the mean over the rows"
 
 
-def _batches(rows_RC: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """(batch, real rows of it); the last one is filled up with rows of zeros, padding."""
-    for start in range(0, len(rows_RC), size):
-        chosen = rows_RC[start : start + size]
-        batch_BC = np.zeros((size, rows_RC.shape[1]), np.int32)
-        batch_BC[: len(chosen)] = chosen
-        yield batch_BC, len(chosen)
+def _padded(rows_RC: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+    """Batches; what the last one lacks is padding, which is not scored."""
+    for batch_BC, real in batches(rows_RC, batch_size):
+        batch_BC[real:] = PAD_ID
+        yield batch_BC
 
 
 def _verdict(measured: list[dict[str, Any]]) -> str:

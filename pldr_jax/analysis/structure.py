@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pldr_jax.analysis.attention_maps import describe_weights, weights_of
+from pldr_jax.analysis.batches import batches
 from pldr_jax.analysis.distributions import EntryHistograms
-from pldr_jax.analysis.held_out import batches, check_at_least, check_rows, quick_to_compile
+from pldr_jax.analysis.held_out import check_at_least, check_rows, quick_to_compile
 from pldr_jax.analysis.section import Section
 from pldr_jax.analysis.spectra import RowStatistics, describe, singular_values
 from pldr_jax.analysis.structure_figures import pictures_of
