@@ -10,7 +10,8 @@ FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.r
 
 MAY_IMPORT = {
     "fields": set(),
-    "config": {"fields"},
+    "model_config": {"fields"},
+    "config": {"fields", "model_config"},
     "gin": {"config"},
     "flags": {"config", "gin"},
     "partition": {"config"},
