@@ -24,7 +24,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 GOLDENS = Path(__file__).parent / "goldens"
 
-OPTIMISED = ("test_parity", "test_convert")
+OPTIMISED = ("test_parity", "test_convert", "test_model", "test_checkpoint")
 """Test files that compile as users do."""
 
 
@@ -94,4 +94,7 @@ def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         if "PYTEST_XDIST_WORKER" in os.environ:
             folder = folder.parent  # shared by the workers: what one compiled, the other reads
         patch.setenv("PLDR_CACHE", str(folder / "pldr_cache"))
+        # What a file or a worker has compiled, the others read.
+        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
         yield
