@@ -91,7 +91,6 @@ def tiny_config(source: Path, fields: dict[str, Any] | None = None) -> Experimen
 def start(program: str, *arguments: object) -> subprocess.Popen[str]:
     """`python train.py ...` at the root of the repository, on one device."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as conftest.py does
     return subprocess.Popen(
         [sys.executable, program, *map(str, arguments)],
         cwd=REPOSITORY,

@@ -254,7 +254,7 @@ def test_help_lists_every_field() -> None:
 
 def test_profile_of_some_steps(source, tmp_path, capsys) -> None:
     arguments = (f"--run_dir={tmp_path / 'run'}", *flags(source, QUICK))
-    status, out, _ = run_here(capsys, train_main, *arguments, "--profile=1:1")
+    status, out, _ = run_here(capsys, train_main, *arguments, "--profile=2:1")
     assert status == 0 and f"trace: {tmp_path / 'run' / 'profile'}" in out
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
     for wrong in ("1", "0:3", "a:b"):
