@@ -5,7 +5,8 @@
 
 For each model and context: the step with PLGA and that of the identity model of the same size
 (SDPA), timed in turn, round after round, and beside them the rate of a large matrix product, so
-that a change of the machine's speed meets all of them alike. Utilisation is the floating point
+that a change of the machine's speed meets all of them alike; each after one of its own that is not
+timed, since memory that others had is slow at first. Utilisation is the floating point
 operations of the model (`pldr_jax/model/flops.py`) over the time of a step, over that rate; times
 are medians over rounds, ratios medians of each round's ratio. `forward` and `forward + backward`
 are compiled by themselves: what the step takes beyond them is the optimiser and the metrics.
@@ -110,8 +111,10 @@ def measure(config: ExperimentConfig, rounds: int, parts: bool) -> list[dict[str
     for _ in range(rounds):
         times["product"].append(seconds(product))
         for name, variant in variants.items():
+            variant.step()  # after another step, as in training
             times[name].append(variant.step())
             if parts:
+                variant.backward()
                 shares[f"{name} f"].append(variant.forward())
                 shares[f"{name} b"].append(variant.backward())
     rows = []
