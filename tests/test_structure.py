@@ -10,6 +10,7 @@ FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.r
 
 MAY_IMPORT = {
     "fields": set(),
+    "terminal": set(),
     "model_config": {"fields"},
     "config": {"fields", "model_config"},
     "gin": {"config"},
@@ -17,14 +18,15 @@ MAY_IMPORT = {
     "partition": {"config"},
     "hosts": {"config"},
     "model": {"config", "partition"},
-    "inference": {"config", "partition", "model"},
-    "data": {"config", "partition", "model"},
-    "training": {"config", "partition", "hosts", "model", "inference", "data"},
+    "inference": {"config", "terminal", "partition", "model"},
+    "data": {"config", "terminal", "partition", "model"},
+    "training": {"config", "terminal", "partition", "hosts", "model", "inference", "data"},
     "interop": {"config", "flags", "partition", "model", "data", "training"},
     "api": {"config", "flags", "partition", "model", "interop", "inference", "data", "training"},
     "evaluation": {"config", "inference", "api"},
     "analysis": {
-        "config", "flags", "partition", "model", "interop", "inference", "data", "training", "api",
+        "config", "terminal", "flags", "partition", "model", "interop", "inference", "data",
+        "training", "api",
     },
     "cli": {
         "config",

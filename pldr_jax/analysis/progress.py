@@ -8,8 +8,10 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from pldr_jax.terminal import LiveBar
 
-class ReportProgress:
+
+class ReportProgress(LiveBar):
     """Counts the rows of one measurement after another.
 
     Args:
@@ -60,19 +62,3 @@ class ReportProgress:
         elif self._clock() - self._printed >= self._interval:
             self._printed = self._clock()
             self.print(f"[{self._number}/{self._total}] {self._name}: {self._done}/{self._rows}")
-
-    def print(self, text: str) -> None:
-        """Prints a line on stderr, above the bar where there is one."""
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, soft_wrap=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-    def __enter__(self) -> "ReportProgress":
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()

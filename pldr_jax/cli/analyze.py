@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pldr_jax.cli.common import keep_compiled_programs, run
+from pldr_jax.cli.common import STEP, keep_compiled_programs, run
 from pldr_jax.cli.weights import held_out_text, read_any
 from pldr_jax.config import ConfigError, ExperimentConfig
 from pldr_jax.flags import Option, Options, config_to_dict, load_config, parse_args
@@ -43,12 +43,7 @@ OPTIONS = (
         "length", "tokens of a row; default: the context of the model", type=int, metavar="TOKENS"
     ),
     Option("batch_size", "rows at once; no result depends on it", type=int, default=8, metavar="N"),
-    Option(
-        "step",
-        "checkpoint of a run folder; default: the newest complete one",
-        type=int,
-        metavar="STEP",
-    ),
+    STEP,
     Option("sections", "comma-separated; default: all", metavar="LIST"),
     Option(
         "other_g",

@@ -1,11 +1,25 @@
-"""What the programs share: one-line errors, the compilation cache."""
+"""What the programs share: options, one-line errors, the compilation cache."""
 
 import sys
 from collections.abc import Callable
 
 from pldr_jax.config import ConfigError
+from pldr_jax.flags import Option
 
 USAGE, FAILURE = 2, 1
+
+CHECKPOINT = Option(
+    "checkpoint",
+    "run folder, or folder with config.json and model.safetensors",
+    required=True,
+    metavar="DIR",
+)
+STEP = Option(
+    "step",
+    "checkpoint of a run folder; default: the newest complete one",
+    type=int,
+    metavar="STEP",
+)
 
 
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:

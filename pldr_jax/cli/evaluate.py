@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pldr_jax.cli.common import keep_compiled_programs, run
+from pldr_jax.cli.common import STEP, keep_compiled_programs, run
 from pldr_jax.cli.tasks import open_tasks
 from pldr_jax.config import ConfigError
 from pldr_jax.flags import Option, Options, load_config, parse_args
@@ -37,12 +37,7 @@ OPTIONS = (
     Option(
         "g_text", "text file, folder or glob; frozen takes the mean G_LM over it", metavar="PATH"
     ),
-    Option(
-        "step",
-        "checkpoint of a run folder; default: the newest complete one",
-        type=int,
-        metavar="STEP",
-    ),
+    STEP,
     Option("rows", "texts side by side; no result depends on it", type=int, default=8, metavar="N"),
     Option("limit", "examples of each task; default: all", type=int, metavar="N"),
     Option("num_fewshot", "examples in the context; default: the task's", type=int, metavar="N"),

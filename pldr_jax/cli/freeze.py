@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pldr_jax.cli.common import keep_compiled_programs
+from pldr_jax.cli.common import CHECKPOINT, STEP, keep_compiled_programs
 from pldr_jax.cli.weights import held_out_text, read_any
 from pldr_jax.config import ConfigError, DataConfig, ExperimentConfig
 from pldr_jax.flags import (
@@ -31,19 +31,9 @@ KL_THRESHOLD = 0.01
 """Nats a token above which the frozen model counts as another one."""
 
 OPTIONS = (
-    Option(
-        "checkpoint",
-        "run folder, or folder with config.json and model.safetensors",
-        required=True,
-        metavar="DIR",
-    ),
+    CHECKPOINT,
     Option("output", "folder of the frozen checkpoint", required=True, metavar="DIR"),
-    Option(
-        "step",
-        "checkpoint of a run folder; default: the newest complete one",
-        type=int,
-        metavar="STEP",
-    ),
+    STEP,
     Option("text", "text file, folder or glob; default: the run's held-out text", metavar="PATH"),
     Option("rows", "rows that G_LM is calibrated on", type=int, default=16, metavar="ROWS"),
     Option(

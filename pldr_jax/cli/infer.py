@@ -4,7 +4,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from pldr_jax.cli.common import FAILURE, keep_compiled_programs, run
+from pldr_jax.cli.common import CHECKPOINT, FAILURE, STEP, keep_compiled_programs, run
 from pldr_jax.cli.freeze import freeze_main
 from pldr_jax.config import ConfigError, ExperimentConfig
 from pldr_jax.flags import Option, Options, load_config, parse_args
@@ -16,18 +16,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Generates text with a trained PLDR-LLM; its config is read from the checkpoint."
 OPTIONS = (
-    Option(
-        "checkpoint",
-        "run folder, or folder with config.json and model.safetensors",
-        required=True,
-        metavar="DIR",
-    ),
-    Option(
-        "step",
-        "checkpoint of a run folder; default: the newest complete one",
-        type=int,
-        metavar="STEP",
-    ),
+    CHECKPOINT,
+    STEP,
     Option("prompt", "text to continue", repeat=True, metavar="TEXT"),
     Option(
         "prompt_file",

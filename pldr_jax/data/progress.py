@@ -8,8 +8,10 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
+from pldr_jax.terminal import LiveBar
 
-class BuildProgress:
+
+class BuildProgress(LiveBar):
     """Counts bytes of input, documents and tokens, and shows them with speed and time left.
 
     Args:
@@ -69,12 +71,3 @@ class BuildProgress:
     def seconds(self) -> float:
         """Since the start."""
         return self._clock() - self._started
-
-    def __enter__(self) -> "BuildProgress":
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()

@@ -8,8 +8,10 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
+from pldr_jax.terminal import LiveBar
 
-class JobProgress:
+
+class JobProgress(LiveBar):
     """Counts prompts, tokens and failures, and shows them.
 
     Args:
@@ -54,27 +56,11 @@ class JobProgress:
         self.failures += failed
         self._show()
 
-    def print(self, text: str) -> None:
-        """Prints a line on stderr, above the bar where there is one."""
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, soft_wrap=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
     def summary(self) -> str:
         """One line on what was done."""
         prompts = f"{self.prompts} prompt{'' if self.prompts == 1 else 's'}"
         failures = f"{self.failures} failure{'' if self.failures == 1 else 's'}"
         return f"{prompts}, {self.tokens} new tokens, {self._speed()} tokens/s, {failures}"
-
-    def __enter__(self) -> "JobProgress":
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def _show(self) -> None:
         if self._bar is not None:

@@ -9,11 +9,13 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
+from pldr_jax.terminal import LiveBar
+
 _WINDOW = 20
 """Updates over which the speed is measured, so that the compilation drops out of it."""
 
 
-class Progress:
+class Progress(LiveBar):
     """Shows how far a run is and how long it will take.
 
     Args:
@@ -25,6 +27,8 @@ class Progress:
       terminal: whether there is a bar; None asks stdout.
       clock: for tests.
     """
+
+    _to_stderr = False
 
     def __init__(
         self,
@@ -67,21 +71,8 @@ class Progress:
 
     def print(self, text: str) -> None:
         """Prints `text`, above the bar where there is one."""
-        if not self._enabled:
-            return
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, soft_wrap=True)
-        else:
-            print(text, flush=True)
-
-    def __enter__(self) -> "Progress":
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._enabled:
+            super().print(text)
 
     def _text(self, loss: float, learning_rate: float) -> str:
         (first_step, first), (step, now) = self._times[0], self._times[-1]
@@ -98,13 +89,15 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class SweepProgress:
+class SweepProgress(LiveBar):
     """Shows how far a sweep is, and the newest step of the run at work.
 
     Args:
       total: runs.
       terminal: whether there is a bar; None asks stdout.
     """
+
+    _to_stderr = False
 
     def __init__(self, total: int, terminal: bool | None = None) -> None:
         self._total, self._prefix = total, ""
@@ -137,19 +130,3 @@ class SweepProgress:
         self.print(f"[{number + 1}/{self._total}] {name}: {text}")
         if self._bar is not None:
             self._bar.update(self._task, completed=number + 1, description="")
-
-    def print(self, text: str) -> None:
-        """Prints `text`, above the bar where there is one."""
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, soft_wrap=True)
-        else:
-            print(text, flush=True)
-
-    def __enter__(self) -> "SweepProgress":
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
