@@ -40,6 +40,7 @@ from pldr_jax.data.readers import ReadSettings
 from pldr_jax.data.rows import fill, make_rows
 from pldr_jax.data.tokenizer import Tokenizer
 from pldr_jax.data.units import UnitSettings, documents, tokenize, write_unit
+from pldr_jax.huge_pages import use_huge_pages
 from pldr_jax.partition import build_mesh
 from pldr_jax.training.step import create_state, jit_train_step
 
@@ -201,4 +202,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     main()

@@ -37,6 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pldr_jax.config import ModelConfig
+from pldr_jax.huge_pages import use_huge_pages
 from pldr_jax.inference.decode import full_step
 from pldr_jax.inference.sampling import Sampling
 from pldr_jax.inference.slots import Limits, Slots, admit, decode_slots, empty_slots
@@ -328,4 +329,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     main()

@@ -26,6 +26,7 @@ from pldr_jax.config import (
     OptimizerConfig,
     TrainingConfig,
 )
+from pldr_jax.huge_pages import use_huge_pages
 from pldr_jax.model.decoder import Params, forward
 from pldr_jax.partition import build_mesh
 from pldr_jax.training.losses import token_loss
@@ -96,4 +97,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     main()

@@ -26,6 +26,7 @@ import numpy as np
 from decode import Bandwidth, Compilations, Variant, measure
 
 from pldr_jax.config import ConfigError, ModelConfig
+from pldr_jax.huge_pages import use_huge_pages
 from pldr_jax.model.decoder import init_params
 from pldr_jax.model.deductive import read_tensor
 from pldr_jax.model.low_rank import factorize
@@ -131,4 +132,5 @@ def time_steps(g_lm: np.ndarray, options: argparse.Namespace) -> list[dict[str, 
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     main()

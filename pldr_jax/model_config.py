@@ -53,7 +53,9 @@ class ModelConfig(Validated):
         "pass on a TPU, high TF32 and three passes, highest float32; a CPU always has the last",
     )
     remat: Literal["none", "dots", "full"] = field(
-        "none", "recompute in the backward pass: nothing, all but matmuls, all"
+        "none",
+        "recompute of a decoder layer in the backward pass: nothing (but, as always, PLGA's "
+        "residual layers), all but matmuls, all",
     )
     unroll: bool = field(
         True, "unroll the scans over layers: slower to compile, faster to run on small models"

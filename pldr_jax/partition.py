@@ -127,6 +127,14 @@ def mesh_scope(mesh: Mesh | None) -> AbstractContextManager[Any]:
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
+def divided(name: str, size: int) -> bool:
+    """Whether an axis of that logical name and size is split on the mesh in scope."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and partition_spec((size,), (name,), dict(mesh.shape)) != PartitionSpec(
+        None
+    )
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Asks the compiler to lay `x` out by its logical axes on the mesh in scope; without a mesh,
     `x` itself.

@@ -16,6 +16,7 @@ from pldr_jax.inference.decode import decode_step, prefill
 from pldr_jax.model.attention import attend, attend_in_blocks
 from pldr_jax.model.decoder import Params, forward, init_params, unstack_layers
 from pldr_jax.model.deductive import identity_g_lm, random_g_lm
+from pldr_jax.model.reductions import add_bias
 from pldr_jax.model.rope import rotate
 from pldr_jax.partition import build_mesh, mesh_scope
 from pldr_jax.training.losses import token_loss
@@ -304,13 +305,15 @@ def test_the_compiled_program_names_its_parts() -> None:
 
 
 def product_precisions(config: ModelConfig) -> list[tuple[bool, Any]]:
-    """Of every product of the forward pass: whether it is PLGA's, and its precision."""
+    """Of every product of the forward pass: whether it is PLGA's, and its precision. (Not of those
+    that sum over one number: biases, on a CPU.)
+    """
     found: list[tuple[bool, Any]] = []
 
     def visit(jaxpr: Any, outer: bool = False) -> None:
         for equation in jaxpr.eqns:
             inside = outer or "plga" in str(equation.source_info.name_stack)
-            if equation.primitive.name == "dot_general":
+            if equation.primitive.name == "dot_general" and equation.invars[0].aval.shape[-1] > 1:
                 found.append((inside, equation.params["precision"]))
             for value in jax.tree.leaves(equation.params, is_leaf=lambda v: hasattr(v, "eqns")):
                 if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
@@ -370,3 +373,12 @@ def test_the_flash_kernel_of_a_tpu_gives_the_same(sharded: bool) -> None:
         fused = run("flash")
     for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(fused), strict=True):
         assert gap(one, other) < 1e-5 * max(1.0, float(np.abs(one).max()))
+
+
+def test_a_bias_and_its_gradient_are_those_of_a_sum() -> None:
+    y, weights = jax.random.normal(jax.random.key(0), (2, 37, 5))
+    bias = jnp.arange(5.0) + 0.1
+    assert np.array_equal(add_bias(y, bias), y + bias)
+    grads = jax.grad(lambda y, b: (add_bias(y, b) * weights).sum(), argnums=(0, 1))(y, bias)
+    assert np.array_equal(grads[0], weights)
+    np.testing.assert_allclose(grads[1], weights.sum(0), rtol=1e-6, atol=1e-6)

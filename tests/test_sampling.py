@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pldr_jax.config import ConfigError
-from pldr_jax.inference.sampling import Sampling, draw, filter_logits, most_probable, penalize
+from pldr_jax.inference.sampling import Sampling, draw, filter_logits, penalize
+from pldr_jax.model.reductions import most_probable
 
 keep_logits = jax.jit(filter_logits)
 draw_tokens = jax.jit(draw)

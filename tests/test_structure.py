@@ -13,6 +13,7 @@ MAY_IMPORT = {
     "terminal": set(),
     "model_config": {"fields"},
     "config": {"fields", "model_config"},
+    "huge_pages": set(),
     "gin": {"config"},
     "flags": {"config", "gin"},
     "partition": {"config"},
@@ -30,8 +31,8 @@ MAY_IMPORT = {
     },
     "cli": {
         "config",
-        "hosts", "flags", "partition", "model", "interop", "inference", "data", "training", "api",
-        "evaluation", "analysis",
+        "huge_pages", "hosts", "flags", "partition", "model", "interop", "inference", "data",
+        "training", "api", "evaluation", "analysis",
     },
     "": {"api", "config"},
 }  # fmt: skip

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from pldr_jax.config import ConfigError
 from pldr_jax.flags import Option
+from pldr_jax.huge_pages import use_huge_pages
 
 USAGE, FAILURE = 2, 1
 
@@ -25,7 +26,13 @@ STEP = Option(
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Runs a program; an error its user can mend is one line on stderr and a non-zero exit
     status.
+
+    Args:
+      main: of the program; takes its arguments.
+      argv: the arguments; None takes those of the command line, and huge pages.
     """
+    if argv is None:
+        use_huge_pages()
     try:
         main(sys.argv[1:] if argv is None else argv)
     except ConfigError as error:

@@ -19,6 +19,7 @@ from pldr_jax.config import ConfigError, ModelConfig
 from pldr_jax.inference.decode import prompt_g_lm
 from pldr_jax.inference.engine import bucket
 from pldr_jax.model.decoder import Params, forward
+from pldr_jax.model.reductions import most_probable
 
 ScoreMode = Literal["full", "causal", "frozen"]
 MODES = ("full", "causal", "frozen")
@@ -75,7 +76,7 @@ def score_tokens(
     targets_BT = tokens_BT[:, 1:]
     chosen_BT = jnp.take_along_axis(logits_BTV, targets_BT[:, :, None], axis=-1)[:, :, 0]
     logprobs_BT = chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
-    return logprobs_BT, jnp.argmax(logits_BTV, axis=-1) == targets_BT
+    return logprobs_BT, most_probable(logits_BTV) == targets_BT
 
 
 @functools.lru_cache(maxsize=24)

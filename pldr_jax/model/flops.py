@@ -19,10 +19,9 @@ def forward_flops(config: ModelConfig, length: int) -> dict[str, float]:
     works on [N,H,H] once a row, whatever the length.
     """
     L, N, H, D = config.num_layers, config.num_heads, config.head_dim, config.model_dim
-    M, R, U = config.metric_width, config.num_residual_layers, config.num_gated_units
     metric = 0 if config.g_source == "identity" else 2 * length * D * H  # q G_LM
     if config.g_source == "learned":
-        metric += 2 * length * D * H + N * H * R * U * 6 * H * M + 2 * 2 * N * H**3
+        metric += 2 * length * D * H + _residual_layers(config) + 2 * 2 * N * H**3
     return {
         "projections": float(L * length * 8 * D * D),
         "attention": float(L * 4 * length * length * D),
@@ -30,6 +29,13 @@ def forward_flops(config: ModelConfig, length: int) -> dict[str, float]:
         "ffn": float(L * length * 6 * D * config.ffn_width),
         "head": float(length * 2 * D * config.vocab_size),
     }
+
+
+def _residual_layers(config: ModelConfig) -> int:
+    """Operations of the metric learner's residual layers in one decoder layer, a row."""
+    H, M = config.head_dim, config.metric_width
+    units = config.num_residual_layers * config.num_gated_units
+    return config.num_heads * H * units * 6 * H * M
 
 
 def training_flops(config: ModelConfig, rows: int, length: int) -> float:
@@ -40,9 +46,12 @@ def training_flops(config: ModelConfig, rows: int, length: int) -> float:
 
 
 def repeated_flops(config: ModelConfig, rows: int, length: int) -> float:
-    """Operations that `Model.remat` repeats in the backward pass of such a step."""
+    """Operations that the backward pass of such a step repeats: what `Model.remat` says, and, as
+    part of any backward pass, the residual layers of the metric learner.
+    """
     parts = forward_flops(config, length)
     names = {"none": (), "dots": ("attention", "plga")}.get(
         config.remat, ("projections", "attention", "plga", "ffn")
     )
-    return rows * sum(parts[name] for name in names)
+    always = config.num_layers * _residual_layers(config) if config.g_source == "learned" else 0
+    return rows * (sum(parts[name] for name in names) + always)

@@ -10,6 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pldr_jax.model.reductions import add_bias
+
 Initializer = Callable[..., Any]
 
 
@@ -60,14 +62,18 @@ class Linear(nn.Module):
         bias_axes = tuple("norm" if axis == "embed" else axis for axis in self.out_axes)
         bias = self.param("bias", logical(nn.initializers.zeros, *bias_axes), self.out_shape)
         summed = len(self.in_shape)
-        contract = (tuple(range(x.ndim - summed, x.ndim)), tuple(range(summed)))
-        y = jax.lax.dot_general(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            (contract, ((), ())),
-            precision=self.precision,
-        )
-        return y + bias.astype(self.dtype)
+        x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
+        rows = x.shape[: x.ndim - summed]
+        if len(rows) > 2:  # heads among them, which a mesh may divide
+            contract = (tuple(range(x.ndim - summed, x.ndim)), tuple(range(summed)))
+            y = jax.lax.dot_general(x, kernel, (contract, ((), ())), precision=self.precision)
+            return y + bias
+        # As matrices: with two axes of rows, the product of the kernel's gradient would sum over
+        # both, for which XLA's CPU backend transposes a copy of its operand.
+        inner = math.prod(self.in_shape)
+        x, kernel = x.reshape(-1, inner), kernel.reshape(inner, -1)
+        y = add_bias(jnp.matmul(x, kernel, precision=self.precision), bias.reshape(-1))
+        return y.reshape(*rows, *self.out_shape)
 
 
 def full_product_operand(x: jax.Array) -> jax.Array:

@@ -24,6 +24,7 @@ from pldr_jax.config import ModelConfig
 from pldr_jax.model.deductive import DeductiveOutputs
 from pldr_jax.model.layers import GLU, Initializer, full_product_operand, layer_norm, logical
 from pldr_jax.model.segments import Segments
+from pldr_jax.partition import divided
 
 A_LM_FLOOR = 1e-9
 
@@ -134,16 +135,21 @@ class PowerLawGraphAttention(nn.Module):
         A_BNHJ = self.density_norm(density_BNHJ)
         if self.config.num_residual_layers == 0:
             return A_BNHJ
+        # What a residual layer saves for the gradient is 20 times its input: it is computed again.
         scan = nn.scan(
-            _residual_step,
+            nn.remat(_residual_step, prevent_cse=self.config.unroll),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=self.config.num_residual_layers,
             unroll=self.config.num_residual_layers if self.config.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
+        shape = A_BNHJ.shape
+        if not divided("heads", shape[1]):
+            # One matrix of B N H rows; see Linear. Divided heads cannot be joined with B.
+            A_BNHJ = A_BNHJ.reshape(-1, shape[-1])
         A_BNHJ, _ = scan(self.residual, A_BNHJ, None)
-        return A_BNHJ
+        return A_BNHJ.reshape(shape)
 
     def energy_curvature(self, A_BNHJ: jax.Array) -> DeductiveOutputs:
         """A_LM, A_P and G_LM from A: the last three steps, all float32."""

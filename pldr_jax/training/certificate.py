@@ -13,6 +13,7 @@ import numpy as np
 
 from pldr_jax.config import ModelConfig
 from pldr_jax.model.decoder import Params
+from pldr_jax.model.reductions import most_probable
 from pldr_jax.training.freeze import CalibratedG, Calibration, RowSet, without_plga
 from pldr_jax.training.losses import PAD_ID, TokenLoss, token_loss
 from pldr_jax.training.rows import forward_rows
@@ -122,7 +123,7 @@ def difference(own: jax.Array, other: jax.Array, targets_BT: jax.Array) -> Diffe
         logit_max=logit_BTV.max(),
         kl_sum=kl_BT.sum(),
         kl_max=kl_BT.max(),
-        agreed=jnp.sum((own.argmax(-1) == other.argmax(-1)) & counted_BT),
+        agreed=jnp.sum((most_probable(own) == most_probable(other)) & counted_BT),
     )
 
 

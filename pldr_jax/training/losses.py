@@ -9,6 +9,7 @@ import optax
 
 from pldr_jax.config import LossConfig
 from pldr_jax.model.deductive import DeductiveOutputs
+from pldr_jax.model.reductions import most_probable
 
 PAD_ID = 0
 """Targets with this id are not counted."""
@@ -42,7 +43,7 @@ def token_loss(logits_BTV: jax.Array, targets_BT: jax.Array) -> TokenLoss:
     """Cross-entropy and accuracy against the targets, those equal to `PAD_ID` left out."""
     counted_BT = (targets_BT != PAD_ID).astype(jnp.float32)
     nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
-    correct_BT = (jnp.argmax(logits_BTV, axis=-1) == targets_BT) * counted_BT
+    correct_BT = (most_probable(logits_BTV) == targets_BT) * counted_BT
     return TokenLoss((nats_BT * counted_BT).sum(), correct_BT.sum(), counted_BT.sum())
 
 
