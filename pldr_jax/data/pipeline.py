@@ -5,6 +5,8 @@ same rows for any number of processes, so a run can be resumed on another number
 """
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy as np
 from absl.flags import FLAGS
 
 from pldr_jax.config import ConfigError
-from pldr_jax.data.rows import Rows
+from pldr_jax.data.rows import Rows, joined, stack
 
 
 class TrainIterator(Iterator[np.ndarray]):
@@ -136,14 +138,18 @@ def train_iterator(
         raise ConfigError(
             f"Data.batch_size = {batch_size}: must be a multiple of the {process_count} processes"
         )
+    # Grain shuffles, mixes and shares numbers of rows, and a batch is filled at once: to take every
+    # row through all of its stages costs more than to make it.
+    ends = itertools.accumulate(len(one) for one in rows)
     shuffled = [
-        grain.MapDataset.source(one).seed(seed + k).shuffle().repeat(epochs)
-        for k, one in enumerate(rows)
+        grain.MapDataset.range(end - len(one), end).seed(seed + k).shuffle().repeat(epochs)
+        for k, (one, end) in enumerate(zip(rows, ends, strict=True))
     ]
     stream = shuffled[0] if len(rows) == 1 else grain.MapDataset.mix(shuffled, list(weights))
     # Sharing comes after the shuffle: before it, a process would only ever see its own rows.
-    own = stream[process_index::process_count]
-    batches = own.batch(batch_size // process_count, drop_remainder=True)
+    own = stream if process_count == 1 else stream[process_index::process_count]
+    make = functools.partial(stack, joined(rows))
+    batches = own.batch(batch_size // process_count, drop_remainder=True, batch_fn=make)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch_batches)
     n_batches = None if epochs is None else len(stream) // batch_size
     return TrainIterator(batches, options, workers, n_batches, digest)
@@ -188,8 +194,3 @@ def validation_rows(
         evaluated.append(stack(rows, order[n_calibration:end]))
         calibration.append(stack(rows, order[:n_calibration]))
     return ValidationRows(np.concatenate(evaluated), np.concatenate(calibration))
-
-
-def stack(rows: Rows, order: np.ndarray) -> np.ndarray:
-    """Rows of the given numbers, one array."""
-    return np.stack([np.zeros(rows.row_shape, np.int32), *(rows[k] for k in order)])[1:]
