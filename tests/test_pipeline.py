@@ -231,6 +231,14 @@ def test_a_mixture_has_its_shares_and_every_row_once_an_epoch(two) -> None:
             assert epoch == list(range(offset, offset + size))
 
 
+def test_the_stream_of_a_mixture_is_the_one_it_always_was(two) -> None:
+    """Taken when Grain carried the rows themselves, and not their numbers."""
+    assert row_numbers(mixed(two, 2)).reshape(2, B).tolist() == [
+        [21, 37, 31, 260, 14, 9, 46, 255],
+        [28, 6, 24, 257, 41, 36, 15, 253],
+    ]
+
+
 def test_a_mixture_is_shared_and_resumed_like_one_text(two) -> None:
     whole = mixed(two, 12)
     parts = [mixed(two, 12, process=(p, 2)) for p in range(2)]
