@@ -123,8 +123,6 @@ class _Joined(Rows):
         return self._ends[-1]
 
     def write(self, k: int, row: np.ndarray) -> None:
-        if not 0 <= k < len(self):
-            raise IndexError(f"row {k} of {len(self)}")
         part = bisect.bisect_right(self._ends, k)
         self._parts[part].write(k - (self._ends[part - 1] if part else 0), row)
 

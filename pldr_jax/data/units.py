@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -119,7 +119,7 @@ def write_unit(
     problems: collections.Counter[str] = collections.Counter()
     writers: dict[str, ShardWriter] = {}
     reported = 0
-    for batch in _batches(documents(unit, settings, problems)):
+    for batch in batches(documents(unit, settings, problems)):
         by_split: dict[str, list[str]] = {}
         for document in batch:
             by_split.setdefault(split_of(document.text, settings), []).append(document.text)
@@ -141,7 +141,8 @@ def write_unit(
     return {"splits": in_order, "problems": {k: problems[k] for k in PROBLEMS if problems[k]}}
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents to tokenise together: some, so that memory is bounded, and not few."""
     batch: list[Document] = []
     chars = 0
     for document in documents:
