@@ -4,12 +4,13 @@ import json
 import pathlib
 import pickle
 
+import grain
 import numpy as np
 import pytest
 
 from pldr_jax.config import ConfigError
 from pldr_jax.data.corpus import TokenFile
-from pldr_jax.data.pipeline import TrainIterator, train_iterator, validation_rows
+from pldr_jax.data.pipeline import TrainIterator, _Shuffled, train_iterator, validation_rows
 from pldr_jax.data.rows import TokenRows
 
 C, B, ROWS = 4, 8, 50
@@ -204,6 +205,15 @@ def test_the_stream_is_the_one_it_always_was(token_file) -> None:
     assert part.tolist() == [[30, 7, 3, 19], [0, 23, 49, 41]]
     held_out = validation_rows([TokenRows(token_file, C)], 5)
     assert row_numbers(held_out.rows_RC).tolist() == [47, 22, 10, 45, 30]
+
+
+@pytest.mark.parametrize("epochs", [None, 3])
+def test_numbers_are_shuffled_as_grain_shuffles_them(epochs: int | None) -> None:
+    ours = _Shuffled(100, 137, 2**31 + 5, epochs)
+    its_own = grain.MapDataset.range(100, 137).seed(2**31 + 5).shuffle().repeat(epochs)
+    assert len(ours) == len(its_own)
+    assert [ours[k] for k in range(3 * 37)] == [its_own[k] for k in range(3 * 37)]
+    assert [ours[5::2][k] for k in range(50)] == [its_own[5::2][k] for k in range(50)]
 
 
 @pytest.fixture
