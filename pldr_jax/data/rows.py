@@ -16,7 +16,7 @@ import abc
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -196,28 +196,29 @@ class SegmentRows(Rows):
         """Writes row k over zeros int32 [3,T]."""
         if not 0 <= k < self._n_rows:
             raise IndexError(f"row {k} of {self._n_rows}")
-        inputs, targets, segments = row
-        end = 0
-        for number, (start, length) in enumerate(self._pieces(k), 1):
+        inputs, targets, segments = row[INPUTS], row[TARGETS], row[SEGMENTS]
+        number = end = 0
+        for start, length in self._pieces(k):
             tokens = self._store.read(start, start + length + 1)
-            begin, end = end, end + length
+            number, begin, end = number + 1, end, end + length
             inputs[begin:end] = tokens[:-1]
             targets[begin:end] = tokens[1:]
             segments[begin:end] = number
 
-    def _pieces(self, k: int) -> Iterable[tuple[int, int]]:
+    def _pieces(self, k: int) -> list[tuple[int, int]]:
         """(first token, inputs) of the segments of row k."""
         if k < self._n_whole:
             document = int(self._whole_ends.searchsorted(k, "right"))
             before = int(self._whole_ends[document - 1]) if document else 0
-            yield self._starts[document] + (k - before) * self._length, self._length
-            return
+            return [(self._starts[document] + (k - before) * self._length, self._length)]
         k -= self._n_whole
         which = bisect.bisect_right(self._shape_ends, k)
         shape = self._shapes[which]
         place = k - (self._shape_ends[which] - shape.count)
-        for length, taken in zip(shape.lengths, shape.taken, strict=True):
-            yield self._tails[self._first_of[length] + taken + place], length
+        return [
+            (self._tails[self._first_of[length] + taken + place], length)
+            for length, taken in zip(shape.lengths, shape.taken, strict=True)
+        ]
 
     def __reduce__(self) -> tuple[type["SegmentRows"], tuple[TokenStore, int, int]]:
         return SegmentRows, (self._store, self._length + 1, self.max_segments)
