@@ -8,10 +8,10 @@ Preparation is that of one process: MB of UTF-8 text a second through reading, t
 of it with the sorting into splits and the writing of shards; then tokens of the shards to rows of
 each packing, in shuffled order, and the two together. `rows` decompresses a record for every piece,
 as from shards much larger than what a process keeps of them; `rows kept` finds every record kept,
-as from shards that are smaller. `batches` are those rows, none kept, as the train loop gets them:
-through Grain, which shuffles anew, with the two threads that are the default. A second is one of
-the process's CPU time, all threads together, and beside it one on the clock, which other work on
-the machine makes longer; both are the best of `--rounds`.
+as from shards that are smaller. `batches` are those rows as the train loop gets them: through
+Grain, which shuffles anew, with the two threads that are the default. A second is one of the
+process's CPU time, all threads together, and beside it one on the clock, which other work on the
+machine makes longer; both are the best of `--rounds`.
 
 The train step is that of configs/nano.gin with scanned layers, on the prepared shards. Modes are
 timed in turn, step by step, so that a change of the machine's speed meets all alike: targets a
@@ -45,7 +45,7 @@ from pldr_jax.data.inputs import find, plan
 from pldr_jax.data.pipeline import train_iterator
 from pldr_jax.data.prepared import ShardedTokens, read_manifest
 from pldr_jax.data.readers import ReadSettings
-from pldr_jax.data.rows import Rows, fill, make_rows
+from pldr_jax.data.rows import Rows, fill, make_rows, stack
 from pldr_jax.data.tokenizer import Tokenizer
 from pldr_jax.data.units import UnitSettings, batches, documents, tokenize, write_unit
 from pldr_jax.partition import build_mesh
@@ -101,8 +101,9 @@ def preparation(
 
         def pack(config: DataConfig = config) -> None:
             rows = make_rows(tokens, options.context, config)
-            for k in np.random.default_rng(0).permutation(len(rows)):
-                rows[k]
+            order = np.random.default_rng(0).permutation(len(rows))
+            for k in range(0, len(rows), options.batch):
+                stack(rows, order[k : k + options.batch])
 
         rows = make_rows(tokens, options.context, config)
         take_all = functools.partial(take, rows, options.batch, len(rows) // options.batch)
@@ -110,7 +111,8 @@ def preparation(
             seconds[f"rows, {packing}"] = best(options.rounds, pack) * share
             seconds[f"batches, {packing}"] = best(options.rounds, take_all) * share
         seconds[f"rows kept, {packing}"] = best(options.rounds + 1, pack) * share
-        for way in ("rows", "batches"):
+        seconds[f"batches kept, {packing}"] = best(options.rounds, take_all) * share
+        for way in ("rows", "rows kept", "batches", "batches kept"):
             seconds[f"all to {way}, {packing}"] = (
                 seconds["read, tokenise, write"] + seconds[f"{way}, {packing}"]
             )
@@ -225,7 +227,7 @@ def main() -> None:
         Tokenizer.train(texts[::every], options.vocab).save(folder / "tok.model")
         results: dict[str, Any] = {"MB/s": preparation(folder, settings, options)}
         for step, speed in results["MB/s"].items():
-            print(f"{step:<25}{speed[0]:8.1f} MB a CPU second{speed[1]:8.1f} MB/s")
+            print(f"{step:<30}{speed[0]:8.1f} MB a CPU second{speed[1]:8.1f} MB/s")
         if options.steps:
             results["training"] = training(folder, options)
             for packing, row in results["training"].items():

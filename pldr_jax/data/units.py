@@ -83,7 +83,7 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np
 
     A long text is tokenised in parts. There must be one text at least.
     """
-    parts = [_parts(text) for text in texts]
+    parts = [[text] if len(text) <= LONG_TEXT else _parts(text) for text in texts]
     firsts = np.cumsum([0, *map(len, parts[:-1])])
     rows = tokenizer.encode_arrays(list(itertools.chain.from_iterable(parts)))
     lengths = np.add.reduceat(np.asarray([len(row) for row in rows]), firsts)
@@ -96,8 +96,6 @@ def _parts(text: str) -> list[str]:
 
     No piece of an ordinary SentencePiece model reaches over such a place.
     """
-    if len(text) <= LONG_TEXT:
-        return [text]
     parts, start = [], 0
     while len(text) - start > LONG_TEXT:
         cut = _CUT.search(text, start + LONG_TEXT // 2, start + LONG_TEXT)
