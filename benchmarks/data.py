@@ -6,18 +6,25 @@
 
 Preparation is that of one process: MB of UTF-8 text a second through reading, tokenising, and all
 of it with the sorting into splits and the writing of shards; then tokens of the shards to rows of
-each packing, in shuffled order, and the two together. A second is one of the process's CPU time,
-and beside it one on the clock, which other work on the machine makes longer; both are the best of
-`--rounds`.
+each packing, in shuffled order, and the two together. `rows` decompresses a record for every piece,
+as from shards much larger than what a process keeps of them; `rows kept` finds every record kept,
+as from shards that are smaller. `batches` are those rows as the train loop gets them: through
+Grain, which shuffles anew, with the two threads that are the default. A second is one of the
+process's CPU time, all threads together, and beside it one on the clock, which other work on the
+machine makes longer; both are the best of `--rounds`.
 
 The train step is that of configs/nano.gin with scanned layers, on the prepared shards. Modes are
 timed in turn, step by step, so that a change of the machine's speed meets all alike: targets a
-second (padding has none) with their ratio to `document`, and the share of the time that the loop
-waits for its next batch.
+second (padding has none) with their ratio to `document`, and the time that the loop waits for its
+next batch. The first `--warmup` steps are left out, compilation among them. Of the waits left there
+are the median, and the share of all of them in all of the time, slow ones included. The threads
+that read also work while other modes have their turn, so there is `input` too, which no wait shows:
+the CPU time of making a batch, over the time of a step.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 import statistics
@@ -26,20 +33,21 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
 
 from pldr_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig
-from pldr_jax.data import sources
+from pldr_jax.data import shards, sources
 from pldr_jax.data.build import BuildSettings, build
 from pldr_jax.data.inputs import find, plan
 from pldr_jax.data.pipeline import train_iterator
 from pldr_jax.data.prepared import ShardedTokens, read_manifest
 from pldr_jax.data.readers import ReadSettings
-from pldr_jax.data.rows import fill, make_rows
+from pldr_jax.data.rows import Rows, fill, make_rows, stack
 from pldr_jax.data.tokenizer import Tokenizer
-from pldr_jax.data.units import UnitSettings, documents, tokenize, write_unit
+from pldr_jax.data.units import UnitSettings, batches, documents, tokenize, write_unit
 from pldr_jax.huge_pages import use_huge_pages
 from pldr_jax.partition import build_mesh
 from pldr_jax.training.step import create_state, jit_train_step
@@ -63,12 +71,12 @@ def preparation(
     """MB a second of one process, step by step: of CPU time and on the clock."""
     unit = plan(find([f"{folder}/text"]), 1 << 40, by_line=False)[0]
     tokenizer = Tokenizer.load(folder / "tok.model")
-    texts = [document.text for document in documents(unit, settings, Counter())]
-    mb = sum(len(text.encode()) for text in texts) / 1e6
-    batches = [texts[k : k + 32] for k in range(0, len(texts), 32)]
+    found = list(documents(unit, settings, Counter()))
+    mb = sum(len(document.text.encode()) for document in found) / 1e6
+    texts = [[document.text for document in batch] for batch in batches(found)]
     seconds = {
         "read": best(options.rounds, lambda: list(documents(unit, settings, Counter()))),
-        "tokenise": best(options.rounds, lambda: [tokenize(tokenizer, b) for b in batches]),
+        "tokenise": best(options.rounds, lambda: [tokenize(tokenizer, b) for b in texts]),
     }
 
     def whole() -> None:
@@ -88,19 +96,42 @@ def preparation(
         ),
         "train",
     )
-    part = tokens.n_bytes / 1e6
+    share = mb * 1e6 / tokens.n_bytes
     for packing in PACKINGS:
         config = DataConfig(packing=packing, max_segments=options.segments)
 
         def pack(config: DataConfig = config) -> None:
             rows = make_rows(tokens, options.context, config)
-            for k in np.random.default_rng(0).permutation(len(rows)):
-                rows[k]
+            order = np.random.default_rng(0).permutation(len(rows))
+            for k in range(0, len(rows), options.batch):
+                stack(rows, order[k : k + options.batch])
 
-        seconds[f"rows, {packing}"] = best(options.rounds, pack) * mb / part
-        seconds[f"all, {packing}"] = seconds["read, tokenise, write"] + seconds[f"rows, {packing}"]
-    print(f"{mb:.1f} MB, {len(texts):,} documents, {tokens.bytes_per_token:.2f} bytes a token")
+        rows = make_rows(tokens, options.context, config)
+        take_all = functools.partial(take, rows, options.batch, len(rows) // options.batch)
+        with nothing_kept():
+            seconds[f"rows, {packing}"] = best(options.rounds, pack) * share
+            seconds[f"batches, {packing}"] = best(options.rounds, take_all) * share
+        seconds[f"rows kept, {packing}"] = best(options.rounds + 1, pack) * share
+        seconds[f"batches kept, {packing}"] = best(options.rounds, take_all) * share
+        for way in ("rows", "rows kept", "batches", "batches kept"):
+            seconds[f"all to {way}, {packing}"] = (
+                seconds["read, tokenise, write"] + seconds[f"{way}, {packing}"]
+            )
+    print(f"{mb:.1f} MB, {len(found):,} documents, {tokens.bytes_per_token:.2f} bytes a token")
     return {name: (mb / value).tolist() for name, value in seconds.items()}
+
+
+def nothing_kept() -> Any:
+    """Records are kept as ever, but too few for any to be found again."""
+    read = shards._record.__wrapped__
+    return mock.patch.object(shards, "_record", functools.lru_cache(16)(read))
+
+
+def take(rows: Rows, batch_size: int, count: int) -> None:
+    """Takes batches as the train loop does."""
+    with train_iterator([rows], batch_size, 0) as batches:
+        for _ in range(count):
+            next(batches)
 
 
 class Mode:
@@ -118,6 +149,9 @@ class Mode:
         rows = make_rows(tokens, options.context, data)
         self.rows, self.fill = len(rows), fill(rows)
         self.targets = self.fill * data.batch_size * (options.context - 1)
+        count = min(100, len(rows) // data.batch_size)
+        with nothing_kept():
+            self.input = best(3, lambda: take(rows, data.batch_size, count))[0] / count
         self.data = train_iterator([rows], data.batch_size, 0)
         self.state = create_state(self.config, self.mesh)
         self.step = jit_train_step(self.config, self.mesh, self.state)
@@ -136,15 +170,14 @@ class Mode:
 
 
 def training(folder: pathlib.Path, options: Any) -> dict[str, dict[str, float]]:
-    """Targets a second and the share of the wait, of each packing."""
+    """Targets a second, and what the input costs, of each packing."""
     tokens = ShardedTokens(read_manifest(folder / "out"), "train")
     modes = {packing: Mode(packing, tokens, options) for packing in options.packings}
-    for mode in modes.values():
-        mode.run()
-        mode.waits, mode.times = [], []
-    for _ in range(options.steps):
+    for _ in range(options.warmup + options.steps):
         for mode in modes.values():
             mode.run()
+    for mode in modes.values():
+        del mode.waits[: options.warmup], mode.times[: options.warmup]
     reference = modes.get("document", next(iter(modes.values())))
     results = {}
     for packing, mode in modes.items():
@@ -158,7 +191,9 @@ def training(folder: pathlib.Path, options: Any) -> dict[str, dict[str, float]]:
             "ms a step": 1e3 * statistics.median(mode.times),
             "targets/s": mode.targets / statistics.median(mode.times),
             "over document": statistics.median(ratios),
-            "wait": sum(mode.waits) / sum(mode.times),
+            "median ms of wait": 1e3 * statistics.median(mode.waits),
+            "share of waits": sum(mode.waits) / sum(mode.times),
+            "input": mode.input / statistics.median(mode.times),
         }
         mode.data.close()
     return results
@@ -175,7 +210,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--packings", nargs="+", default=list(PACKINGS), choices=PACKINGS)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=30, help="of each packing, timed")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before them")
     parser.add_argument("--output", help="JSON file")
     options = parser.parse_args()
     settings = UnitSettings(ReadSettings(documents=options.documents), 0.01)
@@ -192,11 +228,11 @@ def main() -> None:
         Tokenizer.train(texts[::every], options.vocab).save(folder / "tok.model")
         results: dict[str, Any] = {"MB/s": preparation(folder, settings, options)}
         for step, speed in results["MB/s"].items():
-            print(f"{step:<24}{speed[0]:8.1f} MB a CPU second{speed[1]:8.1f} MB/s")
+            print(f"{step:<30}{speed[0]:8.1f} MB a CPU second{speed[1]:8.1f} MB/s")
         if options.steps:
             results["training"] = training(folder, options)
             for packing, row in results["training"].items():
-                print(packing, *(f"{name} {np.round(value, 4)}" for name, value in row.items()))
+                print(packing, *(f"{name} {np.round(value, 5)}" for name, value in row.items()))
     if options.output:
         pathlib.Path(options.output).write_text(json.dumps(results, indent=1) + "\n")
 

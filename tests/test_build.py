@@ -1,11 +1,13 @@
 """Prepared text: the same for any number of processes, resumable, whole or not there; pldr-data."""
 
+import concurrent.futures
 import json
 import multiprocessing
 import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -14,10 +16,18 @@ from helpers import REPOSITORY, WORDS, contents, run_here
 from pldr_jax.cli.data import data_main
 from pldr_jax.config import ConfigError
 from pldr_jax.data import build as building
+from pldr_jax.data import shards
 from pldr_jax.data.build import BuildSettings, build
 from pldr_jax.data.prepared import SPLITS, ShardedTokens, read_manifest
 from pldr_jax.data.progress import BuildProgress
-from pldr_jax.data.shards import RECORD_TOKENS, DataError, ShardWriter, read_lengths, read_tokens
+from pldr_jax.data.shards import (
+    KEPT_RECORDS,
+    RECORD_TOKENS,
+    DataError,
+    ShardWriter,
+    read_lengths,
+    read_tokens,
+)
 from pldr_jax.data.tokenizer import Tokenizer
 from pldr_jax.data.units import UnitSettings, split_of, tokenize
 
@@ -175,7 +185,7 @@ def test_shards_give_any_range_of_their_tokens(tmp_path) -> None:
     documents = [rng.integers(0, 60_000, n) for n in (5, 3 * RECORD_TOKENS, 1, 40_000, 200_000)]
     writer = ShardWriter(tmp_path, "a", "uint16")
     for tokens in documents:
-        writer.add(tokens, 1)
+        writer.add(tokens, np.asarray([len(tokens)]), 1)
     shard, whole = writer.close(), np.concatenate(documents)
     np.testing.assert_array_equal(read_lengths(tmp_path, shard), [len(d) for d in documents])
     for start, stop in [(0, len(whole)), (3, 4), (8190, 8195), (len(whole) - 1, len(whole))]:
@@ -185,13 +195,78 @@ def test_shards_give_any_range_of_their_tokens(tmp_path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"a.array_record", "a.lengths"}
 
 
+def test_a_shard_is_the_same_however_documents_come_to_it(tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 4_000, 200)
+    whole, ends = rng.integers(0, 60_000, lengths.sum()), np.cumsum(lengths)
+    for name, steps in (("one", [200]), ("few", [3, 100, 200]), ("each", range(1, 201))):
+        writer, done = ShardWriter(tmp_path, name, "uint16"), 0
+        for k in steps:
+            start = ends[done - 1] if done else 0
+            writer.add(whole[start : ends[k - 1]], lengths[done:k], 7 * (k - done))
+            done = k
+        assert writer.close().n_bytes == 7 * 200
+    files = contents(tmp_path)
+    for ending in (".array_record", ".lengths"):
+        assert files[f"one{ending}"] == files[f"few{ending}"] == files[f"each{ending}"]
+
+
+def test_records_are_kept_up_to_a_bound(tmp_path, monkeypatch) -> None:
+    """A record is decompressed once; of more than are kept, the ones used last."""
+    n, reader, opened = KEPT_RECORDS + 20, shards._reader, []
+    writer = ShardWriter(tmp_path, "a", "uint32")
+    tokens = np.repeat(np.arange(n), RECORD_TOKENS)
+    writer.add(tokens, np.asarray([len(tokens)]), 1)
+    shard = writer.close()
+    del tokens, writer
+    monkeypatch.setattr(shards, "_reader", lambda path: opened.append(path) or reader(path))
+
+    def read(k: int) -> None:
+        start, stop = k * RECORD_TOKENS, (k + 1) * RECORD_TOKENS
+        found = read_tokens(tmp_path, shard, "uint32", start + 5, stop)
+        assert found[0] == found[-1] == k
+
+    shards._record.cache_clear()
+    tracemalloc.start()
+    for k in range(n):
+        read(k)
+    here = tracemalloc.Filter(True, shards.__file__)
+    held = tracemalloc.take_snapshot().filter_traces([here]).statistics("filename")[0].size
+    tracemalloc.stop()
+    assert 32e6 < held < 37e6  # as KEPT_RECORDS says
+    assert len(opened) == n
+    for k, reads in ((n - 1, 0), (n - KEPT_RECORDS, 0), (0, 1), (0, 0), (n - KEPT_RECORDS + 1, 1)):
+        opened.clear()
+        read(k)
+        assert len(opened) == reads
+    shards._record.cache_clear()
+
+
+def test_threads_read_the_same_tokens(tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    whole = rng.integers(0, 60_000, 50 * RECORD_TOKENS + 7)
+    writer = ShardWriter(tmp_path, "a", "uint16")
+    writer.add(whole, np.asarray([len(whole)]), 1)
+    shard = writer.close()
+
+    def reads(seed: int) -> bool:
+        starts = np.random.default_rng(seed).integers(0, len(whole) - 5_000, 300)
+        return all(
+            (read_tokens(tmp_path, shard, "uint16", k, k + 5_000) == whole[k : k + 5_000]).all()
+            for k in starts
+        )
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(reads, range(8)))
+
+
 @pytest.mark.parametrize("damage", ["flip", "checksum"])
 def test_a_corrupted_record_is_named_with_its_file(tmp_path, damage, monkeypatch) -> None:
     writer = ShardWriter(tmp_path, "a", "uint16")
     tokens = np.random.default_rng(0).integers(0, 60_000, 10 * RECORD_TOKENS)
     if damage == "checksum":  # damaged before it came to the library, which then knows nothing
         monkeypatch.setattr("pldr_jax.data.shards.zlib.crc32", lambda _: 0)
-    writer.add(tokens, 1)
+    writer.add(tokens, np.asarray([len(tokens)]), 1)
     shard = writer.close()
     monkeypatch.undo()
     path = tmp_path / "a.array_record"
@@ -199,14 +274,15 @@ def test_a_corrupted_record_is_named_with_its_file(tmp_path, damage, monkeypatch
         content = bytearray(path.read_bytes())
         content[20_000] ^= 1
         path.write_bytes(content)
-    bad = []
-    for k in range(10):
-        try:
-            read_tokens(tmp_path, shard, "uint16", k * RECORD_TOKENS, (k + 1) * RECORD_TOKENS)
-        except DataError as error:
-            assert str(error).startswith(f"{path}: record {k}: ") and "\n" not in str(error)
-            bad.append(k)
-    assert len(bad) == (1 if damage == "flip" else 10)
+    for _ in range(2):  # what was read is kept, what is damaged is not
+        bad = []
+        for k in range(10):
+            try:
+                read_tokens(tmp_path, shard, "uint16", k * RECORD_TOKENS, (k + 1) * RECORD_TOKENS)
+            except DataError as error:
+                assert str(error).startswith(f"{path}: record {k}: ") and "\n" not in str(error)
+                bad.append(k)
+        assert len(bad) == (1 if damage == "flip" else 10)
 
 
 def test_a_missing_or_cut_shard_is_refused_at_once(prepared, tmp_path) -> None:
@@ -232,6 +308,10 @@ def test_long_texts_give_the_tokens_of_the_whole(text, monkeypatch) -> None:
     parts = tokenize(tokenizer, [long, "a"])
     for one, other in zip(whole, parts, strict=True):
         np.testing.assert_array_equal(one, other)
+    ids, lengths = whole
+    assert ids.dtype == np.int32 and lengths.sum() == len(ids)
+    assert (np.flatnonzero(ids == tokenizer.eos_id) == np.cumsum(lengths) - 1).all()
+    assert [tokenizer.decode(part) for part in np.split(ids, lengths[:1])] == [long, "a"]
 
 
 def test_progress_tells_speed_and_time_left(capsys) -> None:

@@ -173,7 +173,7 @@ def test_interrupted_run_leaves_no_entry(folder, cache, monkeypatch) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Tokenizer, "encode_batch", interrupt)
+        patch.setattr(Tokenizer, "encode_arrays", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepared(folder)
     assert list(cache.iterdir()) == []

@@ -12,7 +12,7 @@ from pldr_jax.data.build import BuildSettings, build
 from pldr_jax.data.mixture import open_text
 from pldr_jax.data.pipeline import train_iterator
 from pldr_jax.data.prepared import ShardedTokens, read_manifest
-from pldr_jax.data.rows import TokenRows
+from pldr_jax.data.rows import TokenRows, make_rows
 from pldr_jax.data.shards import DataError
 from pldr_jax.data.tokenizer import Tokenizer
 from pldr_jax.data.units import UnitSettings
@@ -114,14 +114,18 @@ def test_without_held_out_documents_there_is_nothing_to_evaluate(folder, tmp_pat
         open_text(DataConfig(source=f"{tmp_path}/a"), VOCAB, lambda line: None)
 
 
-def test_a_corrupted_shard_is_named_with_its_record_while_training(folder, tmp_path) -> None:
+@pytest.mark.parametrize("packing", ["pack", "segment"])
+def test_a_corrupted_shard_is_named_with_its_record_while_training(
+    folder, tmp_path, packing: str
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(folder / "a", copy)
     shard = copy / "train-000001.array_record"
     content = bytearray(shard.read_bytes())
     content[1_000] ^= 255
     shard.write_bytes(content)
-    rows = TokenRows(ShardedTokens(read_manifest(copy), "train"), 16)
+    config = DataConfig(packing=packing)  # type: ignore[arg-type]
+    rows = make_rows(ShardedTokens(read_manifest(copy), "train"), 16, config)
     with (
         train_iterator([rows], 8, 0) as iterator,
         pytest.raises(DataError, match=r"train-000001\.array_record: record \d+: ") as error,

@@ -4,12 +4,13 @@ import json
 import pathlib
 import pickle
 
+import grain
 import numpy as np
 import pytest
 
 from pldr_jax.config import ConfigError
 from pldr_jax.data.corpus import TokenFile
-from pldr_jax.data.pipeline import TrainIterator, train_iterator, validation_rows
+from pldr_jax.data.pipeline import TrainIterator, _Shuffled, train_iterator, validation_rows
 from pldr_jax.data.rows import TokenRows
 
 C, B, ROWS = 4, 8, 50
@@ -206,6 +207,15 @@ def test_the_stream_is_the_one_it_always_was(token_file) -> None:
     assert row_numbers(held_out.rows_RC).tolist() == [47, 22, 10, 45, 30]
 
 
+@pytest.mark.parametrize("epochs", [None, 3])
+def test_numbers_are_shuffled_as_grain_shuffles_them(epochs: int | None) -> None:
+    ours = _Shuffled(100, 137, 2**31 + 5, epochs)
+    its_own = grain.MapDataset.range(100, 137).seed(2**31 + 5).shuffle().repeat(epochs)
+    assert len(ours) == len(its_own)
+    assert [ours[k] for k in range(3 * 37)] == [its_own[k] for k in range(3 * 37)]
+    assert [ours[5::2][k] for k in range(50)] == [its_own[5::2][k] for k in range(50)]
+
+
 @pytest.fixture
 def two(tmp_path, token_file) -> list[TokenRows]:
     """Two texts of 50 and 20 rows; the second's numbers start at 1000."""
@@ -229,6 +239,14 @@ def test_a_mixture_has_its_shares_and_every_row_once_an_epoch(two) -> None:
         for k in range(len(rows) // size):
             epoch = sorted(rows[k * size : (k + 1) * size])
             assert epoch == list(range(offset, offset + size))
+
+
+def test_the_stream_of_a_mixture_is_the_one_it_always_was(two) -> None:
+    """Taken when Grain carried the rows themselves, and not their numbers."""
+    assert row_numbers(mixed(two, 2)).reshape(2, B).tolist() == [
+        [21, 37, 31, 260, 14, 9, 46, 255],
+        [28, 6, 24, 257, 41, 36, 15, 253],
+    ]
 
 
 def test_a_mixture_is_shared_and_resumed_like_one_text(two) -> None:

@@ -17,6 +17,7 @@ from pldr_jax.data.rows import (
     fit,
     joined,
     make_rows,
+    stack,
 )
 
 EOS = 3
@@ -117,6 +118,22 @@ def test_the_fused_kernel_knows_no_segments() -> None:
     ExperimentConfig(model=model, data=DataConfig(packing="document"))
     with pytest.raises(ConfigError, match=r"^Model\.attention_kernel = 'cudnn': .*no segments"):
         ExperimentConfig(model=model, data=DataConfig(packing="segment"))
+
+
+@pytest.mark.parametrize("packing", ["pack", "document", "segment"])
+def test_many_rows_at_once_are_the_single_ones(tmp_path, packing: str) -> None:
+    rng = np.random.default_rng(0)
+    tokens = store(tmp_path, 1 + rng.geometric(1 / 20, 300))
+    rows = make_rows(tokens, 12, DataConfig(packing=packing, max_segments=3))  # type: ignore[arg-type]
+    for many in (rows, joined([rows, rows])):
+        numbers = rng.integers(0, len(many), 200)
+        found = stack(many, numbers)
+        assert found.dtype == np.int32 and found.shape == (200, *rows.row_shape)
+        np.testing.assert_array_equal(found, np.stack([many[k] for k in numbers]))
+        for k in (-1, len(many)):
+            with pytest.raises(IndexError):
+                stack(many, [0, k])
+    assert stack(rows, []).shape == (0, *rows.row_shape)
 
 
 def test_rows_pickle_by_path_and_join(tmp_path) -> None:

@@ -4,6 +4,7 @@ import io
 import pickle
 import random
 
+import numpy as np
 import pytest
 import sentencepiece
 
@@ -50,6 +51,18 @@ def test_random_texts_survive_alone_and_in_a_batch(tokenizer: Tokenizer) -> None
     batch = tokenizer.encode_batch(texts)
     assert [tokenizer.decode(ids) for ids in batch] == texts
     assert [tokenizer.encode(text) for text in texts] == batch
+
+
+def test_arrays_hold_the_ids_of_the_lists(tokenizer: Tokenizer) -> None:
+    plain = ["ab cd", "", "x = 1", "caf\u00e9", "a\udcffb"]
+    marked = [*plain, "\u2581", "a\u2581 b \u2581\u2581c", ""]
+    for texts in (plain, marked):  # without a space mark there is nothing to split
+        arrays = tokenizer.encode_arrays(texts)
+        assert {(ids.dtype, ids.ndim) for ids in arrays} == {(np.dtype(np.int32), 1)}
+        assert [ids.tolist() for ids in arrays] == [tokenizer.encode(text) for text in texts]
+    decoded = [tokenizer.decode(ids) for ids in tokenizer.encode_arrays(marked)]
+    assert decoded == [text.replace("\udcff", "?") for text in marked]
+    assert tokenizer.encode_arrays([]) == []
 
 
 def test_special_pieces_have_fixed_ids_and_never_come_from_text(tokenizer: Tokenizer) -> None:

@@ -212,10 +212,10 @@ def _write_tokens(
     with (folder / "train.bin").open("wb") as train, (folder / "validation.bin").open("wb") as held:
         files: dict[str, BinaryIO] = {"train": train, "validation": held}
         for group in _groups(sources.documents(source), 64):
-            rows = tokenizer.encode_batch([document.text for document in group])
+            rows = tokenizer.encode_arrays([document.text for document in group])
             for document, row in zip(group, rows, strict=True):
                 split = "validation" if document.name in held_out else "train"
-                files[split].write(np.asarray([*row, tokenizer.eos_id], dtype).tobytes())
+                files[split].write(np.append(row, tokenizer.eos_id).astype(dtype).tobytes())
                 lengths[split].append(len(row) + 1)
                 counts[split]["n_documents"] += 1
                 counts[split]["n_tokens"] += len(row) + 1

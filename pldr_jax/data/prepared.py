@@ -147,14 +147,17 @@ class ShardedTokens:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start..stop of the split, over shards where needed."""
-        parts = []
         k = bisect.bisect_right(self._ends, start) - 1
+        if stop <= self._ends[k + 1]:
+            begin = self._ends[k]
+            return read_file(self._paths[k], self._dtype, start - begin, stop - begin)
+        parts = []
         while start < stop:
             begin, end = self._ends[k], min(stop, self._ends[k + 1])
             parts.append(read_file(self._paths[k], self._dtype, start - begin, end - begin))
             start = end
             k += 1
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return np.concatenate(parts)
 
     def __reduce__(self) -> tuple[Any, tuple[str, str]]:
         return _reopen, (str(self._manifest.folder), self._split)

@@ -12,8 +12,10 @@ padding. In them every token of a document but the last is an input once, and ev
 first a target once: where a long document is cut, its next piece begins with the last target.
 """
 
+import abc
 import bisect
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -56,7 +58,7 @@ class TokenStore(Protocol):
         """Tokens start..stop."""
 
 
-class Rows(Protocol):
+class Rows(abc.ABC):
     """Random access to rows, int32.
 
     Attributes:
@@ -69,9 +71,26 @@ class Rows(Protocol):
     max_segments: int
     n_targets: int
 
+    @abc.abstractmethod
     def __len__(self) -> int: ...
 
-    def __getitem__(self, k: Any) -> np.ndarray: ...
+    @abc.abstractmethod
+    def write(self, k: int, row: np.ndarray) -> None:
+        """Writes row k over zeros; IndexError if there is none."""
+
+    def __getitem__(self, k: Any) -> np.ndarray:
+        """Row k."""
+        row = np.zeros(self.row_shape, np.int32)
+        self.write(int(k), row)
+        return row
+
+
+def stack(rows: Rows, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Rows of the given numbers, one array [n,C] or [n,3,T]."""
+    found = np.zeros((len(numbers), *rows.row_shape), np.int32)
+    for place, k in enumerate(numbers):
+        rows.write(int(k), found[place])
+    return found
 
 
 def make_rows(store: TokenStore, context_length: int, config: DataConfig) -> Rows:
@@ -92,20 +111,20 @@ def fill(rows: Rows) -> float:
     return rows.n_targets / max(places, 1)
 
 
-class _Joined:
+class _Joined(Rows):
     """The rows of several texts, one after another."""
 
     def __init__(self, parts: Sequence[Rows]) -> None:
-        self._parts, self._ends = parts, np.cumsum([len(part) for part in parts])
+        self._parts, self._ends = parts, list(itertools.accumulate(len(part) for part in parts))
         self.row_shape, self.max_segments = parts[0].row_shape, parts[0].max_segments
         self.n_targets = sum(part.n_targets for part in parts)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
-    def __getitem__(self, k: Any) -> np.ndarray:
-        part = int(np.searchsorted(self._ends, k, "right"))
-        return self._parts[part][k - (self._ends[part] - len(self._parts[part]))]
+    def write(self, k: int, row: np.ndarray) -> None:
+        part = bisect.bisect_right(self._ends, k)
+        self._parts[part].write(k - (self._ends[part - 1] if part else 0), row)
 
 
 def joined(parts: Sequence[Rows]) -> Rows:
@@ -113,7 +132,7 @@ def joined(parts: Sequence[Rows]) -> Rows:
     return parts[0] if len(parts) == 1 else _Joined(parts)
 
 
-class TokenRows:
+class TokenRows(Rows):
     """`pack`: row k is tokens k*C .. k*C + C of the text; the last incomplete row is dropped.
 
     Documents are not kept apart: a row may hold the end of one and the start of the next. Pickles
@@ -125,28 +144,29 @@ class TokenRows:
     def __init__(self, store: TokenStore, context_length: int) -> None:
         self._store, self._context_length = store, context_length
         self.row_shape = row_shape("pack", context_length)
-        self.n_targets = len(self) * (context_length - 1)
+        self._n_rows = store.n_tokens // context_length
+        self.n_targets = self._n_rows * (context_length - 1)
 
     def __len__(self) -> int:
-        return self._store.n_tokens // self._context_length
+        return self._n_rows
 
-    def __getitem__(self, k: Any) -> np.ndarray:
-        """Row k, int32 [C]."""
-        if not 0 <= k < len(self):
-            raise IndexError(f"row {k} of {len(self)}")
-        start = int(k) * self._context_length
-        return self._store.read(start, start + self._context_length).astype(np.int32)
+    def write(self, k: int, row: np.ndarray) -> None:
+        """Writes row k, int32 [C]."""
+        if not 0 <= k < self._n_rows:
+            raise IndexError(f"row {k} of {self._n_rows}")
+        start = k * self._context_length
+        row[:] = self._store.read(start, start + self._context_length)
 
     def __reduce__(self) -> tuple[type["TokenRows"], tuple[TokenStore, int]]:
         return TokenRows, (self._store, self._context_length)
 
 
-class SegmentRows:
+class SegmentRows(Rows):
     """`segment`, and with one segment a row `document`: int32 [3,T].
 
     A piece of T inputs fills a row. What is left of every document is packed by `fit`, which needs
     only to know how many remainders there are of each length; which documents share a row is then
-    counted off, so that the index takes 16 bytes a document, and no row is ever stored. Pickles as
+    counted off, so that the index takes 24 bytes a document, and no row is ever stored. Pickles as
     its store.
     """
 
@@ -156,49 +176,49 @@ class SegmentRows:
         lengths = np.asarray(store.lengths, np.int64)
         inputs = np.maximum(lengths - 1, 0)
         self.n_targets = int(inputs.sum())
-        self._starts = np.cumsum(lengths) - lengths
         self._whole_ends = np.cumsum(inputs // self._length)
         self._n_whole = int(self._whole_ends[-1]) if len(lengths) else 0
         remainders = inputs % self._length
-        self._by_length = np.argsort(remainders, kind="stable")
         counts = np.bincount(remainders, minlength=self._length)
-        self._lengths, self._first_of = inputs, np.cumsum(counts) - counts
+        self._first_of = (np.cumsum(counts) - counts).tolist()
         self._shapes = fit(counts, self._length, max_segments)
-        self._shape_ends = np.cumsum([shape.count for shape in self._shapes])
+        self._shape_ends = list(itertools.accumulate(shape.count for shape in self._shapes))
+        self._n_rows = self._n_whole + (self._shape_ends[-1] if self._shapes else 0)
+        starts = np.cumsum(lengths) - lengths
+        tails = (starts + inputs - remainders)[np.argsort(remainders, kind="stable")]
+        # Single numbers of an array are read twice as fast through a memoryview.
+        self._starts, self._tails = starts.data, tails.data
 
     def __len__(self) -> int:
-        return self._n_whole + (int(self._shape_ends[-1]) if self._shapes else 0)
+        return self._n_rows
 
-    def __getitem__(self, k: Any) -> np.ndarray:
-        """Row k, int32 [3,T]."""
-        if not 0 <= k < len(self):
-            raise IndexError(f"row {k} of {len(self)}")
-        row = np.zeros(self.row_shape, np.int32)
-        end = 0
-        for number, (start, length) in enumerate(self._pieces(int(k)), 1):
+    def write(self, k: int, row: np.ndarray) -> None:
+        """Writes row k over zeros int32 [3,T]."""
+        if not 0 <= k < self._n_rows:
+            raise IndexError(f"row {k} of {self._n_rows}")
+        inputs, targets, segments = row[INPUTS], row[TARGETS], row[SEGMENTS]
+        number = end = 0
+        for start, length in self._pieces(k):
             tokens = self._store.read(start, start + length + 1)
-            place = slice(end, end + length)
-            row[INPUTS, place], row[TARGETS, place] = tokens[:-1], tokens[1:]
-            row[SEGMENTS, place] = number
-            end += length
-        return row
+            number, begin, end = number + 1, end, end + length
+            inputs[begin:end] = tokens[:-1]
+            targets[begin:end] = tokens[1:]
+            segments[begin:end] = number
 
     def _pieces(self, k: int) -> list[tuple[int, int]]:
         """(first token, inputs) of the segments of row k."""
         if k < self._n_whole:
-            document = int(np.searchsorted(self._whole_ends, k, "right"))
+            document = int(self._whole_ends.searchsorted(k, "right"))
             before = int(self._whole_ends[document - 1]) if document else 0
-            return [(int(self._starts[document]) + (k - before) * self._length, self._length)]
+            return [(self._starts[document] + (k - before) * self._length, self._length)]
         k -= self._n_whole
-        which = int(np.searchsorted(self._shape_ends, k, "right"))
+        which = bisect.bisect_right(self._shape_ends, k)
         shape = self._shapes[which]
-        place = k - (int(self._shape_ends[which]) - shape.count)
-        pieces = []
-        for length, taken in zip(shape.lengths, shape.taken, strict=True):
-            document = int(self._by_length[self._first_of[length] + taken + place])
-            whole = int(self._lengths[document]) - length
-            pieces.append((int(self._starts[document]) + whole, length))
-        return pieces
+        place = k - (self._shape_ends[which] - shape.count)
+        return [
+            (self._tails[self._first_of[length] + taken + place], length)
+            for length, taken in zip(shape.lengths, shape.taken, strict=True)
+        ]
 
     def __reduce__(self) -> tuple[type["SegmentRows"], tuple[TokenStore, int, int]]:
         return SegmentRows, (self._store, self._length + 1, self.max_segments)

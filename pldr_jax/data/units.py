@@ -3,11 +3,12 @@
 import collections
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -77,14 +78,17 @@ def documents(
             problems[item.kind] += 1
 
 
-def tokenize(tokenizer: Tokenizer, texts: Iterable[str]) -> list[np.ndarray]:
-    """Ids of each text with the end piece, uint32; a long text is tokenised in parts."""
-    parts = [_parts(text) for text in texts]
-    rows = iter(tokenizer.encode_batch([part for text in parts for part in text]))
-    end = np.asarray([tokenizer.eos_id], np.uint32)
-    return [
-        np.concatenate([*(np.asarray(next(rows), np.uint32) for _ in text), end]) for text in parts
-    ]
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of texts one after another, int32, each with the end piece, and how many each has.
+
+    A long text is tokenised in parts. There must be one text at least.
+    """
+    parts = [[text] if len(text) <= LONG_TEXT else _parts(text) for text in texts]
+    firsts = np.cumsum([0, *map(len, parts[:-1])])
+    rows = tokenizer.encode_arrays(list(itertools.chain.from_iterable(parts)))
+    lengths = np.add.reduceat(np.asarray([len(row) for row in rows]), firsts)
+    ids = np.insert(np.concatenate(rows), np.cumsum(lengths), tokenizer.eos_id)
+    return ids, lengths + 1
 
 
 def _parts(text: str) -> list[str]:
@@ -113,14 +117,17 @@ def write_unit(
     problems: collections.Counter[str] = collections.Counter()
     writers: dict[str, ShardWriter] = {}
     reported = 0
-    for batch in _batches(documents(unit, settings, problems)):
-        texts = [document.text for document in batch]
+    for batch in batches(documents(unit, settings, problems)):
+        by_split: dict[str, list[str]] = {}
+        for document in batch:
+            by_split.setdefault(split_of(document.text, settings), []).append(document.text)
         n_bytes = n_tokens = 0
-        for text, tokens in zip(texts, tokenize(tokenizer, texts), strict=True):
-            split, size = split_of(text, settings), len(text.encode())
+        for split, texts in by_split.items():
             if split not in writers:
                 writers[split] = ShardWriter(folder, f"{split}-{unit.number:06d}", dtype)
-            writers[split].add(tokens, size)
+            tokens, lengths = tokenize(tokenizer, texts)
+            size = sum(len(text.encode()) for text in texts)
+            writers[split].add(tokens, lengths, size)
             n_bytes, n_tokens = n_bytes + size, n_tokens + len(tokens)
         # Of compressed input the size of the text says little: never more than the unit's own.
         n_bytes = min(n_bytes, max(unit.size - reported, 0)) if unit.size else n_bytes
@@ -132,7 +139,8 @@ def write_unit(
     return {"splits": in_order, "problems": {k: problems[k] for k in PROBLEMS if problems[k]}}
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents to tokenise together: some, so that memory is bounded, and not few."""
     batch: list[Document] = []
     chars = 0
     for document in documents:
