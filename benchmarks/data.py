@@ -15,11 +15,13 @@ machine makes longer; both are the best of `--rounds`.
 
 The train step is that of configs/nano.gin with scanned layers, on the prepared shards. Modes are
 timed in turn, step by step, so that a change of the machine's speed meets all alike: targets a
-second (padding has none) with their ratio to `document`, and the time that the loop waits for its
-next batch. The first `--warmup` steps are left out, compilation among them. Of the waits left there
-are the median, and the share of all of them in all of the time, slow ones included. The threads
-that read also work while other modes have their turn, so there is `input` too, which no wait shows:
-the CPU time of making a batch, over the time of a step.
+second (padding has none) with their ratio to `document`, what `segment_count.py` expects of that
+ratio, and the time that the loop waits for its next batch. `--also 2 4 8` times `segment` with
+these many documents in a row too, beside the number that is chosen. The first `--warmup` steps are
+left out, compilation among them. Of the waits left there are the median, and the share of all of
+them in all of the time, slow ones included. The threads that read also work while other modes have
+their turn, so there is `input` too, which no wait shows: the CPU time of making a batch, over the
+time of a step.
 """
 
 import argparse
@@ -46,6 +48,7 @@ from pldr_jax.data.pipeline import train_iterator
 from pldr_jax.data.prepared import ShardedTokens, read_manifest
 from pldr_jax.data.readers import ReadSettings
 from pldr_jax.data.rows import Rows, fill, make_rows, stack
+from pldr_jax.data.segment_count import choose, row_cost
 from pldr_jax.data.tokenizer import Tokenizer
 from pldr_jax.data.units import UnitSettings, batches, documents, tokenize, write_unit
 from pldr_jax.huge_pages import use_huge_pages
@@ -53,6 +56,16 @@ from pldr_jax.partition import build_mesh
 from pldr_jax.training.step import create_state, jit_train_step
 
 PACKINGS = ("pack", "document", "segment")
+
+
+def model_of(options: Any) -> ModelConfig:
+    """The model of the train step."""
+    return ModelConfig(vocab_size=options.vocab, context_length=options.context, unroll=False)
+
+
+def segments_of(tokens: ShardedTokens, options: Any) -> int:
+    """Documents in a row at most, as asked for or as a run would choose."""
+    return options.segments or choose([tokens.lengths], [1.0], model_of(options)).max_segments
 
 
 def best(rounds: int, work: Callable[[], Any]) -> np.ndarray:
@@ -98,7 +111,7 @@ def preparation(
     )
     share = mb * 1e6 / tokens.n_bytes
     for packing in PACKINGS:
-        config = DataConfig(packing=packing, max_segments=options.segments)
+        config = DataConfig(packing=packing, max_segments=segments_of(tokens, options))
 
         def pack(config: DataConfig = config) -> None:
             rows = make_rows(tokens, options.context, config)
@@ -137,17 +150,17 @@ def take(rows: Rows, batch_size: int, count: int) -> None:
 class Mode:
     """The train step of one packing and its input."""
 
-    def __init__(self, packing: str, tokens: ShardedTokens, options: Any) -> None:
+    def __init__(self, packing: str, segments: int, tokens: ShardedTokens, options: Any) -> None:
         data = DataConfig(
             batch_size=options.batch,
             packing=packing,  # type: ignore[arg-type]
-            max_segments=options.segments,
+            max_segments=segments,
         )
-        model = ModelConfig(vocab_size=options.vocab, context_length=options.context, unroll=False)
-        self.config = ExperimentConfig(model=model, data=data)
+        self.config = ExperimentConfig(model=model_of(options), data=data)
         self.mesh = build_mesh(MeshConfig(), jax.devices()[:1])
         rows = make_rows(tokens, options.context, data)
-        self.rows, self.fill = len(rows), fill(rows)
+        self.segments, self.rows, self.fill = rows.max_segments, len(rows), fill(rows)
+        self.expected = self.fill / row_cost(self.config.model, self.segments)
         self.targets = self.fill * data.batch_size * (options.context - 1)
         count = min(100, len(rows) // data.batch_size)
         with nothing_kept():
@@ -172,7 +185,10 @@ class Mode:
 def training(folder: pathlib.Path, options: Any) -> dict[str, dict[str, float]]:
     """Targets a second, and what the input costs, of each packing."""
     tokens = ShardedTokens(read_manifest(folder / "out"), "train")
-    modes = {packing: Mode(packing, tokens, options) for packing in options.packings}
+    chosen = segments_of(tokens, options)
+    modes = {packing: Mode(packing, chosen, tokens, options) for packing in options.packings}
+    for count in options.also:
+        modes[f"segment of {count}"] = Mode("segment", count, tokens, options)
     for _ in range(options.warmup + options.steps):
         for mode in modes.values():
             mode.run()
@@ -186,11 +202,13 @@ def training(folder: pathlib.Path, options: Any) -> dict[str, dict[str, float]]:
             for own, other in zip(mode.times, reference.times, strict=True)
         ]
         results[packing] = {
+            "segments": mode.segments,
             "rows": mode.rows,
             "filled": mode.fill,
             "ms a step": 1e3 * statistics.median(mode.times),
             "targets/s": mode.targets / statistics.median(mode.times),
             "over document": statistics.median(ratios),
+            "expected": mode.expected / reference.expected,
             "median ms of wait": 1e3 * statistics.median(mode.waits),
             "share of waits": sum(mode.waits) / sum(mode.times),
             "input": mode.input / statistics.median(mode.times),
@@ -206,7 +224,10 @@ def main() -> None:
     parser.add_argument("--documents", default="file", choices=["file", "line", "paragraph"])
     parser.add_argument("--vocab", type=int, default=512)
     parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--segments", type=int, default=4)
+    parser.add_argument(
+        "--segments", type=int, help="documents in a row at most; default: as a run would choose"
+    )
+    parser.add_argument("--also", type=int, nargs="+", default=[], metavar="K")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--packings", nargs="+", default=list(PACKINGS), choices=PACKINGS)
     parser.add_argument("--rounds", type=int, default=3)

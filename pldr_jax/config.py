@@ -115,7 +115,12 @@ class DataConfig(_Validated):
         "what a row is: documents joined and cut, a document or a piece of one, or several of "
         "these side by side, each with its own G_LM",
     )
-    max_segments: int = _field(8, "documents in a row at most (packing = 'segment')", low=1)
+    max_segments: int | None = _field(
+        None,
+        "documents in a row at most (packing = 'segment'); None is as many as make training "
+        "fastest, by the lengths of the documents and the cost of a G_LM",
+        low=1,
+    )
     batch_size: int = _field(16, "sequences in a step, over all devices", low=1)
     seed: int = _field(0, "seed of the shuffle", low=0)
     epochs: int | None = _field(
@@ -137,8 +142,21 @@ class DataConfig(_Validated):
 
     @property
     def segments_per_row(self) -> int:
-        """K, the segments of a row that are kept apart; 1 unless packing is 'segment'."""
-        return self.max_segments if self.packing == "segment" else 1
+        """K, the segments of a row that are kept apart; 1 unless packing is 'segment'.
+
+        Raises:
+          ConfigError: it is not chosen yet (`pldr_jax/data/segment_count.py`).
+        """
+        if self.packing != "segment":
+            return 1
+        if self.max_segments is None:
+            self.fail("max_segments", "is chosen where a run has its text; give a number here")
+        return self.max_segments
+
+    @property
+    def keeps_segments(self) -> bool:
+        """Whether a row may hold several segments."""
+        return self.packing == "segment" and self.max_segments != 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,13 +321,13 @@ class ExperimentConfig:
         if loss.g_from != "row":
             if self.model.g_source != "learned":
                 loss.fail("g_from", "a predefined G_LM is computed from no tokens; take 'row'")
-            if self.data.segments_per_row > 1:
+            if self.data.keeps_segments:
                 loss.fail("g_from", "rows with segments know 'row' alone; take another packing")
         if (loss.g_prefix_length or 1) > longest:
             loss.fail("g_prefix_length", f"a row has {longest} inputs; take at most that many")
         if loss.g_from == "neighbour" and self.data.batch_size // self.training.accumulate < 2:
             loss.fail("g_from", "needs 2 rows a step, or part of one; raise Data.batch_size")
-        if self.training.eval_prefix_g and self.data.segments_per_row > 1:
+        if self.training.eval_prefix_g and self.data.keeps_segments:
             self.training.fail("eval_prefix_g", "rows with segments have no prefix; take False")
 
 

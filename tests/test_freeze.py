@@ -304,6 +304,24 @@ def test_warning_where_g_lm_depends_on_the_input(frozen, text, tmp_path) -> None
     assert "\n" not in warning and "depends on its input" in warning
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_rows_of_a_packing_that_the_run_did_not_have(text, tmp_path, own: bool) -> None:
+    """How many documents share a row is chosen here, then."""
+    write_run(tmp_path / "run", experiment(text))
+    lines: list[str] = []
+    certificate = freeze(
+        tmp_path / "run",
+        tmp_path / "out",
+        None if own else str(text),
+        rows=2,
+        eval_rows=2,
+        overrides=["Data.packing=segment"],
+        log=lines.append,
+    )
+    (line,) = [line for line in lines if line.startswith("Data.max_segments = ")]
+    assert "filled" in line and certificate["evaluation"]["rows"] == 2
+
+
 def test_what_cannot_be_frozen_is_one_line(frozen, text, tmp_path) -> None:
     identity = dataclasses.replace(MODEL, g_source="identity")
     write_run(tmp_path / "sdpa", experiment(text, identity))

@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import pytest
-from helpers import run_here
+from helpers import flags, make_corpus, run_here
 
 from pldr_jax.cli.train import train_main
 from pldr_jax.config import (
@@ -18,6 +18,7 @@ from pldr_jax.config import (
     ModelConfig,
     TrainingConfig,
 )
+from pldr_jax.data.rows import row_shape
 from pldr_jax.flags import load_config
 from pldr_jax.model.decoder import init_params
 from pldr_jax.model.flops import forward_flops, repeated_flops, training_flops
@@ -53,21 +54,25 @@ PLAN = plans.Plan(
 )
 
 
-@pytest.mark.parametrize("source", ["learned", "identity", "random"])
-def test_operations_are_those_of_the_unrolled_model(source: Any) -> None:
+@pytest.mark.parametrize(
+    "source, segments",
+    [("learned", 1), ("identity", 1), ("random", 1), ("learned", 3), ("random", 3)],
+)
+def test_operations_are_those_of_the_unrolled_model(source: Any, segments: int) -> None:
     model = ModelConfig(
         num_layers=2, num_heads=4, head_dim=64, context_length=257, num_residual_layers=3,
         g_source=source,
     )  # fmt: skip
-    config, rows = ExperimentConfig(model=model), 4
+    data = DataConfig(packing="segment" if segments > 1 else "pack", max_segments=segments)
+    config, rows = ExperimentConfig(model=model, data=data), 4
     params = nn.unbox(jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0)))
     shape = (2, 1, 4, 64, 64)
     g_lm = jax.ShapeDtypeStruct(shape, "float32") if source == "random" else None
-    batch = jax.ShapeDtypeStruct((rows, 257), "int32")
+    batch = jax.ShapeDtypeStruct((rows, *row_shape(data.packing, 257)), "int32")
     grads = jax.jit(jax.grad(lambda p, g, b: loss_fn(config, p, g, b)[0]))
     counted = grads.lower(params, g_lm, batch).cost_analysis()["flops"]
     # What is over are element-wise operations.
-    made = training_flops(model, rows, 256) + repeated_flops(model, rows, 256)
+    made = training_flops(model, rows, 256, segments) + repeated_flops(model, rows, 256, segments)
     assert 1 < counted / made < 1.02
 
 
@@ -97,6 +102,24 @@ def test_bytes_are_those_of_the_state_and_of_the_compiled_step() -> None:
     assert made.device_flops * 8 == pytest.approx(made.model_flops + repeated)
     # The logits of a device's 2 rows, of half of the vocabulary, and their gradient.
     assert made.step_bytes > 2 * 2 * 16 * 32 * 4
+
+
+def test_a_plan_of_rows_of_any_packing() -> None:
+    mesh = build_mesh(CONFIG.mesh)
+
+    def planned(**fields: Any) -> plans.Plan:
+        data = DataConfig(batch_size=8, **fields)
+        return plans.make_plan(dataclasses.replace(CONFIG, data=data), mesh, "")
+
+    pack, document = plans.make_plan(CONFIG, mesh, ""), planned(packing="document")
+    assert document.model_flops == pack.model_flops
+    few, more = (planned(packing="segment", max_segments=k) for k in (2, 4))
+    once = sum(forward_flops(CONFIG.model, 16).values())
+    again = forward_flops(CONFIG.model, 16)["plga"]
+    assert few.model_flops / pack.model_flops == pytest.approx(1 + again / once)
+    assert more.model_flops / pack.model_flops == pytest.approx(1 + 3 * again / once)
+    assert more.device_flops * 8 == pytest.approx(more.model_flops)
+    assert document.bytes < few.bytes < more.bytes
 
 
 def test_parts_that_do_not_divide_are_not_split() -> None:
@@ -165,6 +188,15 @@ def test_program_prints_a_plan_and_refuses_in_one_line(
     status, out, err = run_here(capsys, train_main, *arguments)
     assert status == 2 and "together" in out
     assert err.startswith("error: Mesh = (1, 8, 1): does not fit h100: ") and err.count("\n") == 1
+    shown: list[ExperimentConfig] = []
+    monkeypatch.setattr(plans, "make_plan", lambda config, *_: shown.append(config) or PLAN)
+    plan = ["--plan", "--gin.Data.packing=segment", "--gin.Data.max_segments=3", *FLAGS]
+    assert "2 a device, 3 documents in each at" in run_here(capsys, train_main, *plan)[1]
+    text = make_corpus(tmp_path / "text", 30)
+    open_ = flags(text, {"Data.packing": "segment", "Data.cache_dir": tmp_path / "cache"})
+    status, out, _ = run_here(capsys, train_main, "--plan", *open_)
+    assert status == 0 and "Data.max_segments = 1: rows 9" in out
+    assert [one.data.segments_per_row for one in shown] == [3, 1]
     for argument in ("--chip=v5e", "--devices=4"):
         status, _, err = run_here(capsys, train_main, argument)
         assert status == 2 and "needs --plan" in err

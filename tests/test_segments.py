@@ -20,7 +20,7 @@ from pldr_jax.training.step import loss_fn
 
 C, K = 17, 4
 FORWARD = jax.jit(forward_rows, static_argnums=(0, 3))
-LENGTHS = np.asarray([12, 5, 40, 3, 9, 2, 7, 6, 17, 4])
+LENGTHS = np.asarray([12, 5, 40, 3, 9, 2, 7, 6, 17, 4, 2, 3, 2])
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """`infer.py --freeze_g`: a checkpoint with one G_LM in place of the PLGA network."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -190,13 +191,16 @@ def _row_sets(
 ) -> tuple["RowSet", "RowSet"]:
     """Rows to calibrate on and rows to evaluate on, of different documents where text is given."""
     from pldr_jax.data.corpus import prepare
+    from pldr_jax.data.mixture import Part
     from pldr_jax.data.rows import joined, make_rows
+    from pldr_jax.data.segment_count import settled
     from pldr_jax.training.freeze import some_rows, split_rows
 
     model, path = config.model, folder / TOKENIZER
     if text is None:
         training_text = held_out_text(folder, config, "--text", log)
-        held_out = training_text.rows("validation", model.context_length, config.data)
+        data = settled(config, training_text.parts, log).data
+        held_out = training_text.rows("validation", model.context_length, data)
         return split_rows(joined(held_out), rows, eval_rows)
     if not path.is_file():
         raise ConfigError(f"--text={text}: {folder} has no {TOKENIZER} to read it with")
@@ -210,6 +214,8 @@ def _row_sets(
         cache_dir=cache_dir,
     )
     corpus = prepare(data, model.vocab_size, log)
+    part = Part(text, 1.0, corpus.train, corpus.validation)
+    data = settled(dataclasses.replace(config, data=data), [part], log).data
     calibration, evaluation = (
         make_rows(file, model.context_length, data) for file in (corpus.train, corpus.validation)
     )

@@ -38,6 +38,9 @@ def check(options: Options) -> None:
 def plan(options: Options, config: ExperimentConfig) -> None:
     """Prints the plan of `config`.
 
+    The text is opened, and made ready where it is not, only where `Data.max_segments` follows from
+    it.
+
     Raises:
       ConfigError: the mesh or batch cannot be, or there is no room for it.
     """
@@ -52,6 +55,11 @@ def plan(options: Options, config: ExperimentConfig) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", size)
     mesh, compiler = plans.plan_mesh(config.mesh, size, chip)
+    if config.data.packing == "segment" and config.data.max_segments is None:
+        from pldr_jax.data.mixture import open_text
+        from pldr_jax.data.segment_count import settled
+
+        config = settled(config, open_text(config.data, config.model.vocab_size).parts, print)
     made = plans.make_plan(config, mesh, compiler)
     predicts = chip is not None and config.model.dtype == "bfloat16"
     prediction = plans.predict(config, made, chip) if chip is not None and predicts else None

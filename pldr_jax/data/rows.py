@@ -240,54 +240,42 @@ class Shape:
 
 
 def fit(counts: np.ndarray, length: int, max_segments: int) -> list[Shape]:
-    """Best-fit decreasing packing of counts[n] segments of n tokens into rows of `length`.
+    """Packs counts[n] segments of n tokens into rows of `length`, `max_segments` in each at most.
 
-    The longest go first, each into the fullest row that has room for it. Segments of one length
-    are packed together, so that the time depends on the number of lengths, not of documents.
+    The longest that is left opens a row. Each further place takes the longest that leaves room for
+    the shortest in every place after it, and where there is none, the longest that fits: long ones
+    meet short ones, so that both tokens and places are used. Rows of the same lengths are made
+    together, so that the time depends on the number of lengths, not of documents.
     """
-    spaces: list[int] = []  # sorted, each once
-    open_rows: dict[int, list[tuple[tuple[int, ...], int]]] = {}  # space -> (lengths, count)
+    left = {int(n): int(counts[n]) for n in np.flatnonzero(counts) if n}
+    lengths = sorted(left)
     closed: list[tuple[tuple[int, ...], int]] = []
-
-    def put(lengths: tuple[int, ...], count: int) -> None:
-        space = length - sum(lengths)
-        if not count:
-            return
-        if not space or len(lengths) == max_segments:
-            closed.append((lengths, count))
-            return
-        if space not in open_rows:
-            bisect.insort(spaces, space)
-        open_rows.setdefault(space, []).append((lengths, count))
-
-    def take(least: int) -> tuple[tuple[int, ...], int | None]:
-        """The fullest open rows with that much room; empty ones, as many as one likes, if none."""
-        k = bisect.bisect_left(spaces, least)
-        if k == len(spaces):
-            return (), None
-        shapes = open_rows[spaces[k]]
-        shape = shapes.pop()
-        if not shapes:
-            del open_rows[spaces.pop(k)]
-        return shape
-
-    for n in range(length - 1, 0, -1):
-        left = int(counts[n]) if n < len(counts) else 0
-        while left:
-            lengths, available = take(n)
-            each = min(left, max_segments - len(lengths), (length - sum(lengths)) // n)
-            rows = left // each if available is None else min(available, left // each)
-            put(lengths + (n,) * each, rows)
-            put(lengths, 0 if available is None else available - rows)
-            left -= rows * each
-    for shapes in open_rows.values():
-        closed += shapes
+    while lengths:
+        used = {lengths[-1]: 1}
+        row, space = [lengths[-1]], length - lengths[-1]
+        for later in range(max_segments - 2, -1, -1):
+            k = bisect.bisect_right(lengths, space - later * lengths[0])
+            k = (k or bisect.bisect_right(lengths, space)) - 1
+            while k >= 0 and left[lengths[k]] == used.get(lengths[k], 0):
+                k -= 1
+            if k < 0:
+                break
+            n = lengths[k]
+            row.append(n)
+            used[n] = used.get(n, 0) + 1
+            space -= n
+        count = min(left[n] // times for n, times in used.items())
+        closed.append((tuple(row), count))
+        for n, times in used.items():
+            left[n] -= times * count
+            if not left[n]:
+                lengths.remove(n)
     taken = np.zeros(length, np.int64)
     result = []
-    for lengths, count in closed:
+    for shape, count in closed:
         before = []
-        for n in lengths:
+        for n in shape:
             before.append(int(taken[n]))
             taken[n] += count
-        result.append(Shape(lengths, tuple(before), count))
+        result.append(Shape(shape, tuple(before), count))
     return result

@@ -12,16 +12,18 @@ BACKWARD = 2
 """Products of the backward pass for each one of the forward pass."""
 
 
-def forward_flops(config: ModelConfig, length: int) -> dict[str, float]:
+def forward_flops(config: ModelConfig, length: int, segments: int = 1) -> dict[str, float]:
     """Operations of the forward pass of one row of `length` input tokens, by part of the model.
 
     `plga` is Q^T Q, the metric learner, the products with W and a, and q G_LM. The metric learner
-    works on [N,H,H] once a row, whatever the length.
+    works on [N,H,H] once a row, whatever the length, or once for each of the `segments` that a row
+    has places for; then the two products with q have all their places too.
     """
     L, N, H, D = config.num_layers, config.num_heads, config.head_dim, config.model_dim
     metric = 0 if config.g_source == "identity" else 2 * length * D * H  # q G_LM
     if config.g_source == "learned":
         metric += 2 * length * D * H + _residual_layers(config) + 2 * 2 * N * H**3
+        metric *= segments  # a G_LM from outside serves all of them
     return {
         "projections": float(L * length * 8 * D * D),
         "attention": float(L * 4 * length * length * D),
@@ -32,26 +34,46 @@ def forward_flops(config: ModelConfig, length: int) -> dict[str, float]:
 
 
 def _residual_layers(config: ModelConfig) -> int:
-    """Operations of the metric learner's residual layers in one decoder layer, a row."""
+    """Operations of the metric learner's residual layers on one Q^T Q in one decoder layer."""
     H, M = config.head_dim, config.metric_width
     units = config.num_residual_layers * config.num_gated_units
     return config.num_heads * H * units * 6 * H * M
 
 
-def training_flops(config: ModelConfig, rows: int, length: int) -> float:
+def training_flops(config: ModelConfig, rows: int, length: int, segments: int = 1) -> float:
     """Operations of a training step on `rows` rows of `length` input tokens: the model's own,
     without what rematerialisation repeats.
     """
-    return rows * (1 + BACKWARD) * sum(forward_flops(config, length).values())
+    return rows * (1 + BACKWARD) * sum(forward_flops(config, length, segments).values())
 
 
-def repeated_flops(config: ModelConfig, rows: int, length: int) -> float:
+def repeated_flops(config: ModelConfig, rows: int, length: int, segments: int = 1) -> float:
     """Operations that the backward pass of such a step repeats: what `Model.remat` says, and, as
     part of any backward pass, the residual layers of the metric learner.
     """
-    parts = forward_flops(config, length)
+    parts = forward_flops(config, length, segments)
     names = {"none": (), "dots": ("attention", "plga")}.get(
         config.remat, ("projections", "attention", "plga", "ffn")
     )
-    always = config.num_layers * _residual_layers(config) if config.g_source == "learned" else 0
+    always = 0
+    if config.g_source == "learned":
+        always = config.num_layers * segments * _residual_layers(config)
     return rows * (sum(parts[name] for name in names) + always)
+
+
+def forward_entries(
+    config: ModelConfig, length: int, segments: int = 1, scores: bool = True
+) -> float:
+    """Numbers that the forward pass of one such row writes, about: what its element-wise work,
+    which no operation above counts, goes with.
+
+    A GLU writes four arrays of its width, a layer some twelve of the model's; logits are written
+    three times, and so are `scores`, which fused kernels do not write.
+    """
+    L, N, H, D = config.num_layers, config.num_heads, config.head_dim, config.model_dim
+    M, R, U = config.metric_width, config.num_residual_layers, config.num_gated_units
+    layer = length * (12 * D + 4 * config.ffn_width + 3 * N * length * scores)
+    if config.g_source == "learned":
+        layer += segments * N * H * (R * (U * (4 * M + 2 * H) + 4 * H) + 8 * H)
+        layer += 2 * length * D * segments if segments > 1 else 0  # q, a place for each segment
+    return float(L * layer + 3 * length * config.vocab_size)

@@ -4,6 +4,7 @@ TPU.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ def fused_attention(
     """
     if kernel == "flash":
         return flash_attention(q_BTNJ, k_BSNH, v_BSNH)
-    if kernel == "cudnn" or (kernel == "auto" and _cudnn_can(q_BTNJ)):
+    if kernel == "cudnn" or (kernel == "auto" and cudnn_can(q_BTNJ.dtype, q_BTNJ.shape[-1])):
         return jax.nn.dot_product_attention(
             q_BTNJ, k_BSNH, v_BSNH, is_causal=True, implementation="cudnn"
         )
@@ -70,10 +71,9 @@ def _flash(q_BTNJ: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array) -> jax.Array
     return jnp.swapaxes(out_BNTH, 1, 2)[:, :length, :, :width]
 
 
-def _cudnn_can(q_BTNJ: jax.Array) -> bool:
+def cudnn_can(dtype: Any, head_dim: int) -> bool:
     """16-bit, H a multiple of 8 up to 128, compute capability 8.0 or later."""
-    if jax.default_backend() != "gpu" or q_BTNJ.dtype not in (jnp.bfloat16, jnp.float16):
+    if jax.default_backend() != "gpu" or jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return False
     capability = getattr(jax.devices()[0], "compute_capability", "0")
-    head_dim = q_BTNJ.shape[-1]
     return float(capability) >= 8.0 and head_dim % 8 == 0 and head_dim <= 128

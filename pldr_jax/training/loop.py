@@ -23,6 +23,7 @@ from pldr_jax.config import ConfigError, ExperimentConfig, ModelConfig
 from pldr_jax.data.mixture import TrainingText, open_text
 from pldr_jax.data.pipeline import TrainIterator, train_iterator, validation_rows
 from pldr_jax.data.rows import fill
+from pldr_jax.data.segment_count import settled
 from pldr_jax.data.tokenizer import Tokenizer
 from pldr_jax.flags import config_from_dict, config_to_dict
 from pldr_jax.hosts import any_process
@@ -46,6 +47,7 @@ from pldr_jax.training.run_files import (
     append_sample,
     check_same_model,
     check_same_tokenizer,
+    with_its_segments,
     write_run_files,
 )
 from pldr_jax.training.signals import StopRequest, stop_on_signals
@@ -109,6 +111,10 @@ def train(
                 f"must be a multiple of the {shards} devices of Mesh.data x Mesh.fsdp{also}",
             )
         text = open_text(config.data, config.model.vocab_size)
+        stored = checkpointer.read_config() if latest is not None else None
+        if stored is not None:
+            config = with_its_segments(config, config_from_dict(stored, str(run_dir)))
+        config = settled(config, text.parts, print if jax.process_index() == 0 else _silent)
         # From here on there is something to save; a signal before this ends the program at once.
         with (
             locked(run_dir, jax.process_index() == 0),
@@ -119,6 +125,10 @@ def train(
                 config, run_dir, text, mesh, checkpointer, stop, profiler, initial, task_metrics
             )
             return run.go(latest is not None)
+
+
+def _silent(line: str) -> None:
+    """Says nothing: the first process speaks for all."""
 
 
 class _Run:

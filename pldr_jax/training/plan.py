@@ -18,6 +18,7 @@ import jax
 from jax.sharding import Mesh
 
 from pldr_jax.config import ConfigError, ExperimentConfig, MeshConfig
+from pldr_jax.data.rows import row_shape
 from pldr_jax.model.deductive import g_lm_shape
 from pldr_jax.model.flops import BACKWARD, forward_flops, repeated_flops, training_flops
 from pldr_jax.model.shapes import count_params
@@ -118,6 +119,7 @@ def make_plan(config: ExperimentConfig, mesh: Mesh, compiler: str) -> Plan:
             "batch_size", f"must be a multiple of the {shards} devices of Mesh.data x Mesh.fsdp"
         )
     model, rows, length = config.model, config.data.batch_size, config.model.context_length - 1
+    segments = config.data.segments_per_row
     predefined = model.g_source in ("random", "external")
     g_lm: Any = jax.ShapeDtypeStruct(g_lm_shape(model), "float32") if predefined else None
     state, batch = abstract_state(config, mesh, g_lm), _batch(config, mesh)
@@ -137,7 +139,7 @@ def make_plan(config: ExperimentConfig, mesh: Mesh, compiler: str) -> Plan:
         state_bytes=_bytes(state),
         step_bytes=int(memory.temp_size_in_bytes),
         saved_bytes=int(saved.output_size_in_bytes),
-        model_flops=training_flops(model, rows, length),
+        model_flops=training_flops(model, rows, length, segments),
         device_flops=_device_flops(config, dict(mesh.shape)),
         tokens=rows * length,
     )
@@ -145,7 +147,8 @@ def make_plan(config: ExperimentConfig, mesh: Mesh, compiler: str) -> Plan:
 
 def _batch(config: ExperimentConfig, mesh: Mesh) -> jax.ShapeDtypeStruct:
     """Rows of tokens, as the step takes them."""
-    shape = (config.data.batch_size, config.model.context_length)
+    one = row_shape(config.data.packing, config.model.context_length)
+    shape = (config.data.batch_size, *one)
     return jax.ShapeDtypeStruct(shape, "int32", sharding=batch_sharding(mesh, shape))
 
 
@@ -187,9 +190,10 @@ def _device_flops(config: ExperimentConfig, mesh: dict[str, int]) -> float:
     model, tensor = config.model, mesh["tensor"]
     widths = {"ffn": model.ffn_width, "head": model.vocab_size}
     length = model.context_length - 1
-    parts = forward_flops(model, length)
+    segments = config.data.segments_per_row
+    parts = forward_flops(model, length, segments)
     once = sum(parts.values())
-    repeated = repeated_flops(model, 1, length) / once  # in proportion
+    repeated = repeated_flops(model, 1, length, segments) / once  # in proportion
     split = sum(
         flops / (tensor if widths.get(name, model.num_heads) % tensor == 0 else 1)
         for name, flops in parts.items()
@@ -254,11 +258,13 @@ def plan_lines(
     """The plan as rows of a table of two columns."""
     mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
     shards = plan.mesh["data"] * plan.mesh["fsdp"]
-    rows = config.data.batch_size
+    rows, segments = config.data.batch_size, config.data.segments_per_row
+    side_by_side = f", {segments} documents in each at most" if segments > 1 else ""
     lines = {
         "parameters": f"{plan.parameters:,}",
         "mesh": f"{mesh} = {math.prod(plan.mesh.values())} devices",
-        "batch": f"{rows} rows of {config.model.context_length} tokens, {rows // shards} a device",
+        "batch": f"{rows} rows of {config.model.context_length} tokens, {rows // shards} a device"
+        f"{side_by_side}",
         "compiled by": plan.compiler,
         "state": f"{gigabytes(plan.state_bytes)} a device: parameters and optimiser",
         "step": f"{gigabytes(plan.step_bytes)} a device: activations and temporaries",

@@ -2,6 +2,7 @@
 on.
 """
 
+import dataclasses
 import os
 import re
 from pathlib import Path
@@ -25,7 +26,7 @@ def check_same_model(run_dir: Path, saved: ExperimentConfig, config: ExperimentC
             f"{run_dir}: holds another model ({'; '.join(changed)}); "
             "take the old values or another --run_dir"
         )
-    for name in ("packing", "max_segments"):
+    for name in ("packing", "max_segments") if config.data.packing == "segment" else ("packing",):
         if getattr(saved.data, name) != getattr(config.data, name):
             config.data.fail(
                 name,
@@ -34,6 +35,16 @@ def check_same_model(run_dir: Path, saved: ExperimentConfig, config: ExperimentC
             )
     for difference in describe_differences(saved, config):
         print(f"note: continuing with {difference}")
+
+
+def with_its_segments(config: ExperimentConfig, saved: ExperimentConfig) -> ExperimentConfig:
+    """The config of a run that goes on: an open `Data.max_segments` is what the run has, whatever
+    its text would give now.
+    """
+    if config.data.packing != "segment" or config.data.max_segments is not None:
+        return config
+    data = dataclasses.replace(config.data, max_segments=saved.data.max_segments)
+    return dataclasses.replace(config, data=data)
 
 
 def check_same_tokenizer(run_dir: Path, model_bytes: bytes) -> None:
