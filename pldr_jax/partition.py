@@ -122,6 +122,11 @@ def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(shape, names, dict(mesh.shape)))
 
 
+def on_every_device(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """The array, whole on every device of the mesh; without a mesh, `x` itself."""
+    return x if mesh is None else jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+
+
 def process_part(mesh: Mesh, batch_size: int) -> tuple[int, int]:
     """Which part of a global batch this process feeds, and how many parts there are.
 
