@@ -97,10 +97,8 @@ def test_processes_train_as_one(
 def test_a_signal_to_one_process_stops_all(text: Path, tmp_path: Path) -> None:
     """Of a model that learns its G_LM, so that each of the two also writes samples with one."""
     run_dir = tmp_path / "run"
-    processes = several(
-        text, run_dir, 2, **{"Training.steps": 100_000, "Model.g_source": "learned"}
-    )
-    end = time.monotonic() + 100
+    processes = several(text, run_dir, 2, **{"Training.steps": 400, "Model.g_source": "learned"})
+    end = time.monotonic() + 300
     while not (run_dir / "samples.txt").exists() and time.monotonic() < end:
         time.sleep(0.1)
     processes[1].send_signal(signal.SIGTERM)
