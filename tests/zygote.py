@@ -11,6 +11,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class Zygote:
 
     def __enter__(self) -> "Zygote":
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.zygote"],
+            [sys.executable, __file__],
             cwd=REPOSITORY,
             # The threads of OpenBLAS would be there before the fork.
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
@@ -101,7 +102,7 @@ def main() -> None:
     program.keep_compiled_programs = keep_all
     for line in iter(sys.stdin.readline, ""):
         output, *arguments = json.loads(line)
-        assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"
+        assert _threads() == 1, "threads do not survive a fork"
         assert not backends_are_initialized()
         pid = os.fork()
         if pid == 0:
@@ -110,6 +111,12 @@ def main() -> None:
             return
         print(pid, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+def _threads() -> int:
+    """Those of C++ as well, where the kernel tells."""
+    tasks = Path("/proc/self/task")
+    return len(os.listdir(tasks)) if tasks.exists() else threading.active_count()
 
 
 def _become(output: Path) -> None:
@@ -121,4 +128,5 @@ def _become(output: Path) -> None:
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(REPOSITORY)  # as for train.py
     main()
