@@ -26,6 +26,7 @@ FIELDS = {
     "Training.steps": STEPS,
     "Training.log_every": 1,
     "Training.eval_every": 16,
+    "Training.sample_prompt": "",
     "Checkpoint.every_steps": EVERY,
 }
 
@@ -91,7 +92,7 @@ def test_killed_twenty_times_then_stopped_then_finished(
             if len(killed_at) % 4 == 0:  # anywhere: start, compilation, steps, saves
                 time.sleep(rng.uniform(0, 1.5 * usual))
             else:
-                wait_for(partial(run.writes, before + EVERY * rng.randrange(3), left), process)
+                wait_for(partial(run.writes, before + EVERY * rng.randrange(2), left), process)
                 usual = time.monotonic() - start
                 time.sleep(rng.uniform(0, 0.03))
             process.send_signal(signal.SIGKILL)
