@@ -20,7 +20,7 @@ from pldr_jax.inference.text import find_stop, text_of
 from pldr_jax.model.decoder import ModelOutputs, Params, forward
 from pldr_jax.model.low_rank import LowRankG, check_budget, factorize
 from pldr_jax.model.shapes import place_params
-from pldr_jax.partition import build_mesh, mesh_scope
+from pldr_jax.partition import build_mesh, mesh_scope, on_every_device
 
 Prompt = str | Sequence[int]
 
@@ -53,6 +53,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.mesh = mesh
         self.low_rank: LowRankG | None = None
+        g_lm = None if g_lm is None else on_every_device(g_lm, mesh)
         if rank_budget is not None:
             check_budget(rank_budget)
             if g_lm is not None:
@@ -326,7 +327,7 @@ class LanguageModel:
             raise ConfigError(
                 f"g_lm: has shape {g_lm.shape}, this model needs {(layers, *head)} [L,N,H,H]"
             )
-        return jnp.asarray(g_lm, jnp.float32)
+        return on_every_device(jnp.asarray(g_lm, jnp.float32), self.mesh)
 
 
 @lru_cache(maxsize=8)

@@ -8,7 +8,7 @@ whole on every device: 14 heads over 4 tensor devices stay whole, F = 2389 (a pr
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -120,6 +120,44 @@ def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
     """The sharding of an array `[B, ...]`: batch over the data and fsdp axes."""
     names = ("batch",) + (None,) * (len(shape) - 1)
     return NamedSharding(mesh, partition_spec(shape, names, dict(mesh.shape)))
+
+
+def on_every_device(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """The array, whole on every device of the mesh; without a mesh, `x` itself."""
+    return x if mesh is None else jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+
+
+def process_part(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+    """Which part of a global batch this process feeds, and how many parts there are.
+
+    Processes whose devices differ along the tensor axis alone hold the same rows, and feed the same
+    part.
+
+    Raises:
+      ConfigError: the rows of two processes overlap, or are not as many.
+    """
+    sharding = batch_sharding(mesh, (batch_size,))
+    places: Mapping[Any, Any] = sharding.devices_indices_map((batch_size,))
+    rows: dict[int, set[int]] = {}
+    for device, (part,) in places.items():
+        rows.setdefault(device.process_index, set()).update(range(batch_size)[part])
+    return part_of(rows, jax.process_index())
+
+
+def part_of(rows: Mapping[int, Set[int]], process: int) -> tuple[int, int]:
+    """The same, from the rows of a global batch that each process holds.
+
+    Raises:
+      ConfigError: the rows of two processes overlap, or are not as many.
+    """
+    parts = sorted({tuple(sorted(own)) for own in rows.values()})
+    held = [row for part in parts for row in part]
+    if len(set(held)) < len(held) or len(set(map(len, parts))) > 1:
+        raise ConfigError(
+            "Mesh: gives two processes rows of which only some are the same; choose Mesh.tensor so "
+            "that it divides, or is a multiple of, the devices of a process"
+        )
+    return parts.index(tuple(sorted(rows[process]))), len(parts)
 
 
 def mesh_scope(mesh: Mesh | None) -> AbstractContextManager[Any]:

@@ -9,6 +9,7 @@ import pytest
 from conftest import load_golden
 
 from pldr_jax.analysis.alteration import (
+    NAMES,
     alterations,
     calibrated_g_lm,
     measure,
@@ -164,8 +165,10 @@ def test_what_cannot_be_measured(model: LanguageModel) -> None:
     wrong = np.zeros((2, 2, 4, 4), np.float32)
     with pytest.raises(ConfigError, match=r"^mine: G_LM has shape .*this model needs \(2, 2, 8, 8"):
         measure(model, ROWS, {"mine": wrong})
+    with pytest.raises(ConfigError, match=r"^others: 'mean' is one of own, mean, .*; rename it$"):
+        measure(model, ROWS, {"mean": wrong})
 
 
 def test_names_are_keys(model: LanguageModel) -> None:
     names = [one.name for one in alterations(model, ROWS[:2], 0, {})]
-    assert len(set(names)) == len(names) and "own" not in names
+    assert len(set(names)) == len(names) and {"own", *names} == set(NAMES)

@@ -20,7 +20,6 @@ FIELDS = {
     "Training.steps": 4,
     "Training.log_every": 1,
     "Training.eval_every": 4,
-    "Training.sample_prompt": "",
     "Checkpoint.every_steps": 2,
 }
 
@@ -54,42 +53,60 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """The losses of one process, one step more: of steps 1 to 4, held out, step 5, held out."""
+def alone(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process, one step more: its losses are of steps 1 to 4, held out, step 5, held
+    out; its samples of steps 4 and 5.
+    """
     run_dir = tmp_path_factory.mktemp("hosts") / "run"
     more = {**FIELDS, "Training.steps": 5}
     result = run_program("train.py", f"--run_dir={run_dir}", *flags(text, more))
     assert result.returncode == 0, result.stderr
-    return losses(run_dir)
+    return run_dir
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_processes_train_as_one(text: Path, alone: list[float], tmp_path: Path, count: int) -> None:
-    """The curve of one process; one log on the screen; a checkpoint that one process continues."""
-    ended = [finish(process) for process in several(text, tmp_path / "run", count)]
+@pytest.mark.parametrize(
+    ("count", "mesh"),
+    [(2, {}), (4, {"Mesh.data": 1, "Mesh.fsdp": 2, "Mesh.tensor": 2})],
+    ids=["replicated", "split"],
+)
+def test_processes_train_as_one(
+    text: Path, alone: Path, tmp_path: Path, count: int, mesh: dict[str, int]
+) -> None:
+    """The curve and the samples of one process; one log on the screen; a checkpoint that one
+    process continues.
+    """
+    run_dir = tmp_path / "run"
+    ended = [finish(process) for process in several(text, run_dir, count, **mesh)]
     assert [process.returncode for process in ended] == [0] * count, ended[0].stderr[-2000:]
-    assert losses(tmp_path / "run") == pytest.approx(alone[:5], abs=1e-5)
+    assert losses(run_dir) == pytest.approx(losses(alone)[:5], abs=1e-5)
+    samples, expected = (folder / "samples.txt" for folder in (run_dir, alone))
+    before, _ = expected.read_text().split("--- step 5")
+    assert samples.read_text() == before
     assert f"on {count} x" in ended[0].stdout and "held-out loss" in ended[0].stdout
     for other in ended[1:]:
-        assert "loss" not in other.stdout
-    if count > 2:
+        assert "loss" not in other.stdout and "def" not in other.stdout
+    if mesh:
         return
     more = {**FIELDS, "Training.steps": 5}
-    result = run_program("train.py", f"--run_dir={tmp_path / 'run'}", *flags(text, more))
+    result = run_program("train.py", f"--run_dir={run_dir}", *flags(text, more))
     assert result.returncode == 0 and "continuing at step 4" in result.stdout, result.stderr
-    assert losses(tmp_path / "run") == pytest.approx(alone, abs=1e-5)
+    assert losses(run_dir) == pytest.approx(losses(alone), abs=1e-5)
+    assert samples.read_bytes() == expected.read_bytes()
 
 
 def test_a_signal_to_one_process_stops_all(text: Path, tmp_path: Path) -> None:
+    """Of a model that learns its G_LM, so that each of the two also writes samples with one."""
     run_dir = tmp_path / "run"
-    processes = several(text, run_dir, 2, **{"Training.steps": 100_000})
-    end = time.monotonic() + 100
-    while not (run_dir / "metrics.jsonl").exists() and time.monotonic() < end:
+    processes = several(text, run_dir, 2, **{"Training.steps": 400, "Model.g_source": "learned"})
+    end = time.monotonic() + 300
+    while not (run_dir / "samples.txt").exists() and time.monotonic() < end:
         time.sleep(0.1)
     processes[1].send_signal(signal.SIGTERM)
     ended = [finish(process) for process in processes]
     assert [process.returncode for process in ended] == [0, 0], ended[0].stderr[-2000:]
     assert "the same command continues from here" in ended[0].stdout
+    samples = (run_dir / "samples.txt").read_text()
+    assert samples.startswith("--- step 4\ndef ") and samples.count("--- step 4\n") == 1
 
 
 @pytest.mark.parametrize(

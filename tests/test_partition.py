@@ -25,7 +25,15 @@ from pldr_jax.config import (
 )
 from pldr_jax.flags import load_config
 from pldr_jax.model.shapes import abstract_params
-from pldr_jax.partition import RULES, batch_sharding, build_mesh, partition_spec, shardings
+from pldr_jax.partition import (
+    RULES,
+    batch_sharding,
+    build_mesh,
+    part_of,
+    partition_spec,
+    process_part,
+    shardings,
+)
 from pldr_jax.training.step import TrainState, abstract_state, create_state, jit_train_step
 
 CONFIG = ExperimentConfig(
@@ -230,3 +238,28 @@ def test_an_fsdp_step_gathers_parameters_and_reduces_gradients() -> None:
     assert "512,16" in gathered  # the embedding table, before its rows are taken
     logits = {"8,11,512", "8,512,11"}
     assert not logits & set(gathered)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ({0: {0, 1}, 1: {2, 3}}, [(0, 2), (1, 2)]),
+        ({0: {2, 3}, 1: {0, 1}, 2: {2, 3}, 3: {0, 1}}, [(1, 2), (0, 2), (1, 2), (0, 2)]),
+        ({0: {0, 2}, 1: {1, 3}}, [(0, 2), (1, 2)]),
+        ({0: {0, 1}, 1: {0, 1}}, [(0, 1), (0, 1)]),
+    ],
+)
+def test_processes_with_the_same_rows_feed_the_same_part(rows, expected) -> None:
+    assert [part_of(rows, process) for process in rows] == expected
+
+
+@pytest.mark.parametrize("rows", [{0: {0, 1}, 1: {1, 2}}, {0: {0, 1, 2}, 1: {3}}])
+def test_processes_whose_rows_are_only_partly_the_same_are_refused(rows) -> None:
+    with pytest.raises(ConfigError, match=r"^Mesh: .*Mesh\.tensor") as error:
+        part_of(rows, 0)
+    assert "\n" not in str(error.value)
+
+
+def test_one_process_feeds_the_whole_batch() -> None:
+    for mesh in (MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)):
+        assert process_part(build_mesh(mesh), 8) == (0, 1)

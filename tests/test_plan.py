@@ -118,7 +118,8 @@ def test_a_plan_of_rows_of_any_packing() -> None:
     again = forward_flops(CONFIG.model, 16)["plga"]
     assert few.model_flops / pack.model_flops == pytest.approx(1 + again / once)
     assert more.model_flops / pack.model_flops == pytest.approx(1 + 3 * again / once)
-    assert more.device_flops * 8 == pytest.approx(more.model_flops)
+    repeated = repeated_flops(CONFIG.model, 8, 16, segments=4)
+    assert more.device_flops * 8 == pytest.approx(more.model_flops + repeated)
     assert document.bytes < few.bytes < more.bytes
 
 

@@ -1,7 +1,6 @@
 """A run that was stopped, by whatever means, continues to the same bits."""
 
 import os
-import random
 import re
 import shutil
 import signal
@@ -21,7 +20,6 @@ from helpers import (
     assert_same_bits,
     contents,
     corpus_of,
-    finish,
     finished_run,
     flags,
     make_corpus,
@@ -29,7 +27,6 @@ from helpers import (
     rows_of,
     run_here,
     run_program,
-    start,
     stored,
     tiny_config,
     train_here,
@@ -218,79 +215,6 @@ def test_crash_between_checkpoints_repeats_nothing(
     assert "--- step 4\n" in (tmp_path / "samples.txt").read_text()
     train_here(tiny_config(source), tmp_path)
     assert_equal_runs(tmp_path, uninterrupted[0])
-
-
-def wait_for(condition: Callable[[], bool], process) -> None:
-    deadline = time.monotonic() + 120
-    while not condition() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.0005)
-
-
-def test_killed_at_any_moment_then_stopped_then_finished(source, tmp_path, finished) -> None:
-    run_dir, rng = tmp_path / "run", random.Random(time.time_ns())
-    command = ("train.py", f"--run_dir={run_dir}", *flags(source, FINISHED))
-    saved = Checkpointer(run_dir, tiny_config(source).checkpoint)
-
-    def newer() -> Callable[[], bool]:
-        before = saved.latest_step() or 0
-        return lambda: (saved.latest_step() or 0) > before
-
-    killed = []
-    # Before the first checkpoint; while one is written; a moment after one was written.
-    for moment, delay in (
-        (lambda: (run_dir / "config.gin").exists(), 0.0),
-        (lambda: any(saved.folder.glob("*tmp*")), rng.uniform(0, 0.02)),
-        (newer, rng.uniform(0, 0.2)),
-    ):
-        condition = moment() if moment is newer else moment
-        process = start(*command)
-        wait_for(condition, process)
-        time.sleep(delay)
-        killed.append(process.poll() is None)
-        process.kill()
-        finish(process)
-        assert not killed[0] or len(killed) > 1 or saved.latest_step() is None
-    assert killed[:2] == [True, True], killed
-    if (saved.latest_step() or 0) < STEPS - 2:
-        process = start(*command)
-        wait_for(newer(), process)
-        process.send_signal(signal.SIGTERM)
-        result = finish(process)
-        assert result.returncode == 0, result.stderr
-        if step := re.search(r"SIGTERM: saved step (\d+) of 12", result.stdout):
-            assert saved.latest_step() == int(step[1])
-        else:
-            assert saved.latest_step() == STEPS
-    result = run_program(*command)
-    assert result.returncode == 0, result.stderr
-    assert_equal_runs(run_dir, finished)
-    assert not list(saved.folder.glob("*tmp*"))
-
-
-@pytest.mark.skipif("PLDR_KILL_ROUNDS" not in os.environ, reason="PLDR_KILL_ROUNDS is not set")
-def test_killed_many_times(source, tmp_path, finished) -> None:
-    """As many rounds as PLDR_KILL_ROUNDS says: killed at random, most of them while saving."""
-    run_dir, rng = tmp_path / "run", random.Random(time.time_ns())
-    command = ("train.py", f"--run_dir={run_dir}", *flags(source, FINISHED))
-    saved = Checkpointer(run_dir, tiny_config(source).checkpoint)
-    killed = 0
-    while killed < int(os.environ["PLDR_KILL_ROUNDS"]):
-        process = start(*command)
-        if rng.random() < 0.6:
-            wait_for(lambda: any(saved.folder.glob("*tmp*")), process)
-            time.sleep(rng.uniform(0, 0.05))
-        else:
-            time.sleep(rng.uniform(0, 15))
-        killed += process.poll() is None
-        process.kill()
-        finish(process)
-        if saved.latest_step() == STEPS:
-            assert run_program(*command).returncode == 0
-            assert_equal_runs(run_dir, finished)
-            shutil.rmtree(run_dir)
-    result = run_program(*command)
-    assert result.returncode == 0, result.stderr
-    assert_equal_runs(run_dir, finished)
 
 
 def test_program_started_again_after_the_end(copy, finished) -> None:

@@ -28,6 +28,8 @@ Alter = Callable[[DeductiveOutputs], jax.Array]
 """G_LM [L,B,N,H,J], or [L,1,N,H,J] for all rows, from the model's own deductive outputs."""
 
 OWN = "own"
+NAMES = (OWN, "mean", "identity", "random", "G_LM_heads", "G_LM_layers", "A_LM_heads")
+"""What no G_LM from elsewhere may be called."""
 CALIBRATION_ROWS = 16
 NOTICEABLE = 0.01
 """Nats a token from which on an alteration counts as felt."""
@@ -137,10 +139,12 @@ def measure(
       advance: called with the rows that are done.
 
     Raises:
-      ConfigError: fewer than two rows, or a G_LM of another shape.
+      ConfigError: fewer than two rows, a G_LM of another shape, or a name of `NAMES`.
     """
     if len(rows_RC) < 2:
         raise ConfigError(f"rows: {len(rows_RC)} of held-out text; altering G_LM needs at least 2")
+    if taken := set(NAMES) & set(others or ()):
+        raise ConfigError(f"others: {min(taken)!r} is one of {', '.join(NAMES)}; rename it")
     calibrating = max(1, min(CALIBRATION_ROWS, len(rows_RC) // 4))
     calibration_RC, scored_RC = rows_RC[:calibrating], rows_RC[calibrating:]
     given = {name: _given(model, name, one, calibration_RC) for name, one in (others or {}).items()}

@@ -173,14 +173,16 @@ def _others(
     paths: list[str], lm: "LanguageModel", config: ExperimentConfig
 ) -> "dict[str, jax.Array | LanguageModel]":
     """What `--other_g` names, by the names of the files and folders."""
+    from pldr_jax.analysis.alteration import NAMES
     from pldr_jax.analysis.report import labels
     from pldr_jax.model.deductive import read_g_lm
 
+    names = labels([*NAMES, *paths])[len(NAMES) :]
     return {
         label: _open(Path(path), None, config)[2]
         if Path(path).is_dir()
         else read_g_lm(path, lm.config, "--other_g")[:, 0]
-        for path, label in zip(paths, labels(paths), strict=True)
+        for path, label in zip(paths, names, strict=True)
     }
 
 

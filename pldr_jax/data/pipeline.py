@@ -21,7 +21,7 @@ from pldr_jax.data.rows import Rows, joined, stack
 
 
 class TrainIterator(Iterator[np.ndarray]):
-    """Batches int32 [b,C] or [b,3,T] of one process, b = batch_size / process_count.
+    """Batches int32 [b,C] or [b,3,T] of one process, b = batch_size / parts.
 
     Call `close` at the end: it stops what reads ahead. Also a context manager.
 
@@ -103,8 +103,8 @@ def train_iterator(
     rows: Sequence[Rows],
     batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    part: int = 0,
+    parts: int = 1,
     *,
     weights: Sequence[float] = (1.0,),
     epochs: int | None = None,
@@ -121,6 +121,8 @@ def train_iterator(
 
     Args:
       rows: of each text.
+      part, parts: which part of a batch, of how many; processes that hold the same rows of it take
+        the same part (`partition.process_part`).
       weights: their shares.
       epochs: passes over a text, after which the stream ends; None is no end.
       digest: kept in the state, to know the text again.
@@ -136,9 +138,9 @@ def train_iterator(
                 f"{len(one)} rows of {one.row_shape[-1] + len(one.row_shape) // 2} tokens; give "
                 "more text, or lower it or Model.context_length"
             )
-    if batch_size % process_count:
+    if batch_size % parts:
         raise ConfigError(
-            f"Data.batch_size = {batch_size}: must be a multiple of the {process_count} processes"
+            f"Data.batch_size = {batch_size}: must be a multiple of the {parts} processes"
         )
     # Grain carries numbers of rows, and a batch is made at once: to take every row through its
     # stages costs more than to make it.
@@ -149,9 +151,9 @@ def train_iterator(
     ]
     stream = shuffled[0] if len(rows) == 1 else grain.MapDataset.mix(shuffled, list(weights))
     # Sharing comes after the shuffle: before it, a process would only ever see its own rows.
-    own = stream if process_count == 1 else stream[process_index::process_count]
+    own = stream if parts == 1 else stream[part::parts]
     make = functools.partial(stack, joined(rows))
-    batches = own.batch(batch_size // process_count, drop_remainder=True, batch_fn=make)
+    batches = own.batch(batch_size // parts, drop_remainder=True, batch_fn=make)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch_batches)
     n_batches = None if epochs is None else len(stream) // batch_size
     return TrainIterator(batches, options, workers, n_batches, digest)

@@ -209,7 +209,8 @@ def decode_slots(
         return i + 1, slots, jax.tree.map(lambda all_, one: all_.at[i].set(one), emitted, made)
 
     _, slots, emitted = jax.lax.while_loop(going, step, (jnp.int32(0), slots, nothing))
-    return slots, emitted
+    # Whole on every device, so that each process can read all of it.
+    return slots, jax.tree.map(lambda x: constrain(x, None, None), emitted)
 
 
 def _step(config: ModelConfig, unstacked: Params, slots: Slots) -> tuple[Slots, Emitted]:

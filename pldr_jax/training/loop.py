@@ -32,7 +32,7 @@ from pldr_jax.inference.request import Request
 from pldr_jax.model.decoder import Params
 from pldr_jax.model.deductive import g_lm_shape, predefined_g_lm
 from pldr_jax.model.shapes import count_params
-from pldr_jax.partition import batch_sharding, build_mesh
+from pldr_jax.partition import batch_sharding, build_mesh, process_part
 from pldr_jax.training.checkpoint import Checkpointer
 from pldr_jax.training.evaluate import Evaluator
 from pldr_jax.training.health import NONFINITE, Health
@@ -158,8 +158,7 @@ class _Run:
             rows,
             config.data.batch_size,
             config.data.seed,
-            jax.process_index(),
-            jax.process_count(),
+            *process_part(mesh, config.data.batch_size),
             weights=text.weights,
             epochs=config.data.epochs,
             digest=text.digest,
@@ -349,15 +348,16 @@ class _Run:
         writer.write(step, evaluation)
         progress.print(report(step, evaluation, self._config.training.gap_threshold))
         sample = self._sample(state)
-        if sample:
+        if sample and self._is_main:
             progress.print(sample)
             append_sample(self._run_dir, step, sample)
         return evaluation
 
     def _sample(self, state: TrainState) -> str:
+        """The text that the model makes of the prompt; "" without one. Every process takes part."""
         training, tokenizer = self._config.training, self._text.tokenizer
         prompt = tokenizer.encode(training.sample_prompt)[: self._config.model.context_length - 1]
-        if not prompt or jax.process_count() > 1:
+        if not prompt:
             return ""
         engine = Engine(self._config.model, state.params, state.g_lm)
         request = Request(tuple(prompt), training.sample_tokens, stop_ids=(tokenizer.eos_id,))
