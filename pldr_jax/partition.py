@@ -167,10 +167,10 @@ def mesh_scope(mesh: Mesh | None) -> AbstractContextManager[Any]:
 
 def divided(name: str, size: int) -> bool:
     """Whether an axis of that logical name and size is split on the mesh in scope."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and partition_spec((size,), (name,), dict(mesh.shape)) != PartitionSpec(
-        None
-    )
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    parts = partition_spec((size,), (name,), {axis: sizes.get(axis, 1) for axis in MESH_AXES})[0]
+    axes = (parts,) if isinstance(parts, str) else parts or ()
+    return math.prod(sizes.get(axis, 1) for axis in axes) > 1
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

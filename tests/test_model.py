@@ -16,7 +16,7 @@ from pldr_jax.inference.decode import decode_step, prefill
 from pldr_jax.model.attention import attend, attend_in_blocks
 from pldr_jax.model.decoder import Params, forward, init_params, unstack_layers
 from pldr_jax.model.deductive import identity_g_lm, random_g_lm
-from pldr_jax.model.reductions import add_bias
+from pldr_jax.model.reductions import POSITIONS, add_bias, most_probable
 from pldr_jax.model.rope import rotate
 from pldr_jax.partition import build_mesh, mesh_scope
 from pldr_jax.training.losses import token_loss
@@ -382,3 +382,9 @@ def test_a_bias_and_its_gradient_are_those_of_a_sum() -> None:
     grads = jax.grad(lambda y, b: (add_bias(y, b) * weights).sum(), argnums=(0, 1))(y, bias)
     assert np.array_equal(grads[0], weights)
     np.testing.assert_allclose(grads[1], weights.sum(0), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, POSITIONS, 2 * POSITIONS, 2 * POSITIONS + 7])
+def test_the_most_probable_token_is_the_first_of_the_largest(length: int) -> None:
+    logits = jax.random.randint(jax.random.key(length), (3, length, 9), 0, 4).astype(jnp.float32)
+    assert np.array_equal(jax.jit(most_probable)(logits), jnp.argmax(logits, -1))
