@@ -124,7 +124,7 @@ def test_a_corrupted_shard_is_named_with_its_record_while_training(
     content = bytearray(shard.read_bytes())
     content[1_000] ^= 255
     shard.write_bytes(content)
-    config = DataConfig(packing=packing)  # type: ignore[arg-type]
+    config = DataConfig(packing=packing, max_segments=4)  # type: ignore[arg-type]
     rows = make_rows(ShardedTokens(read_manifest(copy), "train"), 16, config)
     with (
         train_iterator([rows], 8, 0) as iterator,
