@@ -29,7 +29,8 @@ ENTRY = 200
 """Operations of matrix products that a number written costs as much as, fitted to steps on CPU
 cores: PLGA of one segment took 1.14, 0.19, 0.41 and 0.165 times what the rest of its row took, for
 0.65M parameters at 127 and 511 tokens and 110M at 256 and 1024, and takes 1.36, 0.21, 0.36 and 0.08
-times that by this; PLGA has become faster since (docs/training_speed.md). No accelerator was measured."""
+times that by this; PLGA has become faster since (docs/training_speed.md). No accelerator was
+measured."""
 
 
 @dataclasses.dataclass(frozen=True)
