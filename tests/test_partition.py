@@ -29,6 +29,7 @@ from pldr_jax.partition import (
     RULES,
     batch_sharding,
     build_mesh,
+    divided,
     part_of,
     partition_spec,
     process_part,
@@ -263,3 +264,13 @@ def test_processes_whose_rows_are_only_partly_the_same_are_refused(rows) -> None
 def test_one_process_feeds_the_whole_batch() -> None:
     for mesh in (MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)):
         assert process_part(build_mesh(mesh), 8) == (0, 1)
+
+
+def test_which_axes_are_divided_on_the_mesh_in_scope() -> None:
+    assert not divided("heads", 14)
+    for sizes, heads, rows in (((8, 1, 1), False, True), ((4, 1, 2), True, True)):
+        with jax.set_mesh(build_mesh(MeshConfig(*sizes))):
+            assert (divided("heads", 14), divided("batch", 8)) == (heads, rows)
+            assert not divided("length", 8) and not divided("heads", 7)
+    with jax.set_mesh(build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
+        assert not divided("heads", 14) and not divided("batch", 8)
