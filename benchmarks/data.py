@@ -16,7 +16,7 @@ machine makes longer; both are the best of `--rounds`.
 The train step is that of configs/nano.gin with scanned layers, on the prepared shards. Modes are
 timed in turn, step by step, so that a change of the machine's speed meets all alike: targets a
 second (padding has none) with their ratio to `document`, what `segment_count.py` expects of that
-ratio, and the time that the loop waits for its next batch. `--also 2 4 8` times `segment` with
+ratio, and the time that the loop waits for its next batch. `--also 2 4 8` times `packed` with
 these many documents in a row too, beside the number that is chosen. The first `--warmup` steps are
 left out, compilation among them. Of the waits left there are the median, and the share of all of
 them in all of the time, slow ones included. The threads that read also work while other modes have
@@ -40,22 +40,23 @@ from unittest import mock
 import jax
 import numpy as np
 
+from pldr_jax.cli.huge_pages import use_huge_pages
 from pldr_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig
-from pldr_jax.data import shards, sources
-from pldr_jax.data.build import BuildSettings, build
-from pldr_jax.data.inputs import find, plan
 from pldr_jax.data.pipeline import train_iterator
-from pldr_jax.data.prepared import ShardedTokens, read_manifest
-from pldr_jax.data.readers import ReadSettings
 from pldr_jax.data.rows import Rows, fill, make_rows, stack
 from pldr_jax.data.segment_count import choose, row_cost
-from pldr_jax.data.tokenizer import Tokenizer
-from pldr_jax.data.units import UnitSettings, batches, documents, tokenize, write_unit
-from pldr_jax.huge_pages import use_huge_pages
+from pldr_jax.data.shards import records as shards
+from pldr_jax.data.shards.build import BuildSettings, build
+from pldr_jax.data.shards.prepared import ShardedTokens, read_manifest
+from pldr_jax.data.shards.units import UnitSettings, batches, documents, tokenize, write_unit
+from pldr_jax.data.text import sources
+from pldr_jax.data.text.inputs import find, plan
+from pldr_jax.data.text.readers import ReadSettings
+from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.partition import build_mesh
 from pldr_jax.training.step import create_state, jit_train_step
 
-PACKINGS = ("pack", "document", "segment")
+PACKINGS = ("concat", "document", "packed")
 
 
 def model_of(options: Any) -> ModelConfig:
@@ -188,7 +189,7 @@ def training(folder: pathlib.Path, options: Any) -> dict[str, dict[str, float]]:
     chosen = segments_of(tokens, options)
     modes = {packing: Mode(packing, chosen, tokens, options) for packing in options.packings}
     for count in options.also:
-        modes[f"segment of {count}"] = Mode("segment", count, tokens, options)
+        modes[f"packed of {count}"] = Mode("packed", count, tokens, options)
     for _ in range(options.warmup + options.steps):
         for mode in modes.values():
             mode.run()

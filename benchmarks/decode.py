@@ -36,14 +36,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pldr_jax.cli.huge_pages import use_huge_pages
 from pldr_jax.config import ModelConfig
-from pldr_jax.huge_pages import use_huge_pages
 from pldr_jax.inference.decode import full_step
 from pldr_jax.inference.sampling import Sampling
 from pldr_jax.inference.slots import Limits, Slots, admit, decode_slots, empty_slots
 from pldr_jax.model.decoder import Params, init_params, unstack_layers
 from pldr_jax.model.deductive import random_g_lm
-from pldr_jax.training.freeze import without_plga
+from pldr_jax.training.freeze.calibrate import without_plga
 
 STEPS = 8
 SOURCES = {"KV": "learned", "KV+G": "learned", "frozen": "external", "SDPA": "identity"}

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pldr_jax.cli.huge_pages import use_huge_pages
 from pldr_jax.config import (
     DataConfig,
     ExperimentConfig,
@@ -26,7 +27,6 @@ from pldr_jax.config import (
     OptimizerConfig,
     TrainingConfig,
 )
-from pldr_jax.huge_pages import use_huge_pages
 from pldr_jax.model.decoder import Params, forward
 from pldr_jax.partition import build_mesh
 from pldr_jax.training.losses import token_loss

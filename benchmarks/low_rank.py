@@ -25,12 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 from decode import Bandwidth, Compilations, Variant, measure
 
+from pldr_jax.cli.huge_pages import use_huge_pages
 from pldr_jax.config import ConfigError, ModelConfig
-from pldr_jax.huge_pages import use_huge_pages
 from pldr_jax.model.decoder import init_params
 from pldr_jax.model.deductive import read_tensor
 from pldr_jax.model.low_rank import factorize
-from pldr_jax.training.rank_budget import savings, singular_values
+from pldr_jax.training.freeze.rank_budget import savings, singular_values
 
 COLUMNS = {
     "batch": "5d",

@@ -25,9 +25,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pldr_jax.cli.huge_pages import use_huge_pages
 from pldr_jax.config import ExperimentConfig
-from pldr_jax.flags import load_config
-from pldr_jax.huge_pages import use_huge_pages
+from pldr_jax.config.load import load_config
 from pldr_jax.model.flops import forward_flops, training_flops
 from pldr_jax.partition import build_mesh
 from pldr_jax.training.step import create_state, jit_train_step, loss_fn

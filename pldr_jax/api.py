@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pldr_jax.config import ConfigError, MeshConfig, ModelConfig
-from pldr_jax.data.tokenizer import Tokenizer
-from pldr_jax.flags import config_from_dict
+from pldr_jax.config.load import config_from_dict
+from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.inference.engine import Engine, bucket
 from pldr_jax.inference.request import CacheMode, Completion, Generation, Request
 from pldr_jax.inference.score import Score, ScoreMode, score
@@ -381,7 +381,7 @@ def load(
 
         config, params, g_lm = read_checkpoint(folder)
         return LanguageModel(config, params, g_lm, tokenizer, cache_dtype, mesh, rank_budget)
-    from pldr_jax.training.checkpoint import read_weights
+    from pldr_jax.runs.checkpoint import read_weights
 
     weights = read_weights(folder, step)
     config = config_from_dict(weights.config_dict, str(folder)).model

@@ -20,14 +20,14 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from pldr_jax.cli.common import keep_compiled_programs, run
 from pldr_jax.config import ExperimentConfig, MeshConfig
+from pldr_jax.config.load import config_from_dict, config_to_dict, load_config
 from pldr_jax.data.corpus import prepare
 from pldr_jax.data.pipeline import TrainIterator
-from pldr_jax.flags import config_from_dict, config_to_dict, load_config
 from pldr_jax.model.decoder import init_params
 from pldr_jax.model.deductive import predefined_g_lm
 from pldr_jax.partition import build_mesh
+from pldr_jax.runs.checkpoint import Checkpointer
 from pldr_jax.training import loop
-from pldr_jax.training.checkpoint import Checkpointer
 from pldr_jax.training.step import TrainState, abstract_state
 
 REPOSITORY = Path(__file__).parents[1]
@@ -52,9 +52,9 @@ TINY = {
     "Training.gap_threshold": 1e-9,
     "Training.sample_tokens": 4,
     "Training.tensorboard": False,
-    "Checkpoint.every_steps": 3,
+    "Checkpoint.save_every": 3,
 }
-FINISHED = {"Training.tensorboard": True, "Checkpoint.every_steps": 1}
+FINISHED = {"Training.tensorboard": True, "Checkpoint.save_every": 1}
 QUICK = {"Training.steps": 2, "Training.sample_prompt": "", "Optimizer.warmup_steps": 1}
 
 

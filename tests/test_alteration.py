@@ -22,7 +22,7 @@ from pldr_jax.api import LanguageModel
 from pldr_jax.config import ConfigError
 from pldr_jax.model.decoder import Params
 from pldr_jax.model.deductive import identity_g_lm, random_g_lm
-from pldr_jax.training.freeze import without_plga
+from pldr_jax.training.freeze.calibrate import without_plga
 
 ROWS = np.random.default_rng(0).integers(1, 61, (10, 13)).astype(np.int32)
 SCORED = ROWS[2:]

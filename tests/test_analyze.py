@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 from helpers import contents, run_here, untrained_run
 
-from pldr_jax.analysis import comparison
 from pldr_jax.analysis.figures import new_figure, png
-from pldr_jax.analysis.html import shown
-from pldr_jax.analysis.progress import ReportProgress
-from pldr_jax.analysis.report import RunReport, labels, strict, write_report
+from pldr_jax.analysis.report import comparison
+from pldr_jax.analysis.report.html import shown
+from pldr_jax.analysis.report.progress import ReportProgress
+from pldr_jax.analysis.report.write import RunReport, labels, strict, write_report
 from pldr_jax.analysis.section import Picture, Section, Table
 from pldr_jax.analysis.sections import MEASUREMENTS, chosen
 from pldr_jax.analysis.texts import rows_of_file
 from pldr_jax.cli.analyze import analyze_main
 from pldr_jax.config import ConfigError, ModelConfig
-from pldr_jax.data.tokenizer import Tokenizer
+from pldr_jax.data.text.tokenizer import Tokenizer
+from pldr_jax.files import new_folder
 from pldr_jax.model.deductive import read_g_lm
-from pldr_jax.training.run_folder import new_folder
 
 CONFIG = ModelConfig(num_layers=2, num_heads=2, head_dim=8)
 VOID = {"meta", "img", "br", "link"}

@@ -15,12 +15,12 @@ from helpers import REPOSITORY, WORDS, contents, run_here
 
 from pldr_jax.cli.data import data_main
 from pldr_jax.config import ConfigError
-from pldr_jax.data import build as building
-from pldr_jax.data import shards
-from pldr_jax.data.build import BuildSettings, build
-from pldr_jax.data.prepared import SPLITS, ShardedTokens, read_manifest
-from pldr_jax.data.progress import BuildProgress
-from pldr_jax.data.shards import (
+from pldr_jax.data.shards import build as building
+from pldr_jax.data.shards import records as shards
+from pldr_jax.data.shards.build import BuildSettings, build
+from pldr_jax.data.shards.prepared import SPLITS, ShardedTokens, read_manifest
+from pldr_jax.data.shards.progress import BuildProgress
+from pldr_jax.data.shards.records import (
     KEPT_RECORDS,
     RECORD_TOKENS,
     DataError,
@@ -28,8 +28,8 @@ from pldr_jax.data.shards import (
     read_lengths,
     read_tokens,
 )
-from pldr_jax.data.tokenizer import Tokenizer
-from pldr_jax.data.units import UnitSettings, split_of, tokenize
+from pldr_jax.data.shards.units import UnitSettings, split_of, tokenize
+from pldr_jax.data.text.tokenizer import Tokenizer
 
 LOG: list[str] = []
 
@@ -265,7 +265,7 @@ def test_a_corrupted_record_is_named_with_its_file(tmp_path, damage, monkeypatch
     writer = ShardWriter(tmp_path, "a", "uint16")
     tokens = np.random.default_rng(0).integers(0, 60_000, 10 * RECORD_TOKENS)
     if damage == "checksum":  # damaged before it came to the library, which then knows nothing
-        monkeypatch.setattr("pldr_jax.data.shards.zlib.crc32", lambda _: 0)
+        monkeypatch.setattr("pldr_jax.data.shards.records.zlib.crc32", lambda _: 0)
     writer.add(tokens, np.asarray([len(tokens)]), 1)
     shard = writer.close()
     monkeypatch.undo()
@@ -304,7 +304,7 @@ def test_long_texts_give_the_tokens_of_the_whole(text, monkeypatch) -> None:
     tokenizer = Tokenizer.load(f"{text}/tok.model")
     long = " ".join(DOCUMENTS[:40])
     whole = tokenize(tokenizer, [long, "a"])
-    monkeypatch.setattr("pldr_jax.data.units.LONG_TEXT", 100)
+    monkeypatch.setattr("pldr_jax.data.shards.units.LONG_TEXT", 100)
     parts = tokenize(tokenizer, [long, "a"])
     for one, other in zip(whole, parts, strict=True):
         np.testing.assert_array_equal(one, other)

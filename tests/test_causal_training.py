@@ -21,7 +21,7 @@ from pldr_jax.config import (
     MeshConfig,
     TrainingConfig,
 )
-from pldr_jax.flags import load_config
+from pldr_jax.config.load import load_config
 from pldr_jax.model.decoder import Params, forward
 from pldr_jax.partition import batch_sharding, build_mesh
 from pldr_jax.training.causal import forward_neighbour, prefix_lengths, scored_share
@@ -50,12 +50,12 @@ def params() -> Params:
     return load_golden("tiny").params
 
 
-def experiment(parts: int = 1, packing: str = "pack", seed: int = 0, **loss: Any):
+def experiment(parts: int = 1, packing: str = "concat", seed: int = 0, **loss: Any):
     return ExperimentConfig(
         model=MODEL,
         loss=LossConfig(**loss),
         data=DataConfig(batch_size=ROWS, packing=packing),
-        training=TrainingConfig(accumulate=parts, seed=seed),
+        training=TrainingConfig(grad_accumulation=parts, seed=seed),
     )
 
 
@@ -257,9 +257,12 @@ def test_evaluation_of_the_second_half(params: Params, monkeypatch: pytest.Monke
         (["Loss.g_from=prefix", "Loss.g_prefix_length=128"], "a row has 127 inputs"),
         (["Loss.g_prefix_length=4"], "Loss.g_prefix_length = 4: is only read with a prefix"),
         (["Loss.g_from=prefix", "Model.g_source=identity"], "Loss.g_from = 'prefix': a predefined"),
-        (["Loss.g_from=neighbour", "Data.packing=segment"], "rows with segments know 'row' alone"),
-        (["Loss.g_from=neighbour", "Training.accumulate=16"], "needs 2 rows a step, or part"),
-        (["Training.eval_prefix_g=True", "Data.packing=segment"], "Training.eval_prefix_g = True"),
+        (["Loss.g_from=neighbour", "Data.packing=packed"], "rows with segments know 'row' alone"),
+        (
+            ["Loss.g_from=neighbour", "Training.grad_accumulation=16"],
+            "needs 2 rows a step, or part",
+        ),
+        (["Training.eval_prefix_g=True", "Data.packing=packed"], "Training.eval_prefix_g = True"),
         (["Loss.dag_warmup_steps=5", "Loss.dag_until_step=5"], "Loss.dag_until_step = 5: must"),
     ],
 )

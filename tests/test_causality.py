@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from conftest import load_golden
 
-from pldr_jax.analysis.causality import measure, verdict
-from pldr_jax.analysis.position_loss import RowMeans, prefix_positions
+from pldr_jax.analysis.causality.measure import measure, verdict
+from pldr_jax.analysis.causality.position_loss import RowMeans, prefix_positions
 from pldr_jax.analysis.section import Section
 from pldr_jax.api import LanguageModel
 from pldr_jax.config import ConfigError
 from pldr_jax.model.decoder import Params
-from pldr_jax.training.freeze import without_plga
+from pldr_jax.training.freeze.calibrate import without_plga
 
 LENGTH = 11
 ROWS = np.random.default_rng(0).integers(1, 61, (7, LENGTH + 1)).astype(np.int32)

@@ -20,7 +20,7 @@ import pytest
 import tensorstore
 
 from pldr_jax.config import CheckpointConfig
-from pldr_jax.training.checkpoint import Checkpointer, CheckpointError, Restored, read_weights
+from pldr_jax.runs.checkpoint import Checkpointer, CheckpointError, Restored, read_weights
 
 # Orbax leaves coroutines behind when a read or a write fails
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -343,7 +343,7 @@ import jax, sys
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 from pldr_jax.config import CheckpointConfig
-from pldr_jax.training.checkpoint import Checkpointer
+from pldr_jax.runs.checkpoint import Checkpointer
 from test_checkpoint import make_state
 mesh = jax.make_mesh((4,), ("fsdp",))
 def place(x):
@@ -367,7 +367,7 @@ TRAIN = """
 import jax, sys
 jax.config.update("jax_platforms", "cpu")
 from pldr_jax.config import CheckpointConfig
-from pldr_jax.training.checkpoint import Checkpointer
+from pldr_jax.runs.checkpoint import Checkpointer
 from test_checkpoint import abstract, make_large
 checkpointer = Checkpointer(sys.argv[1], CheckpointConfig())
 update = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)

@@ -8,8 +8,8 @@ import jax
 import pytest
 
 from pldr_jax.config import GROUPS, ExperimentConfig
-from pldr_jax.flags import load_config
-from pldr_jax.gin import read_file
+from pldr_jax.config.gin import read_file
+from pldr_jax.config.load import load_config
 from pldr_jax.model.decoder import init_params
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -70,7 +70,11 @@ def test_published_settings(name):
     optimizer = config.optimizer
     assert (optimizer.beta1, optimizer.beta2, optimizer.eps) == (0.9, 0.95, 1e-5)
     assert (optimizer.weight_decay, optimizer.clip, optimizer.clip_threshold) == (0.1, "value", 1.0)
-    assert (optimizer.alpha, optimizer.decay_steps, optimizer.decay_mask) == (0.1, None, "all")
+    assert (optimizer.end_lr_fraction, optimizer.decay_steps, optimizer.decay_mask) == (
+        0.1,
+        None,
+        "all",
+    )
     assert (config.data.batch_size, config.model.context_length) == (32, 1024)
     assert config.model.dtype == "bfloat16" and config.loss == base.loss
 

@@ -19,8 +19,8 @@ from safetensors.numpy import load_file, save_file
 import pldr_jax
 from pldr_jax.cli.convert import convert_main
 from pldr_jax.config import ConfigError, ExperimentConfig, GenerationConfig, ModelConfig
-from pldr_jax.data.tokenizer import Tokenizer
-from pldr_jax.flags import config_to_dict
+from pldr_jax.config.load import config_to_dict
+from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.interop import native
 from pldr_jax.interop.card import Licences
 from pldr_jax.interop.check import check_logits
@@ -28,7 +28,7 @@ from pldr_jax.interop.convert import export_run, import_checkpoint
 from pldr_jax.interop.tokenizer_json import tokenizer_json
 from pldr_jax.interop.transformers import G_STATUS, G_VALUES, open_folder
 from pldr_jax.model.decoder import init_params
-from pldr_jax.training.run_folder import write_run
+from pldr_jax.runs.folder import write_run
 
 TINY = GOLDENS / "tiny"
 FORWARD = 2e-5

@@ -19,16 +19,16 @@ import pldr_jax
 from pldr_jax.api import LanguageModel
 from pldr_jax.cli.evaluate import evaluate_main
 from pldr_jax.config import ConfigError, ExperimentConfig, ModelConfig
-from pldr_jax.data.tokenizer import Tokenizer
+from pldr_jax.config.load import config_to_dict
+from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.evaluation.report import as_metrics, differences, results_json, results_table
 from pldr_jax.evaluation.scorer import TextScorer
 from pldr_jax.evaluation.windows import rolling_windows
-from pldr_jax.flags import config_to_dict
 from pldr_jax.inference.decode import prompt_g_lm
 from pldr_jax.interop.names import to_tensors
 from pldr_jax.interop.reference import reference_logits
 from pldr_jax.model.decoder import init_params
-from pldr_jax.training.run_folder import write_run
+from pldr_jax.runs.folder import write_run
 
 MODEL = ModelConfig(
     vocab_size=300,

@@ -28,15 +28,15 @@ from helpers import (
 from pldr_jax.cli.finetune import start_from
 from pldr_jax.cli.train import train_main
 from pldr_jax.config import ExperimentConfig
+from pldr_jax.config.load import config_from_dict, config_to_dict, load_config
 from pldr_jax.data.corpus import prepare
-from pldr_jax.flags import config_from_dict, config_to_dict, load_config
 from pldr_jax.interop.convert import export_run
 from pldr_jax.model.decoder import init_params
+from pldr_jax.runs.checkpoint import read_weights
+from pldr_jax.runs.folder import write_run
 from pldr_jax.training import loop
-from pldr_jax.training.checkpoint import read_weights
-from pldr_jax.training.freeze import without_plga
+from pldr_jax.training.freeze.calibrate import without_plga
 from pldr_jax.training.initial import state_from
-from pldr_jax.training.run_folder import write_run
 
 FIELDS = {**QUICK, "Training.steps": 1, "Optimizer.warmup_steps": 1, "Optimizer.decay_steps": 4}
 """One step, whose learning rate is 0: the weights are still those that it began with."""

@@ -8,6 +8,7 @@ from typing import Literal
 
 import pytest
 
+from pldr_jax.cli.options import Option, parse_args
 from pldr_jax.config import (
     GROUPS,
     CheckpointConfig,
@@ -20,16 +21,14 @@ from pldr_jax.config import (
     OptimizerConfig,
     TrainingConfig,
 )
-from pldr_jax.flags import (
-    Option,
+from pldr_jax.config.gin import coerce, parse_value, read_file
+from pldr_jax.config.load import (
     config_from_dict,
     config_to_dict,
     describe_differences,
     dump_config,
     load_config,
-    parse_args,
 )
-from pldr_jax.gin import coerce, parse_value, read_file
 
 OPTIONS = (
     Option("run_dir", "folder of the run", required=True),
@@ -175,7 +174,10 @@ def test_lines_are_counted_over_comments_and_continuations(gin):
         ("Model.num_layers = 2.5", "a.gin:1: Model.num_layers: expected int, got 2.5"),
         ("Model.num_layers = True", "a.gin:1: Model.num_layers: expected int, got True"),
         ("Model.ffn_dim = 2.0", "a.gin:1: Model.ffn_dim: expected int or None, got 2.0"),
-        ("Optimizer.alpha = True", "a.gin:1: Optimizer.alpha: expected float, got True"),
+        (
+            "Optimizer.end_lr_fraction = True",
+            "a.gin:1: Optimizer.end_lr_fraction: expected float, got True",
+        ),
         ("Training.tensorboard = 1", "a.gin:1: Training.tensorboard: expected bool, got 1"),
         ("Data.source = None", "a.gin:1: Data.source: expected str, got None"),
         (
@@ -208,8 +210,8 @@ def test_lines_are_counted_over_comments_and_continuations(gin):
         ),
         ("Model.num_layers = %L", "a.gin:1: Model.num_layers: %L is not defined"),
         (
-            "RATE = 1\nOptimizer.alpha = %RAET",
-            "a.gin:2: Optimizer.alpha: %RAET is not defined; did you mean %RATE?",
+            "RATE = 1\nOptimizer.end_lr_fraction = %RAET",
+            "a.gin:2: Optimizer.end_lr_fraction: %RAET is not defined; did you mean %RATE?",
         ),
         (
             "num_layers = 3",
@@ -339,8 +341,8 @@ def test_override_values(override, value):
             "--gin.Model.num_layers=0: Model.num_layers = 0: must be at least 1",
         ),
         (
-            "Optimizer.alpha=1e999",
-            "--gin.Optimizer.alpha=1e999: Optimizer.alpha = inf: must be fin",
+            "Optimizer.end_lr_fraction=1e999",
+            "--gin.Optimizer.end_lr_fraction=1e999: Optimizer.end_lr_fraction = inf: must be fin",
         ),
         ("Training.steps=100", "Optimizer.warmup_steps = 200: must be below the 100 steps"),
     ],
@@ -498,7 +500,9 @@ def _awkward(rng: random.Random) -> ExperimentConfig:
             g_file=text(),
         ),
         loss=LossConfig(),
-        optimizer=OptimizerConfig(learning_rate=number(), eps=number(), alpha=rng.random()),
+        optimizer=OptimizerConfig(
+            learning_rate=number(), eps=number(), end_lr_fraction=rng.random()
+        ),
         data=DataConfig(source=text(), tokenizer=rng.choice([None, text()])),
         mesh=MeshConfig(data=rng.choice([-1, 3])),
         checkpoint=CheckpointConfig(keep_best=rng.random() < 0.5),

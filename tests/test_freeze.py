@@ -18,16 +18,16 @@ import pldr_jax
 from pldr_jax.cli.freeze import freeze, freeze_main
 from pldr_jax.cli.infer import infer_main
 from pldr_jax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig, TrainingConfig
+from pldr_jax.config.load import config_to_dict, load_config
 from pldr_jax.data.corpus import prepare
 from pldr_jax.data.pipeline import validation_rows
 from pldr_jax.data.rows import TokenRows
-from pldr_jax.flags import config_to_dict, load_config
 from pldr_jax.model.decoder import forward, init_params
 from pldr_jax.model.deductive import predefined_g_lm
 from pldr_jax.model.shapes import count_params, param_shapes
-from pldr_jax.training.certificate import kl_divergence, spectrum
-from pldr_jax.training.checkpoint import Checkpointer
-from pldr_jax.training.freeze import frozen_config, split_rows, without_plga
+from pldr_jax.runs.checkpoint import Checkpointer
+from pldr_jax.training.freeze.calibrate import frozen_config, split_rows, without_plga
+from pldr_jax.training.freeze.certificate import kl_divergence, spectrum
 
 MODEL = ModelConfig(
     vocab_size=300,
@@ -315,7 +315,7 @@ def test_rows_of_a_packing_that_the_run_did_not_have(text, tmp_path, own: bool) 
         None if own else str(text),
         rows=2,
         eval_rows=2,
-        overrides=["Data.packing=segment"],
+        overrides=["Data.packing=packed"],
         log=lines.append,
     )
     (line,) = [line for line in lines if line.startswith("Data.max_segments = ")]

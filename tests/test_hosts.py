@@ -20,7 +20,7 @@ FIELDS = {
     "Training.steps": 4,
     "Training.log_every": 1,
     "Training.eval_every": 4,
-    "Checkpoint.every_steps": 2,
+    "Checkpoint.save_every": 2,
 }
 
 

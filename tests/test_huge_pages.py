@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pldr_jax.huge_pages import TUNABLE, VARIABLE, environment_with_huge_pages
+from pldr_jax.cli.huge_pages import TUNABLE, VARIABLE, environment_with_huge_pages
 
 CHOICE = "always [madvise] never\n"
 PROGRAM = """

@@ -12,10 +12,15 @@ from conftest import load_golden
 from helpers import WORDS, contents, run_here, untrained_run
 
 import pldr_jax
-from pldr_jax.analysis import emergence, invariance
+from pldr_jax.analysis import emergence
 from pldr_jax.analysis.batches import batches, mean_g_lm
-from pldr_jax.analysis.determinants import DeterminantAgreement, Determinants, log10_difference
-from pldr_jax.analysis.invariance_view import INVARIANT, NEARLY_INVARIANT, verdict
+from pldr_jax.analysis.invariance import measure as invariance
+from pldr_jax.analysis.invariance.determinants import (
+    DeterminantAgreement,
+    Determinants,
+    log10_difference,
+)
+from pldr_jax.analysis.invariance.view import INVARIANT, NEARLY_INVARIANT, verdict
 from pldr_jax.analysis.texts import rows_of_file
 from pldr_jax.api import LanguageModel
 from pldr_jax.cli.analyze import analyze_main

@@ -17,9 +17,9 @@ from helpers import REPOSITORY, finished_run, run_here
 
 import pldr_jax.api
 from pldr_jax.api import LanguageModel
-from pldr_jax.cli.batch import Output, run_batch
 from pldr_jax.cli.infer import infer_main
 from pldr_jax.config import ConfigError, GenerationConfig, ModelConfig
+from pldr_jax.inference.batch import Output, run_batch
 from pldr_jax.inference.jobs import BadRow, Job, JsonlWriter, count_prompts, read_prompts
 from pldr_jax.inference.progress import JobProgress
 from pldr_jax.inference.request import CacheMode, Request

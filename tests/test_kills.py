@@ -14,8 +14,8 @@ from helpers import assert_equal_runs, corpus_of, flags, rows_of, run_program
 from zygote import Forked, Zygote
 
 from pldr_jax.config import CheckpointConfig
-from pldr_jax.training.checkpoint import Checkpointer
-from pldr_jax.training.lock import LOCK
+from pldr_jax.files import LOCK
+from pldr_jax.runs.checkpoint import Checkpointer
 
 ROUNDS, STEPS, EVERY = 20, 48, 2
 FIELDS = {
@@ -27,7 +27,7 @@ FIELDS = {
     "Training.log_every": 1,
     "Training.eval_every": 16,
     "Training.sample_prompt": "",
-    "Checkpoint.every_steps": EVERY,
+    "Checkpoint.save_every": EVERY,
 }
 
 

@@ -23,7 +23,7 @@ from pldr_jax.model.cache import LowRankLayerCache, empty_low_rank
 from pldr_jax.model.decoder import Params, forward, init_params, unstack_layers
 from pldr_jax.model.low_rank import factorize, group_heads, smallest_ranks
 from pldr_jax.partition import build_mesh
-from pldr_jax.training.freeze import without_plga
+from pldr_jax.training.freeze.calibrate import without_plga
 
 CONFIG = ModelConfig(
     vocab_size=64,

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from matplotlib import image
 
+from pldr_jax.runs.curves import summary_table, write_curves
+from pldr_jax.runs.metrics import MetricsError, MetricWriter, read_metrics
 from pldr_jax.training import progress as progress_module
-from pldr_jax.training.metrics import MetricsError, MetricWriter, read_metrics
-from pldr_jax.training.plots import summary_table, write_curves
 from pldr_jax.training.progress import Progress
 
 

@@ -8,14 +8,14 @@ import pytest
 from helpers import WORDS, rows_of, stored, tiny_config, train_here
 
 from pldr_jax.config import ConfigError, DataConfig
-from pldr_jax.data.build import BuildSettings, build
 from pldr_jax.data.mixture import open_text
 from pldr_jax.data.pipeline import train_iterator
-from pldr_jax.data.prepared import ShardedTokens, read_manifest
 from pldr_jax.data.rows import TokenRows, make_rows
-from pldr_jax.data.shards import DataError
-from pldr_jax.data.tokenizer import Tokenizer
-from pldr_jax.data.units import UnitSettings
+from pldr_jax.data.shards.build import BuildSettings, build
+from pldr_jax.data.shards.prepared import ShardedTokens, read_manifest
+from pldr_jax.data.shards.records import DataError
+from pldr_jax.data.shards.units import UnitSettings
+from pldr_jax.data.text.tokenizer import Tokenizer
 
 VOCAB = 300
 
@@ -114,7 +114,7 @@ def test_without_held_out_documents_there_is_nothing_to_evaluate(folder, tmp_pat
         open_text(DataConfig(source=f"{tmp_path}/a"), VOCAB, lambda line: None)
 
 
-@pytest.mark.parametrize("packing", ["pack", "segment"])
+@pytest.mark.parametrize("packing", ["concat", "packed"])
 def test_a_corrupted_shard_is_named_with_its_record_while_training(
     folder, tmp_path, packing: str
 ) -> None:
@@ -141,14 +141,14 @@ def test_a_run_on_a_mixture_in_segments(folder, tmp_path) -> None:
     fields = {
         "Data.mixture": repr(paths),
         "Data.mixture_weights": "(0.75, 0.25)",
-        "Data.packing": "segment",
+        "Data.packing": "packed",
         "Data.max_segments": 3,
         "Model.num_layers": 1,
         "Model.unroll": False,
         "Training.steps": 3,
         "Training.eval_every": 3,
         "Training.sample_prompt": "",
-        "Checkpoint.every_steps": 1,
+        "Checkpoint.save_every": 1,
     }
     config = tiny_config(folder, fields)
     metrics = train_here(config, tmp_path / "run")
@@ -158,7 +158,7 @@ def test_a_run_on_a_mixture_in_segments(folder, tmp_path) -> None:
     text = open_text(config.data, VOCAB, lambda line: None)
     assert (data["next_index"], data["text"]) == (3, text.digest)
     for name, value, message in (
-        ("Data.packing", "document", r"^Data\.packing = 'document': the run in .* has 'segment'"),
+        ("Data.packing", "document", r"^Data\.packing = 'document': the run in .* has 'packed'"),
         ("Data.max_segments", 2, r"^Data\.max_segments = 2: the run in .* has 3"),
         ("Data.mixture_weights", "(0.5, 0.5)", "not the text, or not the weights"),
     ):

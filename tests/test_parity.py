@@ -178,7 +178,7 @@ def experiment(case: Golden) -> ExperimentConfig:
     optimizer = OptimizerConfig(
         learning_rate=train["learning_rate"],
         warmup_steps=train["warmup_steps"],
-        alpha=train["alpha"],
+        end_lr_fraction=train["alpha"],
         beta1=train["betas"][0],
         beta2=train["betas"][1],
         eps=train["eps"],

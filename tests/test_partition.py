@@ -23,7 +23,7 @@ from pldr_jax.config import (
     OptimizerConfig,
     TrainingConfig,
 )
-from pldr_jax.flags import load_config
+from pldr_jax.config.load import load_config
 from pldr_jax.model.shapes import abstract_params
 from pldr_jax.partition import (
     RULES,

@@ -18,13 +18,13 @@ from pldr_jax.config import (
     ModelConfig,
     TrainingConfig,
 )
+from pldr_jax.config.load import load_config
 from pldr_jax.data.rows import row_shape
-from pldr_jax.flags import load_config
 from pldr_jax.model.decoder import init_params
 from pldr_jax.model.flops import forward_flops, repeated_flops, training_flops
 from pldr_jax.partition import build_mesh
-from pldr_jax.training import plan as plans
-from pldr_jax.training.chips import CHIPS, Chip
+from pldr_jax.training.plan import compile as plans
+from pldr_jax.training.plan.chips import CHIPS, Chip
 from pldr_jax.training.step import create_state, loss_fn
 
 CONFIG = ExperimentConfig(
@@ -63,7 +63,7 @@ def test_operations_are_those_of_the_unrolled_model(source: Any, segments: int) 
         num_layers=2, num_heads=4, head_dim=64, context_length=257, num_residual_layers=3,
         g_source=source,
     )  # fmt: skip
-    data = DataConfig(packing="segment" if segments > 1 else "pack", max_segments=segments)
+    data = DataConfig(packing="packed" if segments > 1 else "concat", max_segments=segments)
     config, rows = ExperimentConfig(model=model, data=data), 4
     params = nn.unbox(jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0)))
     shape = (2, 1, 4, 64, 64)
@@ -113,7 +113,7 @@ def test_a_plan_of_rows_of_any_packing() -> None:
 
     pack, document = plans.make_plan(CONFIG, mesh, ""), planned(packing="document")
     assert document.model_flops == pack.model_flops
-    few, more = (planned(packing="segment", max_segments=k) for k in (2, 4))
+    few, more = (planned(packing="packed", max_segments=k) for k in (2, 4))
     once = sum(forward_flops(CONFIG.model, 16).values())
     again = forward_flops(CONFIG.model, 16)["plga"]
     assert few.model_flops / pack.model_flops == pytest.approx(1 + again / once)
@@ -191,10 +191,10 @@ def test_program_prints_a_plan_and_refuses_in_one_line(
     assert err.startswith("error: Mesh = (1, 8, 1): does not fit h100: ") and err.count("\n") == 1
     shown: list[ExperimentConfig] = []
     monkeypatch.setattr(plans, "make_plan", lambda config, *_: shown.append(config) or PLAN)
-    plan = ["--plan", "--gin.Data.packing=segment", "--gin.Data.max_segments=3", *FLAGS]
+    plan = ["--plan", "--gin.Data.packing=packed", "--gin.Data.max_segments=3", *FLAGS]
     assert "2 a device, 3 documents in each at" in run_here(capsys, train_main, *plan)[1]
     text = make_corpus(tmp_path / "text", 30)
-    open_ = flags(text, {"Data.packing": "segment", "Data.cache_dir": tmp_path / "cache"})
+    open_ = flags(text, {"Data.packing": "packed", "Data.cache_dir": tmp_path / "cache"})
     status, out, _ = run_here(capsys, train_main, "--plan", *open_)
     assert status == 0 and "Data.max_segments = 1: rows 9" in out
     assert [one.data.segments_per_row for one in shown] == [3, 1]

@@ -10,9 +10,9 @@ import types
 import pytest
 
 from pldr_jax.config import ConfigError
-from pldr_jax.data import inputs
-from pldr_jax.data.inputs import Piece, find, plan
-from pldr_jax.data.readers import Document, Problem, ReadSettings, read
+from pldr_jax.data.text import inputs
+from pldr_jax.data.text.inputs import Piece, find, plan
+from pldr_jax.data.text.readers import Document, Problem, ReadSettings, read
 
 TEXTS = ["one\nline", "zwei äöü", "三 文字", "d" * 5000]
 
@@ -95,7 +95,7 @@ def test_what_cannot_be_used_is_named_and_the_rest_goes_on(tmp_path) -> None:
 
 
 def test_a_line_that_would_not_fit_in_memory_is_passed_over(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("pldr_jax.data.readers._LINE_SLACK", 0)
+    monkeypatch.setattr("pldr_jax.data.text.readers._LINE_SLACK", 0)
     long = json.dumps({"text": "x" * 3_000_000}).encode()
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + long + b'\n{"text": "b"}\n')
     items = read_all(find([str(tmp_path)]), max_document_bytes=100)

@@ -34,8 +34,8 @@ from helpers import (
 
 from pldr_jax.cli.train import train_main
 from pldr_jax.inference.engine import Engine
+from pldr_jax.runs.checkpoint import Checkpointer
 from pldr_jax.training import loop
-from pldr_jax.training.checkpoint import Checkpointer
 from pldr_jax.training.evaluate import Evaluator
 
 

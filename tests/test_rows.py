@@ -119,22 +119,22 @@ def test_the_three_packings_by_name(tmp_path) -> None:
     tokens = store(tmp_path, np.asarray([3, 2, 3, 4]))
     pack = make_rows(tokens, 5, DataConfig())
     np.testing.assert_array_equal(all_rows(pack), [[10, 11, 3, 13, 3], [15, 16, 3, 18, 19]])
-    segment = make_rows(tokens, 5, DataConfig(packing="segment", max_segments=4))
+    segment = make_rows(tokens, 5, DataConfig(packing="packed", max_segments=4))
     # inputs of 3, 2, 2 and 1 tokens: 3 + 1 and 2 + 2
     assert sorted(all_rows(segment)[:, SEGMENTS].tolist()) == [[1, 1, 1, 2], [1, 1, 2, 2]]
     assert make_rows(tokens, 5, DataConfig(packing="document", max_segments=4)).max_segments == 1
-    with pytest.raises(ConfigError, match=r"^Data\.packing = 'packed': is not one of"):
-        DataConfig(packing="packed")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^Data\.packing = 'best_fit': is not one of"):
+        DataConfig(packing="best_fit")  # type: ignore[arg-type]
 
 
 def test_the_fused_kernel_knows_no_segments() -> None:
     model = ModelConfig(dtype="bfloat16", attention_kernel="cudnn")
     ExperimentConfig(model=model, data=DataConfig(packing="document"))
     with pytest.raises(ConfigError, match=r"^Model\.attention_kernel = 'cudnn': .*no segments"):
-        ExperimentConfig(model=model, data=DataConfig(packing="segment"))
+        ExperimentConfig(model=model, data=DataConfig(packing="packed"))
 
 
-@pytest.mark.parametrize("packing", ["pack", "document", "segment"])
+@pytest.mark.parametrize("packing", ["concat", "document", "packed"])
 def test_many_rows_at_once_are_the_single_ones(tmp_path, packing: str) -> None:
     rng = np.random.default_rng(0)
     tokens = store(tmp_path, 1 + rng.geometric(1 / 20, 300))

@@ -26,9 +26,9 @@ from helpers import (
 import pldr_jax
 from pldr_jax.cli.train import train_main
 from pldr_jax.config import GROUPS
-from pldr_jax.data.tokenizer import Tokenizer
-from pldr_jax.flags import load_config
-from pldr_jax.training.lock import locked
+from pldr_jax.config.load import load_config
+from pldr_jax.data.text.tokenizer import Tokenizer
+from pldr_jax.files import locked
 from pldr_jax.training.optimizer import decayed_matrices
 
 OUTPUTS = ("A", "A_LM", "A_P", "G_LM")
@@ -135,7 +135,7 @@ def test_random_g_lm_with_decay_of_matrices_only(source, tmp_path) -> None:
     fields = {**QUICK, "Model.g_source": "random", "Training.log_every": 1}
     fields |= {"Optimizer.decay_mask": "matrices", "Optimizer.weight_decay": 1.0}
     fields |= {"Optimizer.clip": "norm", "Optimizer.clip_threshold": 1e-12}
-    fields |= {"Checkpoint.every_steps": 1}
+    fields |= {"Checkpoint.save_every": 1}
     assert set(train_here(tiny_config(source, fields), tmp_path)) == PREDEFINED
     first, last = (stored(tmp_path, step)[0] for step in (1, 2))
     used = np.asarray(pldr_jax.load(tmp_path)([[5, 6, 7]]).deductive.G_LM)
@@ -181,7 +181,7 @@ def test_loss_that_is_not_finite_ends_the_run(source, tmp_path) -> None:
     run_dir = tmp_path / "run"
     # The first update has learning rate 0, the second 1e30.
     fields = {"Optimizer.learning_rate": 1e30, "Optimizer.clip": "none"}
-    fields |= {"Checkpoint.every_steps": 1, "Optimizer.warmup_steps": 1, "Training.log_every": 100}
+    fields |= {"Checkpoint.save_every": 1, "Optimizer.warmup_steps": 1, "Training.log_every": 100}
     result = run_program("train.py", f"--run_dir={run_dir}", *flags(source, fields))
     assert result.returncode == 1
     message = r"error: step \d+: train/\w+ = .*Optimizer\.learning_rate.*\n"

@@ -11,7 +11,7 @@ import pytest
 from pldr_jax.api import LanguageModel
 from pldr_jax.config import ConfigError, ModelConfig
 from pldr_jax.model.decoder import init_params
-from pldr_jax.training.freeze import without_plga
+from pldr_jax.training.freeze.calibrate import without_plga
 
 CONFIG = ModelConfig(
     vocab_size=64,

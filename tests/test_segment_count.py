@@ -9,12 +9,12 @@ import pytest
 from helpers import QUICK, WORDS, rows_of, stored, tiny_config, train_here
 
 from pldr_jax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig
+from pldr_jax.config.load import load_config
 from pldr_jax.data.corpus import TokenFile
 from pldr_jax.data.mixture import Part
 from pldr_jax.data.rows import SegmentRows, fill
 from pldr_jax.data.segment_count import MOST, NEAR, choose, row_cost, settled
-from pldr_jax.data.tokenizer import Tokenizer
-from pldr_jax.flags import load_config
+from pldr_jax.data.text.tokenizer import Tokenizer
 
 NANO = ModelConfig(context_length=512)
 
@@ -89,9 +89,9 @@ def test_a_number_that_is_given_stays(tmp_path: Path) -> None:
         config = ExperimentConfig(model=NANO, data=DataConfig(**fields))
         return settled(config, parts, lines.append).data
 
-    assert data(packing="segment", max_segments=3).max_segments == 3
+    assert data(packing="packed", max_segments=3).max_segments == 3
     assert data(packing="document").max_segments is None and not lines
-    count = data(packing="segment").segments_per_row
+    count = data(packing="packed").segments_per_row
     (line,) = lines
     assert count > 3 and line.startswith(f"Data.max_segments = {count}: rows ")
     assert "times as fast" in line
@@ -100,13 +100,13 @@ def test_a_number_that_is_given_stays(tmp_path: Path) -> None:
 def test_an_open_number_is_no_number() -> None:
     assert DataConfig(packing="document").segments_per_row == 1
     with pytest.raises(ConfigError, match=r"^Data\.max_segments = None: .*give a number here$"):
-        _ = DataConfig(packing="segment").segments_per_row
+        _ = DataConfig(packing="packed").segments_per_row
     with pytest.raises(ConfigError, match=r"Data\.max_segments = 0: must be at least 1$"):
         load_config([], ["Data.max_segments=0"])
     # What segments do not know is refused before they are counted.
     with pytest.raises(ConfigError, match=r"Training\.eval_prefix_g = True: rows with segments"):
-        load_config([], ["Training.eval_prefix_g=True", "Data.packing=segment"])
-    load_config([], ["Training.eval_prefix_g=True", "Data.packing=segment", "Data.max_segments=1"])
+        load_config([], ["Training.eval_prefix_g=True", "Data.packing=packed"])
+    load_config([], ["Training.eval_prefix_g=True", "Data.packing=packed", "Data.max_segments=1"])
 
 
 def test_a_run_goes_on_with_the_number_it_began_with(
@@ -123,7 +123,7 @@ def test_a_run_goes_on_with_the_number_it_began_with(
     Tokenizer.train(texts, 300).save(tmp_path / "tok.model")
     fields = {
         **QUICK,
-        "Data.packing": "segment",
+        "Data.packing": "packed",
         "Data.tokenizer": tmp_path / "tok.model",
         "Data.batch_size": 4,
         "Data.cache_dir": tmp_path / "cache",

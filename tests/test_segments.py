@@ -74,7 +74,7 @@ def test_segments_equal_documents_in_every_logit_and_gradient(tiny, rows) -> Non
     chex.assert_trees_all_close(dag, dag_2, rtol=1e-5)
 
     results = []
-    for packing, batch in (("document", document), ("segment", segment)):
+    for packing, batch in (("document", document), ("packed", segment)):
         data = DataConfig(packing=packing, max_segments=K)
         config = ExperimentConfig(model=model, data=data)
         gradient = jax.jit(jax.value_and_grad(functools.partial(loss_fn, config), has_aux=True))
@@ -140,7 +140,7 @@ def test_segments_on_a_mesh(tiny, rows, sizes) -> None:
     """Loss and gradients are those of one device: rows, parameters and heads split."""
     model, params = tiny
     batch = np.concatenate([rows[1]] * 8)[:8]
-    config = ExperimentConfig(model=model, data=DataConfig(packing="segment", max_segments=K))
+    config = ExperimentConfig(model=model, data=DataConfig(packing="packed", max_segments=K))
     gradient = jax.jit(jax.value_and_grad(functools.partial(loss_fn, config), has_aux=True))
     (loss, _), grads = gradient(params, None, batch)
     mesh = build_mesh(MeshConfig(*sizes))

@@ -77,7 +77,7 @@ def changed(group: str, **fields: Any) -> ExperimentConfig:
 
 @pytest.mark.parametrize(
     "config",
-    [changed("training", accumulate=k) for k in (2, 4, 8)]
+    [changed("training", grad_accumulation=k) for k in (2, 4, 8)]
     + [changed("loss", chunk=k) for k in (1, 4, 5, 14, 100)],
     ids=["2 parts", "4 parts", "8 parts", "chunk 1", "chunk 4", "chunk 5", "chunk 14", "chunk 100"],
 )
@@ -159,4 +159,4 @@ def test_accumulate_must_divide(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
     text = corpus_of(tmp_path / "text")
     with pytest.raises(ConfigError, match=r"^Data\.batch_size = 8: .*3 parts of Training"):
-        train_here(tiny_config(text, {"Training.accumulate": 3}), tmp_path / "run")
+        train_here(tiny_config(text, {"Training.grad_accumulation": 3}), tmp_path / "run")

@@ -8,18 +8,23 @@ import numpy as np
 import pytest
 from conftest import load_golden
 
-from pldr_jax.analysis import structure
-from pldr_jax.analysis.attention_maps import describe_weights, weights_of
-from pldr_jax.analysis.distributions import LINEAR_BINS, EntryHistograms
 from pldr_jax.analysis.section import Section
-from pldr_jax.analysis.spectra import describe, effective_rank, numerical_rank, singular_values
-from pldr_jax.analysis.structure import measure
-from pldr_jax.analysis.structure_figures import pictures_of, shown
-from pldr_jax.analysis.structure_tables import tables_of
-from pldr_jax.analysis.structure_words import kind, words_of
+from pldr_jax.analysis.structure import measure as structure
+from pldr_jax.analysis.structure.attention_maps import describe_weights, weights_of
+from pldr_jax.analysis.structure.distributions import LINEAR_BINS, EntryHistograms
+from pldr_jax.analysis.structure.figures import pictures_of, shown
+from pldr_jax.analysis.structure.measure import measure
+from pldr_jax.analysis.structure.spectra import (
+    describe,
+    effective_rank,
+    numerical_rank,
+    singular_values,
+)
+from pldr_jax.analysis.structure.tables import tables_of
+from pldr_jax.analysis.structure.words import kind, words_of
 from pldr_jax.api import LanguageModel
 from pldr_jax.config import ConfigError
-from pldr_jax.training.freeze import without_plga
+from pldr_jax.training.freeze.calibrate import without_plga
 
 RNG = np.random.default_rng(0)
 ROWS = RNG.integers(1, 61, (6, 13)).astype(np.int32)

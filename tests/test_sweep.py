@@ -16,13 +16,13 @@ from helpers import QUICK, contents, corpus_of, flags, rows_of, run_here
 from pldr_jax.cli import sweep as cli
 from pldr_jax.cli.train import train_main
 from pldr_jax.config import ConfigError, ExperimentConfig
-from pldr_jax.flags import load_config, parse_values
-from pldr_jax.training import sweep as sweeps
-from pldr_jax.training.phase import PANELS, _value, write_phase_diagram
-from pldr_jax.training.plots import write_comparison
+from pldr_jax.config.load import load_config, parse_values
+from pldr_jax.runs.curves import write_comparison
 from pldr_jax.training.progress import SweepProgress
 from pldr_jax.training.signals import StopRequest
-from pldr_jax.training.sweep_table import table_text, write_table
+from pldr_jax.training.sweep import runs as sweeps
+from pldr_jax.training.sweep.phase import PANELS, _value, write_phase_diagram
+from pldr_jax.training.sweep.table import table_text, write_table
 
 RATE, WARMUP = "Optimizer.learning_rate", "Optimizer.warmup_steps"
 STEPS = 4
@@ -31,7 +31,7 @@ FIELDS = {
     "Model.num_layers": 1,
     "Model.unroll": False,
     "Training.steps": STEPS,
-    "Checkpoint.every_steps": 2,
+    "Checkpoint.save_every": 2,
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 
 from pldr_jax.config import ConfigError
-from pldr_jax.data.tokenizer import Tokenizer
+from pldr_jax.data.text.tokenizer import Tokenizer
 
 WORDS = "def return self the of value list for in if else print range tokens model layer".split()
 

@@ -21,7 +21,7 @@ from pldr_jax.config import ConfigError
 from pldr_jax.model.decoder import Params
 from pldr_jax.model.deductive import DeductiveOutputs, identity_g_lm, random_g_lm
 from pldr_jax.model.plga import curvature
-from pldr_jax.training.certificate import kl_divergence
+from pldr_jax.training.freeze.certificate import kl_divergence
 from pldr_jax.training.losses import TokenLoss, token_loss
 
 Alter = Callable[[DeductiveOutputs], jax.Array]

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from pldr_jax.analysis.batches import batches, deductive_outputs
-from pldr_jax.analysis.determinants import Determinants
 from pldr_jax.analysis.figures import COLORS, OUTPUT_COLORS, new_figure, png
+from pldr_jax.analysis.invariance.determinants import Determinants
 from pldr_jax.analysis.section import Picture, Section, Table
 from pldr_jax.api import LanguageModel
-from pldr_jax.training.certificate import RANK_TOLERANCE, spectrum
 from pldr_jax.training.evaluate import DeductiveStatistics
+from pldr_jax.training.freeze.certificate import RANK_TOLERANCE, spectrum
 
 _FLOOR = 1e-12
 

@@ -13,8 +13,8 @@ from pldr_jax.analysis.section import Picture, Section, Table
 from pldr_jax.api import LanguageModel
 from pldr_jax.model.deductive import identity_g_lm
 from pldr_jax.partition import mesh_scope
+from pldr_jax.training.freeze.rank_budget import BUDGETS, measure_budgets, singular_values
 from pldr_jax.training.losses import PAD_ID
-from pldr_jax.training.rank_budget import BUDGETS, measure_budgets, singular_values
 
 CLOSE = 1e-2
 """Nats a token: budgets whose KL divergence is below are called harmless."""

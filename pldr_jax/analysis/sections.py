@@ -6,8 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from pldr_jax.analysis import alteration, causality, invariance, low_rank, structure
+from pldr_jax.analysis import alteration, low_rank
+from pldr_jax.analysis.causality import measure as causality
+from pldr_jax.analysis.invariance import measure as invariance
 from pldr_jax.analysis.section import Section
+from pldr_jax.analysis.structure import measure as structure
 from pldr_jax.api import LanguageModel
 from pldr_jax.config import ConfigError
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from pldr_jax.config import ConfigError
 from pldr_jax.data.rows import TokenRows, TokenStore, joined
-from pldr_jax.data.tokenizer import Tokenizer
+from pldr_jax.data.text.tokenizer import Tokenizer
 
 FLAG = "--prompts"
 _JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")

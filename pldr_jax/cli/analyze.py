@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pldr_jax.cli.common import STEP, keep_compiled_programs, run
-from pldr_jax.cli.weights import held_out_text, read_any
+from pldr_jax.cli.options import Option, Options, parse_args
 from pldr_jax.config import ConfigError, ExperimentConfig
-from pldr_jax.flags import Option, Options, config_to_dict, load_config, parse_args
+from pldr_jax.config.load import config_to_dict, load_config
+from pldr_jax.interop.weights import held_out_text, read_any
 
 if TYPE_CHECKING:
     import jax
     import numpy as np
 
-    from pldr_jax.analysis.progress import ReportProgress
-    from pldr_jax.analysis.report import RunReport
+    from pldr_jax.analysis.report.progress import ReportProgress
+    from pldr_jax.analysis.report.write import RunReport
     from pldr_jax.analysis.section import Section
     from pldr_jax.analysis.sections import Measurement
     from pldr_jax.api import LanguageModel
@@ -67,11 +68,11 @@ def analyze_main(argv: list[str]) -> None:
     _check(options)
     keep_compiled_programs(config.data.cache_dir)
 
-    from pldr_jax.analysis.comparison import compare
-    from pldr_jax.analysis.progress import ReportProgress
-    from pldr_jax.analysis.report import HTML, JSON, labels, write_report
+    from pldr_jax.analysis.report.comparison import compare
+    from pldr_jax.analysis.report.progress import ReportProgress
+    from pldr_jax.analysis.report.write import HTML, JSON, labels, write_report
     from pldr_jax.analysis.sections import chosen
-    from pldr_jax.training.run_folder import new_folder
+    from pldr_jax.files import new_folder
 
     measurements = chosen(options.sections)
     output = Path(options.out or Path(options.run[0]) / DEFAULT_FOLDER)
@@ -107,7 +108,7 @@ def _check(options: Options) -> None:
 
 def _steps(folder: str) -> list[int]:
     """The checkpoints of a run folder."""
-    from pldr_jax.training.manifest import complete_steps
+    from pldr_jax.runs.checksums import complete_steps
 
     found = complete_steps(Path(folder) / "checkpoints")
     if not found:
@@ -126,7 +127,7 @@ def _measure(
 ) -> "RunReport":
     """Everything of one run."""
     from pldr_jax.analysis.batches import mean_g_lm
-    from pldr_jax.analysis.report import RunReport
+    from pldr_jax.analysis.report.write import RunReport
     from pldr_jax.analysis.sections import run_section
 
     stored, step, lm = _open(folder, options.step, config)
@@ -156,7 +157,7 @@ def _open(
     import jax
 
     from pldr_jax.api import LanguageModel
-    from pldr_jax.data.tokenizer import Tokenizer
+    from pldr_jax.data.text.tokenizer import Tokenizer
     from pldr_jax.partition import build_mesh
 
     stored, weights = read_any(folder, step)
@@ -174,7 +175,7 @@ def _others(
 ) -> "dict[str, jax.Array | LanguageModel]":
     """What `--other_g` names, by the names of the files and folders."""
     from pldr_jax.analysis.alteration import NAMES
-    from pldr_jax.analysis.report import labels
+    from pldr_jax.analysis.report.write import labels
     from pldr_jax.model.deductive import read_g_lm
 
     names = labels([*NAMES, *paths])[len(NAMES) :]
@@ -219,7 +220,7 @@ def _emergence(
     progress: "ReportProgress",
 ) -> "Section":
     from pldr_jax.analysis import emergence
-    from pldr_jax.training.metrics import FILE_NAME, read_metrics
+    from pldr_jax.runs.metrics import FILE_NAME, read_metrics
 
     def models() -> "Iterator[tuple[int, LanguageModel]]":
         for step in steps:

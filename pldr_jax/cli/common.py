@@ -3,9 +3,9 @@
 import sys
 from collections.abc import Callable
 
+from pldr_jax.cli.huge_pages import use_huge_pages
+from pldr_jax.cli.options import Option
 from pldr_jax.config import ConfigError
-from pldr_jax.flags import Option
-from pldr_jax.huge_pages import use_huge_pages
 
 USAGE, FAILURE = 2, 1
 
@@ -41,10 +41,10 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> Non
         raise SystemExit(130) from None
     except RuntimeError as error:
         # Imported only now: --help and a typo must not wait for JAX.
-        from pldr_jax.data.shards import DataError
-        from pldr_jax.training.checkpoint import CheckpointError
+        from pldr_jax.data.shards.records import DataError
+        from pldr_jax.runs.checkpoint import CheckpointError
+        from pldr_jax.runs.metrics import MetricsError
         from pldr_jax.training.loop import TrainingError
-        from pldr_jax.training.metrics import MetricsError
 
         if not isinstance(error, (CheckpointError, DataError, MetricsError, TrainingError)):
             raise

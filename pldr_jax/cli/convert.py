@@ -3,8 +3,8 @@ layout.
 """
 
 from pldr_jax.cli.common import run
+from pldr_jax.cli.options import Option, parse_args
 from pldr_jax.config import ConfigError
-from pldr_jax.flags import Option, parse_args
 
 IMPORT, EXPORT = "import", "export"
 _OUT = Option("output", "folder to write; must not exist, or be empty", metavar="OUT", place=True)

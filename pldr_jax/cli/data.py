@@ -6,8 +6,9 @@ import sys
 from typing import Any
 
 from pldr_jax.cli.common import run
+from pldr_jax.cli.options import Option, Options, parse_args
 from pldr_jax.config import ConfigError
-from pldr_jax.flags import Option, Options, parse_args
+from pldr_jax.files import write_whole
 
 PROGRAM = "pldr-data"
 COMMANDS = {
@@ -134,8 +135,8 @@ def _at_least(options: Options, low: float, *names: str) -> None:
 
 
 def _unit_settings(options: Options) -> Any:
-    from pldr_jax.data.readers import ReadSettings
-    from pldr_jax.data.units import UnitSettings
+    from pldr_jax.data.shards.units import UnitSettings
+    from pldr_jax.data.text.readers import ReadSettings
 
     _at_least(options, 0, "validation_fraction", "test_fraction", "seed")
     _at_least(options, 1, "max_document_bytes")
@@ -151,7 +152,7 @@ def _unit_settings(options: Options) -> Any:
 
 
 def _build(argv: list[str]) -> None:
-    from pldr_jax.data.build import BuildSettings, build
+    from pldr_jax.data.shards.build import BuildSettings, build
 
     options = _parse(argv, "build", BUILD_OPTIONS)
     _at_least(options, 1, "workers", "shard_bytes")
@@ -177,16 +178,16 @@ def _build(argv: list[str]) -> None:
 
 
 def _print_problems(problems: dict[str, int]) -> None:
-    from pldr_jax.data.readers import PROBLEMS
+    from pldr_jax.data.text.readers import PROBLEMS
 
     for kind, count in problems.items():
         print(f"left out: {count:,} {PROBLEMS[kind]}")
 
 
 def _tokenizer(argv: list[str]) -> None:
-    from pldr_jax.data import inputs
-    from pldr_jax.data.tokenizer import Tokenizer
-    from pldr_jax.data.vocabulary import measure, take_sample
+    from pldr_jax.data.text import inputs
+    from pldr_jax.data.text.tokenizer import Tokenizer
+    from pldr_jax.data.text.vocabulary import measure, take_sample
 
     options = _parse(argv, "tokenizer", TOKENIZER_OPTIONS)
     _at_least(options, 1000, "sample_bytes")
@@ -218,17 +219,15 @@ def _tokenizer(argv: list[str]) -> None:
 
 
 def _save(path: str, content: bytes) -> None:
-    temporary = pathlib.Path(path + ".tmp")
     try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content)
     except OSError as error:
         raise ConfigError(f"--output={path}: cannot be written ({error.strerror})") from None
 
 
 def _inspect(argv: list[str]) -> None:
-    from pldr_jax.data.inspect import describe, open_text
+    from pldr_jax.data.shards.inspect import describe, open_text
 
     options = _parse(argv, "inspect", INSPECT_OPTIONS)
     _at_least(options, 0, "samples")

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pldr_jax.cli.common import STEP, keep_compiled_programs, run
+from pldr_jax.cli.options import Option, Options, parse_args
 from pldr_jax.cli.tasks import open_tasks
 from pldr_jax.config import ConfigError
-from pldr_jax.flags import Option, Options, load_config, parse_args
+from pldr_jax.config.load import load_config
 
 if TYPE_CHECKING:
     from pldr_jax.api import LanguageModel
@@ -151,7 +152,7 @@ def _given_g_lm(options: Options, lm: "LanguageModel") -> Any:
     from pldr_jax.config import DataConfig
     from pldr_jax.data.corpus import prepare
     from pldr_jax.data.rows import TokenRows
-    from pldr_jax.training.freeze import calibrate, check_learned, rows_at_once, some_rows
+    from pldr_jax.training.freeze.calibrate import calibrate, check_learned, rows_at_once, some_rows
 
     check_learned(lm.config, options.run)
     path = Path(options.run) / "tokenizer.model"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pldr_jax.config import ConfigError, ExperimentConfig
-from pldr_jax.flags import config_from_dict, load_config
+from pldr_jax.config.load import config_from_dict, load_config
 
 if TYPE_CHECKING:
     from pldr_jax.training.initial import InitialWeights
@@ -30,7 +30,7 @@ def start_from(
       CheckpointError: the checkpoint cannot be read.
     """
     from pldr_jax.config import CheckpointConfig
-    from pldr_jax.training.checkpoint import Checkpointer
+    from pldr_jax.runs.checkpoint import Checkpointer
 
     with Checkpointer(run_dir, CheckpointConfig()) as checkpointer:
         stored = checkpointer.read_config() if checkpointer.latest_step() is not None else None
@@ -41,7 +41,7 @@ def start_from(
         config = load_config(gin_files, overrides, base)
         return _with_tokenizer(config, saved.data.tokenizer, run_dir / TOKENIZER), None
 
-    from pldr_jax.cli.weights import read_any
+    from pldr_jax.interop.weights import read_any
     from pldr_jax.model.shapes import count_params
     from pldr_jax.training.initial import InitialWeights, check_same_model
 
@@ -83,7 +83,7 @@ def _checked_tokenizer(config: ExperimentConfig, folder: Path) -> ExperimentConf
     if named is None:
         data = dataclasses.replace(config.data, tokenizer=str(path))
         return dataclasses.replace(config, data=data)
-    from pldr_jax.data.tokenizer import Tokenizer
+    from pldr_jax.data.text.tokenizer import Tokenizer
 
     if Tokenizer.load(named).digest != Tokenizer.load(path).digest:
         raise ConfigError(f"Data.tokenizer = {named!r}: is another one than {path}; leave it out")

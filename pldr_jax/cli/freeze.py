@@ -9,18 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pldr_jax.cli.common import CHECKPOINT, STEP, keep_compiled_programs
-from pldr_jax.cli.weights import held_out_text, read_any
+from pldr_jax.cli.options import Option, parse_args
 from pldr_jax.config import ConfigError, DataConfig, ExperimentConfig
-from pldr_jax.flags import (
-    Option,
-    config_to_dict,
-    dump_config,
-    load_config,
-    parse_args,
-)
+from pldr_jax.config.load import config_to_dict, dump_config, load_config
+from pldr_jax.interop.weights import held_out_text, read_any
 
 if TYPE_CHECKING:
-    from pldr_jax.training.freeze import RowSet
+    from pldr_jax.training.freeze.calibrate import RowSet
 
 DESCRIPTION = (
     "Replaces the PLGA network of a trained PLDR-LLM by one G_LM, and certifies what it changes. "
@@ -93,7 +88,7 @@ def freeze(
       step: checkpoint of a run folder; None is the newest complete one.
       kl_threshold: nats a token above which a warning is printed.
       rank_budgets: relative errors of G_LM for which the certificate says what low-rank decoding
-        saves and costs (`pldr_jax/training/rank_budget.py`); the checkpoint is the same.
+        saves and costs (`pldr_jax/training/freeze/rank_budget.py`); the checkpoint is the same.
       gin_files, overrides: for `load_config`, on top of the run's config.
       log: takes each line.
       save_g: an NPZ file for the calibrated G_LM [L,N,H,J], key `G_LM`, which another run can train
@@ -103,12 +98,13 @@ def freeze(
       ConfigError: no learned G_LM to freeze, no text, or a folder that cannot be used.
       CheckpointError: the checkpoint cannot be read or written.
     """
+    from pldr_jax.files import check_output
     from pldr_jax.model.low_rank import check_budget
-    from pldr_jax.training import certificate as certificates
-    from pldr_jax.training import freeze as freezing
-    from pldr_jax.training.plots import summary_table
-    from pldr_jax.training.rank_budget import budget_lines, measure_budgets
-    from pldr_jax.training.run_folder import check_output, write_run
+    from pldr_jax.runs.curves import summary_table
+    from pldr_jax.runs.folder import write_run
+    from pldr_jax.training.freeze import calibrate as freezing
+    from pldr_jax.training.freeze import certificate as certificates
+    from pldr_jax.training.freeze.rank_budget import budget_lines, measure_budgets
 
     for name, value, low in (("rows", rows, 1), ("eval_rows", eval_rows or 0, 0)):
         if value < low:
@@ -194,7 +190,7 @@ def _row_sets(
     from pldr_jax.data.mixture import Part
     from pldr_jax.data.rows import joined, make_rows
     from pldr_jax.data.segment_count import settled
-    from pldr_jax.training.freeze import some_rows, split_rows
+    from pldr_jax.training.freeze.calibrate import some_rows, split_rows
 
     model, path = config.model, folder / TOKENIZER
     if text is None:

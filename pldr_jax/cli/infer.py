@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from pldr_jax.cli.common import CHECKPOINT, FAILURE, STEP, keep_compiled_programs, run
 from pldr_jax.cli.freeze import freeze_main
+from pldr_jax.cli.options import Option, Options, parse_args
 from pldr_jax.config import ConfigError, ExperimentConfig
-from pldr_jax.flags import Option, Options, load_config, parse_args
+from pldr_jax.config.load import load_config
 from pldr_jax.inference.jobs import JsonlWriter, count_prompts, read_prompts
 from pldr_jax.inference.progress import JobProgress
 
 if TYPE_CHECKING:
-    from pldr_jax.cli.batch import Output
+    from pldr_jax.inference.batch import Output
 
 DESCRIPTION = "Generates text with a trained PLDR-LLM; its config is read from the checkpoint."
 OPTIONS = (
@@ -130,7 +131,7 @@ def _infer(options: Options, config: ExperimentConfig) -> None:
         import jax
 
         from pldr_jax.api import load
-        from pldr_jax.cli.batch import run_batch
+        from pldr_jax.inference.batch import run_batch
 
         dtype = None if settings.cache_dtype == "auto" else settings.cache_dtype
         mesh = config.mesh if jax.device_count() > 1 else None
@@ -149,7 +150,7 @@ def _infer(options: Options, config: ExperimentConfig) -> None:
 
 
 def _output(options: Options, writer: JsonlWriter | None, total: int | None) -> "Output":
-    from pldr_jax.cli.batch import Output
+    from pldr_jax.inference.batch import Output
 
     plain = writer is None and options.format == "text"
     single = plain and len(options.prompt) == 1 and not options.stream

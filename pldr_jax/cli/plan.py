@@ -1,8 +1,8 @@
 """`train.py --plan`: what a run needs and how fast it could be, without starting it."""
 
+from pldr_jax.cli.options import Option, Options
 from pldr_jax.config import ConfigError, ExperimentConfig
-from pldr_jax.flags import Option, Options
-from pldr_jax.training.chips import CHIPS
+from pldr_jax.training.plan.chips import CHIPS
 
 OPTIONS = (
     Option(
@@ -46,8 +46,8 @@ def plan(options: Options, config: ExperimentConfig) -> None:
     """
     import jax
 
-    from pldr_jax.training import plan as plans
-    from pldr_jax.training.plots import summary_table
+    from pldr_jax.runs.curves import summary_table
+    from pldr_jax.training.plan import compile as plans
 
     chip = CHIPS[options.chip] if options.chip is not None else None
     size = plans.mesh_size(config.mesh, options.devices)
@@ -55,7 +55,7 @@ def plan(options: Options, config: ExperimentConfig) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", size)
     mesh, compiler = plans.plan_mesh(config.mesh, size, chip)
-    if config.data.packing == "segment" and config.data.max_segments is None:
+    if config.data.packing == "packed" and config.data.max_segments is None:
         from pldr_jax.data.mixture import open_text
         from pldr_jax.data.segment_count import settled
 

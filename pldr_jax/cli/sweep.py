@@ -5,17 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pldr_jax.training.sweep as sweeps
+import pldr_jax.training.sweep.runs as sweeps
 from pldr_jax.cli.common import FAILURE
+from pldr_jax.cli.options import Option, Options
 from pldr_jax.config import ConfigError, ExperimentConfig
-from pldr_jax.flags import (
-    Option,
-    Options,
-    config_to_dict,
-    describe_differences,
-    load_config,
-    parse_values,
-)
+from pldr_jax.config.load import config_to_dict, describe_differences, load_config, parse_values
 from pldr_jax.training.progress import SweepProgress
 from pldr_jax.training.signals import StopRequest, stop_on_signals
 
@@ -143,9 +137,9 @@ def sweep(options: Options, folder: Path, forwarded: Sequence[str]) -> None:
 
 
 def _report(folder: Path, outcomes: Sequence[sweeps.Outcome]) -> None:
-    from pldr_jax.training.phase import write_phase_diagram
-    from pldr_jax.training.plots import write_comparison
-    from pldr_jax.training.sweep_table import table_text, write_table
+    from pldr_jax.runs.curves import write_comparison
+    from pldr_jax.training.sweep.phase import write_phase_diagram
+    from pldr_jax.training.sweep.table import table_text, write_table
 
     folder.mkdir(parents=True, exist_ok=True)
     print(table_text(outcomes))

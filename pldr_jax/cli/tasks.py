@@ -7,7 +7,7 @@ from pldr_jax.config import ConfigError, ModelConfig
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from pldr_jax.data.tokenizer import Tokenizer
+    from pldr_jax.data.text.tokenizer import Tokenizer
     from pldr_jax.evaluation.harness import TaskSet
     from pldr_jax.training.loop import TaskMetrics
 

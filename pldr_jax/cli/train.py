@@ -6,9 +6,10 @@ from pldr_jax.cli import plan as planning
 from pldr_jax.cli import sweep as sweeping
 from pldr_jax.cli.common import keep_compiled_programs, run
 from pldr_jax.cli.finetune import start_from
+from pldr_jax.cli.options import Option, Options, parse_args
 from pldr_jax.cli.tasks import task_metrics
 from pldr_jax.config import ConfigError
-from pldr_jax.flags import Option, Options, load_config, parse_args
+from pldr_jax.config.load import load_config
 
 DESCRIPTION = (
     "Trains a PLDR-LLM. Without --gin_file it is the small default run, a few minutes on a laptop."

@@ -18,9 +18,10 @@ import numpy as np
 import sentencepiece
 
 from pldr_jax.config import ConfigError, DataConfig
-from pldr_jax.data import cache, sources
-from pldr_jax.data.shards import LENGTHS
-from pldr_jax.data.tokenizer import TRAINING_BLOCK, Tokenizer
+from pldr_jax.data import cache
+from pldr_jax.data.shards.records import LENGTHS
+from pldr_jax.data.text import sources
+from pldr_jax.data.text.tokenizer import TRAINING_BLOCK, Tokenizer
 
 _FORMAT = 2
 """Part of the cache key: raised whenever the same settings would give other tokens."""

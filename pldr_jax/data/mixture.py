@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from pldr_jax.config import ConfigError, DataConfig
 from pldr_jax.data import corpus
-from pldr_jax.data.prepared import Manifest, ShardedTokens, is_prepared, read_manifest
 from pldr_jax.data.rows import Rows, TokenStore, make_rows
-from pldr_jax.data.tokenizer import Tokenizer
+from pldr_jax.data.shards.prepared import Manifest, ShardedTokens, is_prepared, read_manifest
+from pldr_jax.data.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

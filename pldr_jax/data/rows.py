@@ -95,14 +95,14 @@ def stack(rows: Rows, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
 
 def make_rows(store: TokenStore, context_length: int, config: DataConfig) -> Rows:
     """Rows of `Data.packing`."""
-    if config.packing == "pack":
+    if config.packing == "concat":
         return TokenRows(store, context_length)
     return SegmentRows(store, context_length, config.segments_per_row)
 
 
 def row_shape(packing: str, context_length: int) -> tuple[int, ...]:
-    """[C] of "pack", [3,T] of the others."""
-    return (context_length,) if packing == "pack" else (3, context_length - 1)
+    """[C] of "concat", [3,T] of the others."""
+    return (context_length,) if packing == "concat" else (3, context_length - 1)
 
 
 def fill(rows: Rows) -> float:
@@ -133,7 +133,7 @@ def joined(parts: Sequence[Rows]) -> Rows:
 
 
 class TokenRows(Rows):
-    """`pack`: row k is tokens k*C .. k*C + C of the text; the last incomplete row is dropped.
+    """`concat`: row k is tokens k*C .. k*C + C of the text; the last incomplete row is dropped.
 
     Documents are not kept apart: a row may hold the end of one and the start of the next. Pickles
     as its store.
@@ -143,7 +143,7 @@ class TokenRows(Rows):
 
     def __init__(self, store: TokenStore, context_length: int) -> None:
         self._store, self._context_length = store, context_length
-        self.row_shape = row_shape("pack", context_length)
+        self.row_shape = row_shape("concat", context_length)
         self._n_rows = store.n_tokens // context_length
         self.n_targets = self._n_rows * (context_length - 1)
 
@@ -162,7 +162,7 @@ class TokenRows(Rows):
 
 
 class SegmentRows(Rows):
-    """`segment`, and with one segment a row `document`: int32 [3,T].
+    """`packed`, and with one segment a row `document`: int32 [3,T].
 
     A piece of T inputs fills a row. What is left of every document is packed by `fit`, which needs
     only to know how many remainders there are of each length; which documents share a row is then
@@ -172,7 +172,7 @@ class SegmentRows(Rows):
 
     def __init__(self, store: TokenStore, context_length: int, max_segments: int) -> None:
         self._store, self._length, self.max_segments = store, context_length - 1, max_segments
-        self.row_shape = row_shape("segment", context_length)
+        self.row_shape = row_shape("packed", context_length)
         lengths = np.asarray(store.lengths, np.int64)
         inputs = np.maximum(lengths - 1, 0)
         self.n_targets = int(inputs.sum())

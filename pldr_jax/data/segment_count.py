@@ -105,7 +105,7 @@ def settled(
     """The config with `Data.max_segments` chosen for the training documents of `parts`, and said in
     a line, where the packing needs it and it is open; else the config.
     """
-    if config.data.packing != "segment" or config.data.max_segments is not None:
+    if config.data.packing != "packed" or config.data.max_segments is not None:
         return config
     lengths, weights = [part.train.lengths for part in parts], [part.weight for part in parts]
     chosen = choose(lengths, weights, config.model)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from pldr_jax.config import ExperimentConfig
-from pldr_jax.data.tokenizer import Tokenizer
-from pldr_jax.flags import dump_config
+from pldr_jax.config.load import dump_config
+from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.model.shapes import count_params
-from pldr_jax.training.metrics import FILE_NAME, read_metrics
+from pldr_jax.runs.metrics import FILE_NAME, read_metrics
 
 UNKNOWN = "unknown"
 

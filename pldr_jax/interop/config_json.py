@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pldr_jax.config import ConfigError, ModelConfig
-from pldr_jax.flags import config_from_dict
+from pldr_jax.config.load import config_from_dict
 
 CUSTOM_G_TYPES = ("identity", "random", "external")
 """Values of `custom_G_type` beside null; each puts `decoder.past_G_values` beside the weights."""

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 
 from pldr_jax.config import ConfigError, ExperimentConfig, ModelConfig
-from pldr_jax.data.tokenizer import Tokenizer
-from pldr_jax.flags import config_from_dict, config_to_dict, dump_config
+from pldr_jax.config.load import config_from_dict, config_to_dict, dump_config
+from pldr_jax.data.text.tokenizer import Tokenizer
+from pldr_jax.files import check_output, new_folder
 from pldr_jax.interop import card, native
 from pldr_jax.interop.check import LogitCheck, check_logits
 from pldr_jax.interop.config_json import (
@@ -34,8 +35,8 @@ from pldr_jax.interop.transformers import (
 )
 from pldr_jax.model.deductive import predefined_g_lm
 from pldr_jax.model.shapes import count_params
-from pldr_jax.training.checkpoint import read_weights
-from pldr_jax.training.run_folder import check_output, fill_run, new_folder
+from pldr_jax.runs.checkpoint import read_weights
+from pldr_jax.runs.folder import fill_run
 
 Log = Callable[[str], None]
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pldr_jax.config import ConfigError, ModelConfig
-from pldr_jax.flags import config_from_dict, load_config
+from pldr_jax.config.load import config_from_dict, load_config
 
 _LAYER = "decoder.dec_layers.0"
 _RESIDUAL = f"{_LAYER}.mha1.reslayerAs"

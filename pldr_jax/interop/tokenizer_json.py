@@ -8,7 +8,7 @@ text exactly, as those trained here do; others follow normalisation rules of the
 import json
 from typing import Any
 
-from pldr_jax.data.tokenizer import Tokenizer
+from pldr_jax.data.text.tokenizer import Tokenizer
 
 _SPACE_MARK = "\u2581"
 

@@ -6,7 +6,7 @@ import jax
 from jax.sharding import Mesh
 
 from pldr_jax.config import HOW_COMPUTED, ConfigError, ExperimentConfig
-from pldr_jax.flags import describe_differences
+from pldr_jax.config.load import describe_differences
 from pldr_jax.model.decoder import Params
 from pldr_jax.training.step import TrainState, abstract_state, create_state
 

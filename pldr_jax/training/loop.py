@@ -20,12 +20,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pldr_jax.config import ConfigError, ExperimentConfig, ModelConfig
+from pldr_jax.config.load import config_from_dict, config_to_dict
 from pldr_jax.data.mixture import TrainingText, open_text
 from pldr_jax.data.pipeline import TrainIterator, train_iterator, validation_rows
 from pldr_jax.data.rows import fill
 from pldr_jax.data.segment_count import settled
-from pldr_jax.data.tokenizer import Tokenizer
-from pldr_jax.flags import config_from_dict, config_to_dict
+from pldr_jax.data.text.tokenizer import Tokenizer
+from pldr_jax.files import locked
 from pldr_jax.hosts import any_process
 from pldr_jax.inference.engine import Engine
 from pldr_jax.inference.request import Request
@@ -33,23 +34,22 @@ from pldr_jax.model.decoder import Params
 from pldr_jax.model.deductive import g_lm_shape, predefined_g_lm
 from pldr_jax.model.shapes import count_params
 from pldr_jax.partition import batch_sharding, build_mesh, process_part
-from pldr_jax.training.checkpoint import Checkpointer
-from pldr_jax.training.evaluate import Evaluator
-from pldr_jax.training.health import NONFINITE, Health
-from pldr_jax.training.initial import InitialWeights, state_from
-from pldr_jax.training.lock import locked
-from pldr_jax.training.metrics import MetricWriter
-from pldr_jax.training.plots import write_curves
-from pldr_jax.training.profile import Profiler
-from pldr_jax.training.progress import Progress
-from pldr_jax.training.report import report, summary
-from pldr_jax.training.run_files import (
+from pldr_jax.runs.checkpoint import Checkpointer
+from pldr_jax.runs.curves import write_curves
+from pldr_jax.runs.files import (
     append_sample,
     check_same_model,
     check_same_tokenizer,
     with_its_segments,
     write_run_files,
 )
+from pldr_jax.runs.metrics import MetricWriter
+from pldr_jax.training.evaluate import Evaluator
+from pldr_jax.training.health import NONFINITE, Health
+from pldr_jax.training.initial import InitialWeights, state_from
+from pldr_jax.training.profile import Profiler
+from pldr_jax.training.progress import Progress
+from pldr_jax.training.report import report, summary
 from pldr_jax.training.signals import StopRequest, stop_on_signals
 from pldr_jax.training.step import TrainState, abstract_state, create_state, jit_train_step
 
@@ -103,9 +103,9 @@ def train(
                 f"--resume=never: {run_dir} already holds step {latest}; choose another --run_dir"
             )
         mesh = build_mesh(config.mesh)
-        shards, parts = mesh.shape["data"] * mesh.shape["fsdp"], config.training.accumulate
+        shards, parts = mesh.shape["data"] * mesh.shape["fsdp"], config.training.grad_accumulation
         if config.data.batch_size % (shards * parts):
-            also = f" times the {parts} parts of Training.accumulate" if parts > 1 else ""
+            also = f" times the {parts} parts of Training.grad_accumulation" if parts > 1 else ""
             config.data.fail(
                 "batch_size",
                 f"must be a multiple of the {shards} devices of Mesh.data x Mesh.fsdp{also}",
@@ -117,7 +117,7 @@ def train(
         config = settled(config, text.parts, print if jax.process_index() == 0 else _silent)
         # From here on there is something to save; a signal before this ends the program at once.
         with (
-            locked(run_dir, jax.process_index() == 0),
+            locked(run_dir, enabled=jax.process_index() == 0),
             jax.set_mesh(mesh),
             stop_on_signals() as stop,
         ):
@@ -264,7 +264,7 @@ class _Run:
             pending = (step, metrics, self._data.state["next_index"] - 1)
             stopping = self._stops(step) and step < total
             evaluates = step % training.eval_every == 0 or step == total
-            saves = step % self._config.checkpoint.every_steps == 0 or step == total or stopping
+            saves = step % self._config.checkpoint.save_every == 0 or step == total or stopping
             if evaluates or saves:
                 # Also before a save: a state that is not finite must not become a checkpoint.
                 self._read(*pending, writer, progress)

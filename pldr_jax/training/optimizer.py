@@ -10,8 +10,8 @@ from pldr_jax.config import OptimizerConfig
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 over `warmup_steps`, cosine to `alpha` of the peak at `decay_steps`,
-    constant afterwards.
+    """Linear warm-up from 0 over `warmup_steps`, cosine to `end_lr_fraction` of the peak at
+    `decay_steps`, constant afterwards.
 
     Step s, counted from 0, uses schedule(s): the very first update has learning rate 0.
     """
@@ -21,7 +21,7 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
         peak_value=config.learning_rate,
         warmup_steps=config.warmup_steps,
         decay_steps=decay_steps,
-        end_value=config.alpha * config.learning_rate,
+        end_value=config.end_lr_fraction * config.learning_rate,
     )
 
 

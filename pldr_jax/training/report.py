@@ -1,6 +1,6 @@
 """Evaluations in words: a line for each, and a table of the last one."""
 
-from pldr_jax.training.plots import summary_table
+from pldr_jax.runs.curves import summary_table
 
 
 def report(step: int, evaluation: dict[str, float], gap_threshold: float) -> str:

@@ -119,7 +119,7 @@ def accumulated_gradients(
     step: jax.Array | int = 0,
 ) -> tuple[jax.Array, TokenLoss, dict[str, jax.Array], Params]:
     """(Total loss, cross-entropy and accuracy, DAG losses, gradients) of a batch, computed in
-    `Training.accumulate` parts.
+    `Training.grad_accumulation` parts.
 
     The parts are weighted by their targets, so that the sum is the gradient of the whole batch, and
     take rows in turns, so that on a mesh every part is spread over all devices. (DAG losses are
@@ -131,7 +131,7 @@ def accumulated_gradients(
     g_length_B = prefix_lengths(config, rows_BC, step)
     dag_scale = dag_schedule(config.loss, step)
     value_and_grad = jax.value_and_grad(functools.partial(loss_fn, config), has_aux=True)
-    parts = config.training.accumulate
+    parts = config.training.grad_accumulation
     if parts == 1:
         (total, (tokens, dag)), grads = value_and_grad(params, g_lm, rows_BC, g_length_B, dag_scale)
         return total, tokens, dag, grads
@@ -167,7 +167,7 @@ def train_step(
 
     Args:
       rows_BC: int32 [B, context_length] token ids, of which C make C - 1 inputs and targets; of
-        `Data.packing` "document" and "segment" [B,3,T], as in `pldr_jax/data/rows.py`.
+        `Data.packing` "document" and "packed" [B,3,T], as in `pldr_jax/data/rows.py`.
     """
     optimizer = build_optimizer(config.optimizer, config.training.steps)
     total, tokens, dag, grads = accumulated_gradients(

@@ -1,0 +1,1 @@
+"""Is G_LM the same tensor for every text, and with caches as without?"""

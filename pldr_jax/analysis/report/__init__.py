@@ -1,0 +1,1 @@
+"""Measurements to one page, with figures, tables and tensors."""

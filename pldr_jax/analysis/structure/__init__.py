@@ -1,0 +1,1 @@
+"""The deductive outputs as matrices, by layer and head."""

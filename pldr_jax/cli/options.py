@@ -1,0 +1,194 @@
+"""The command line: the only place that knows argparse.
+
+Plain options of a program stand beside `--gin_file=PATH` and `--gin.Group.field=VALUE`, which set
+the fields of the dataclasses in `pldr_jax/config/`; `pldr_jax/config/load.py` reads their values.
+"""
+
+import argparse
+import dataclasses
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from pldr_jax.config import GROUPS, ConfigError
+from pldr_jax.config.gin import choices, format_value, parse_override, suggest, type_name
+from pldr_jax.config.load import FIELDS, summary_line, unknown_field
+
+_WIDTH = 100
+_DOC_COLUMN = 63
+_SIGNS = (("low", ">="), ("above", ">"), ("high", "<="))
+
+Options = argparse.Namespace
+"""A parsed command line: plain options, `gin_files` and `overrides`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """A plain option of a program, such as `--run_dir PATH`.
+
+    `name` is without its dashes, and is the attribute of the result. `repeat` collects the values
+    in a list. An option of type bool takes no value. `place` is an argument without a flag, which
+    must be given; several stand in their order, and one that repeats takes all that are left.
+    """
+
+    name: str
+    doc: str
+    type: Callable[[str], Any] = str
+    default: Any = None
+    required: bool = False
+    repeat: bool = False
+    choices: Sequence[str] | None = None
+    metavar: str | None = None
+    place: bool = False
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, and the config fields in its help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    fields = True
+
+    def format_help(self) -> str:
+        fields = "\n" + describe_fields() if self.fields else ""
+        return super().format_help() + fields
+
+
+def parse_args(
+    argv: Sequence[str],
+    program: str,
+    description: str,
+    options: Sequence[Option] = (),
+    fields: bool = True,
+) -> argparse.Namespace:
+    """The command line: an attribute for each option, `gin_files` and `overrides`.
+
+    `argv` is without the program's name. The last two are for `load_config`, which checks the
+    values of config fields; `fields` False is a program that takes none.
+
+    Raises:
+        SystemExit: status 0 after printing the help for `--help`; status 2 after one line on
+            stderr where a flag is unknown, malformed or missing.
+    """
+    places = [
+        (option.metavar or option.name) + (" ..." if option.repeat else "")
+        for option in options
+        if option.place
+    ]
+    gin = ["[--gin_file=PATH ...] [--gin.Group.field=VALUE ...]"] if fields else []
+    parser = _Parser(
+        program,
+        usage=" ".join([program, *places, *gin, "[options]"]),
+        description=description,
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(
+            prog, max_help_position=28, width=_WIDTH
+        ),
+    )
+    parser.fields = fields
+    if fields:
+        parser.add_argument(
+            "--gin_file",
+            action="append",
+            default=[],
+            dest="gin_files",
+            metavar="PATH",
+            help="config file; repeatable, a later file wins, and --gin.* flags win over files",
+        )
+    for option in options:
+        if option.place:
+            # Its absence is reported below, in the words of every other option.
+            nargs = "*" if option.repeat else "?"
+            parser.add_argument(
+                option.name, nargs=nargs, type=option.type, metavar=option.metavar, help=option.doc
+            )
+            continue
+        note = " (required)" if option.required else " (repeatable)" if option.repeat else ""
+        if option.default is not None and option.type is not bool:
+            note += f" (default {option.default})"
+        keywords: dict[str, Any] = {"help": (option.doc + note).replace("%", "%%")}
+        if option.type is bool:
+            keywords |= {"action": "store_true"}
+        else:
+            keywords |= {"type": option.type, "choices": option.choices, "default": option.default}
+            keywords |= {"metavar": option.metavar}
+            keywords |= {"action": "append", "default": []} if option.repeat else {}
+        parser.add_argument(f"--{option.name}", dest=option.name, **keywords)
+    try:
+        plain, overrides = _split_overrides(argv) if fields else (list(argv), [])
+    except ConfigError as error:
+        parser.error(str(error))
+    # Only this one takes flags between the arguments of a place that repeats.
+    several = any(option.place and option.repeat for option in options)
+    parse = parser.parse_known_intermixed_args if several else parser.parse_known_args
+    namespace, unknown = parse(plain)
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        known = [
+            *(["--gin_file"] if fields else []),
+            "--help",
+            *(f"--{option.name}" for option in options),
+        ]
+        parser.error(
+            f"{flag}: no such flag{suggest(flag, known)}"
+            if flag.startswith("-")
+            else f"{flag!r} follows no flag"
+        )
+    for option in options:
+        if option.place and getattr(namespace, option.name) in (None, []):
+            parser.error(f"{option.metavar or option.name} is required: {option.doc}")
+        if option.required and getattr(namespace, option.name) in (None, []):
+            parser.error(f"--{option.name} is required: {option.doc}")
+    namespace.overrides = overrides
+    return namespace
+
+
+def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments that are not `--gin.*`, and the overrides, each `Group.field=value`."""
+    plain, overrides = [], []
+    rest = iter(argv)
+    for argument in rest:
+        if not argument.startswith("--gin."):
+            plain.append(argument)
+            continue
+        text = argument.removeprefix("--gin.")
+        key = text.partition("=")[0]
+        if "." in key and (problem := unknown_field(key)):
+            raise ConfigError(f"--gin.{key}: {problem}")
+        if "=" not in text:
+            value = next(rest, None)
+            if value is None or value.startswith("--"):
+                raise ConfigError(f"{argument}: needs a value, as in {argument}=VALUE")
+            text = f"{key}={value}"
+        parse_override(text)
+        overrides.append(text)
+    return plain, overrides
+
+
+def describe_fields() -> str:
+    """Every config field as a flag: type, default, meaning, bounds and choices, in columns."""
+    lines = ["config fields, each also a line of a gin file (Group.field = value):"]
+    for group, cls in GROUPS.items():
+        lines += ["", f"{group}: {summary_line(cls)}"]
+        for field in dataclasses.fields(cls):
+            annotation = FIELDS[f"{group}.{field.name}"]
+            listed = choices(annotation)
+            flag = f"--gin.{group}.{field.name}"
+            kind = "choice" if listed else type_name(annotation).replace(" or ", "|")
+            default = field.default if listed else format_value(field.default)
+            head = f"  {flag:<34} {kind:<8} {f'default {default}':<15} "
+            notes = [
+                f"{sign} {field.metadata[b]}" for b, sign in _SIGNS if field.metadata[b] is not None
+            ]
+            notes = [note.replace(" ", "\xa0") for note in notes]  # not broken by the wrapping
+            notes += [" | ".join(map(str, listed))] if listed else []
+            text = field.metadata["doc"] + (f" [{', '.join(notes)}]" if notes else "")
+            wrapped = textwrap.wrap(text, _WIDTH - _DOC_COLUMN, break_on_hyphens=False)
+            if len(head) > _DOC_COLUMN:
+                lines.append(head.rstrip())
+                head = ""
+            for part in wrapped:
+                lines.append(f"{head:<{_DOC_COLUMN}}{part}")
+                head = ""
+    return "\n".join(lines).replace("\xa0", " ") + "\n"

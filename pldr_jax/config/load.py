@@ -1,0 +1,220 @@
+"""Reading and writing a config: the only place where text becomes an `ExperimentConfig`, and back.
+
+`--gin_file=PATH` and `--gin.Group.field=VALUE` set the fields of the dataclasses in
+`pldr_jax/config/`; the syntax is that of `pldr_jax/config/gin.py`, which says why the gin library
+is not used. Values are checked against the annotations of the fields; flags win over files, and
+later files over earlier ones. Every error is a `ConfigError` of one line.
+"""
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pldr_jax.config import GROUPS, ConfigError, ExperimentConfig, group_name
+from pldr_jax.config.gin import (
+    Binding,
+    Macro,
+    alternatives,
+    choices,
+    coerce,
+    format_value,
+    macros_in,
+    parse_override,
+    read_file,
+    resolve,
+    suggest,
+)
+
+_VALUE = re.compile(r"""(?:^|(?<=,))((?:"[^"]*"|'[^']*'|[^,])*)""")
+_ATTRIBUTES = {group_name(type(f.default)): f.name for f in dataclasses.fields(ExperimentConfig)}
+FIELDS = {
+    f"{group}.{name}": annotation
+    for group, cls in GROUPS.items()
+    for name, annotation in typing.get_type_hints(cls).items()
+}
+"""`Group.field` -> annotation."""
+
+RENAMED = {
+    "Optimizer.alpha": "Optimizer.end_lr_fraction",
+    "Training.accumulate": "Training.grad_accumulation",
+    "Checkpoint.every_steps": "Checkpoint.save_every",
+}
+"""Former names of fields; a config file or flag with one is told the new name."""
+
+
+def _typed(binding: Binding, annotation: Any, macros: Mapping[str, Binding]) -> Any:
+    """The value of a binding for a field; text of a command line may be an unquoted string."""
+    optional = types.NoneType in alternatives(annotation)
+    takes_text = any(
+        c is str or isinstance(c, str) for c in alternatives(annotation) + choices(annotation)
+    )
+    if binding.raw is not None and takes_text and not isinstance(binding.value, (str, Macro)):
+        if binding.value is not None or not optional:
+            binding = dataclasses.replace(binding, value=binding.raw)
+    try:
+        return coerce(resolve(binding, macros), annotation)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise binding.error(str(error)) from None
+
+
+def unknown_field(key: str) -> str | None:
+    """What is wrong with `Group.field`, or None where there is such a field."""
+    group, _, name = key.partition(".")
+    if key in FIELDS:
+        return None
+    if key in RENAMED:
+        return f"is called {RENAMED[key]} now"
+    if group not in GROUPS:
+        hint = suggest(group, list(GROUPS)) or f"; the groups are {', '.join(GROUPS)}"
+        return f"no such group{hint}"
+    return f"no such field{_same_field(name) or suggest(key, _in_group(group))}"
+
+
+def _in_group(group: str) -> list[str]:
+    return [key for key in FIELDS if key.startswith(f"{group}.")]
+
+
+def _same_field(name: str) -> str:
+    """The suggestion of a field `name` of any group; empty where there is none."""
+    same = [key for key in FIELDS if key.endswith(f".{name}")]
+    return f"; did you mean {same[0]}?" if same else ""
+
+
+def load_config(
+    gin_files: Sequence[str | Path],
+    overrides: Sequence[str] = (),
+    base: ExperimentConfig | None = None,
+) -> ExperimentConfig:
+    """What `gin_files`, then `overrides` ("Model.num_layers=5"), make of `base` or the defaults.
+
+    Raises:
+        ConfigError: a file cannot be read, a name is unknown, or a value has the wrong type or is
+            out of bounds; the message starts with the file and line, or the flag, that set it.
+    """
+    bindings = [binding for path in gin_files for binding in read_file(path)]
+    bindings += [parse_override(text) for text in overrides]
+    settings = [binding for binding in bindings if "." in binding.key]
+    for binding in settings:
+        if problem := unknown_field(binding.key):
+            raise binding.error(problem)
+    macros = {binding.key: binding for binding in bindings if "." not in binding.key}
+    groups: dict[str, dict[str, Any]] = {}
+    for binding in settings:  # each is checked, also one that a later one replaces
+        group, _, name = binding.key.partition(".")
+        groups.setdefault(group, {})[name] = _typed(binding, FIELDS[binding.key], macros)
+    used = {name for binding in bindings for name in macros_in(binding.value)}
+    for name, binding in macros.items():
+        if name not in used:
+            hint = _same_field(name) or suggest(name, sorted(used), "%")
+            raise binding.error(f"nothing uses %{name}{hint}")
+    return _build(base or ExperimentConfig(), groups, {b.key: b.where for b in settings})
+
+
+def parse_values(text: str, flag: str) -> tuple[str, tuple[str, ...]]:
+    """`Group.field=A,B` -> the field and its values, as texts for `load_config`; a value with a
+    comma in it is quoted.
+
+    Raises:
+        ConfigError: there is no such field, or no value.
+    """
+    key, equals, values = text.partition("=")
+    shown = f"{flag} {text}"
+    if not equals or "." not in key:
+        raise ConfigError(f"{shown}: expected Group.field=A,B,...")
+    if problem := unknown_field(key):
+        raise ConfigError(f"{shown}: {problem}")
+    parts = tuple(part.strip() for part in _VALUE.findall(values))
+    if not all(parts):
+        raise ConfigError(f"{shown}: a value is missing")
+    return key, parts
+
+
+def _build(
+    base: ExperimentConfig, groups: Mapping[str, Mapping[str, Any]], places: Mapping[str, str]
+) -> ExperimentConfig:
+    """`base` with typed values replaced; a validation error names the place that set the field."""
+    try:
+        changed = {
+            _ATTRIBUTES[g]: dataclasses.replace(getattr(base, _ATTRIBUTES[g]), **v)
+            for g, v in groups.items()
+        }
+        return dataclasses.replace(base, **changed)
+    except ConfigError as error:
+        named = re.match(r"(\w+\.\w+) = ", str(error))
+        place = places.get(named[1]) if named else None
+        raise ConfigError(f"{place}: {error}" if place else str(error)) from None
+
+
+def dump_config(config: ExperimentConfig) -> str:
+    """The config as gin text that states every field; `load_config` reads an equal one back."""
+    blocks = []
+    for group, attribute in _ATTRIBUTES.items():
+        lines = [f"# {group}: {summary_line(GROUPS[group])}"]
+        for field in dataclasses.fields(GROUPS[group]):
+            value = format_value(getattr(getattr(config, attribute), field.name))
+            setting = f"{group}.{field.name} = {value}"
+            lines.append(f"{setting:<44}  # {field.metadata['doc']}")
+        blocks.append("\n".join(lines) + "\n")
+    return "\n".join(blocks)
+
+
+def config_to_dict(config: ExperimentConfig) -> dict[str, dict[str, Any]]:
+    """The config as plain values, `{"Model": {"num_layers": 5, ...}, ...}`, which JSON can hold."""
+    return {
+        group: dataclasses.asdict(getattr(config, attribute))
+        for group, attribute in _ATTRIBUTES.items()
+    }
+
+
+def config_from_dict(
+    data: Mapping[str, Mapping[str, Any]], source: str = "config"
+) -> ExperimentConfig:
+    """The config that `config_to_dict` made `data` of; a missing key takes its default.
+
+    `source` says in messages where the data came from, for example a checkpoint's path.
+
+    Raises:
+        ConfigError: a key is unknown, or a value has the wrong type or is out of bounds.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for group, values in data.items():
+        if group not in GROUPS:
+            raise ConfigError(f"{source}: {group}: {unknown_field(group)}")
+        if not isinstance(values, Mapping):
+            raise ConfigError(
+                f"{source}: {group}: expected the fields of the group, got {values!r}"
+            )
+        for name, value in values.items():
+            key = f"{group}.{name}"
+            if problem := unknown_field(key):
+                raise ConfigError(f"{source}: {key}: {problem}")
+            try:
+                groups.setdefault(group, {})[name] = coerce(value, FIELDS[key])
+            except ValueError as error:
+                raise ConfigError(f"{source}: {key}: {error}") from None
+    places = {f"{group}.{name}": source for group, values in groups.items() for name in values}
+    return _build(ExperimentConfig(), groups, places)
+
+
+def describe_differences(
+    before: ExperimentConfig, after: ExperimentConfig, groups: Sequence[str] = tuple(GROUPS)
+) -> list[str]:
+    """`Model.num_layers: 3 -> 5` for each field of `groups` that differs."""
+    old, new = config_to_dict(before), config_to_dict(after)
+    return [
+        f"{group}.{name}: {format_value(value)} -> {format_value(new[group][name])}"
+        for group in groups
+        for name, value in old[group].items()
+        if value != new[group][name]
+    ]
+
+
+def summary_line(cls: type) -> str:
+    """The first line of a group's docstring."""
+    return (cls.__doc__ or "").strip().partition("\n")[0]

@@ -1,0 +1,95 @@
+"""The group `Model` of the configuration."""
+
+import dataclasses
+from typing import Literal
+
+from pldr_jax.config.fields import Validated, field
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(Validated):
+    """The network: its sizes, where G_LM comes from, and how it is computed."""
+
+    vocab_size: int = field(512, "pieces in the vocabulary (V)", low=1)
+    num_layers: int = field(3, "decoder layers (L)", low=1)
+    num_heads: int = field(2, "attention heads (N)", low=1)
+    head_dim: int = field(
+        32, "width of one head (H); the model width D is num_heads * head_dim", low=2
+    )
+    ffn_dim: int | None = field(
+        None, "width of the feed-forward GLU (F); None is floor(8 D / 3)", low=1
+    )
+    metric_dim: int | None = field(
+        None, "width of the metric learner's GLUs (M, A_dff); None is floor(8 H / 3)", low=1
+    )
+    num_residual_layers: int = field(
+        8, "residual layers of the metric learner (R, num_reslayerA)", low=0
+    )
+    num_gated_units: int = field(2, "GLUs in each residual layer (U, num_denseA)", low=1)
+    context_length: int = field(
+        128, "longest sequence in tokens; a training row has this many", low=2
+    )
+    rope_theta: float = field(10000.0, "base of the rotary position frequencies", above=0)
+    rope_layout: Literal["interleaved", "half_split"] = field(
+        "interleaved", "pairs rotated: (2i, 2i+1), or (i, i + H/2)"
+    )
+    g_source: Literal["learned", "identity", "random", "external"] = field(
+        "learned",
+        "G_LM: from power law graph attention, the identity (SDPA), random, or from g_file",
+    )
+    g_seed: int = field(0, "seed of the random G_LM (g_source = 'random')", low=0)
+    g_file: str | None = field(
+        None,
+        "npz or safetensors file holding G_LM [L,N,H,H] (g_source = 'external'); None where a "
+        "checkpoint holds it",
+    )
+    layer_norm_eps: float = field(1e-6, "epsilon of every LayerNorm", above=0)
+    dtype: Literal["float32", "bfloat16"] = field(
+        "float32", "compute dtype of the matrix products; parameters stay float32"
+    )
+    plga_precision: Literal["default", "high", "highest"] = field(
+        "high",
+        "float32 products of PLGA on an accelerator: default is TF32 on a GPU and one bfloat16 "
+        "pass on a TPU, high TF32 and three passes, highest float32; a CPU always has the last",
+    )
+    remat: Literal["none", "dots", "full"] = field(
+        "none",
+        "recompute of a decoder layer in the backward pass: nothing (but, as always, PLGA's "
+        "residual layers), all but matmuls, all",
+    )
+    unroll: bool = field(
+        True, "unroll the scans over layers: slower to compile, faster to run on small models"
+    )
+    attention_kernel: Literal["auto", "xla", "blocks", "cudnn", "flash"] = field(
+        "auto",
+        "fused: cudnn on a GPU, flash on a TPU; blocks: scores of 512 queries at a time; auto "
+        "takes cudnn where it can, and else blocks from 2048 tokens on",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.head_dim % 2:
+            self.fail("head_dim", "must be even: rotary embedding rotates pairs")
+        if self.g_source != "external" and self.g_file is not None:
+            self.fail("g_file", f"is only read when g_source = 'external', not {self.g_source!r}")
+        if self.attention_kernel == "cudnn" and self.dtype != "bfloat16":
+            self.fail("attention_kernel", "the fused kernel needs Model.dtype = 'bfloat16'")
+
+    @property
+    def model_dim(self) -> int:
+        """D, the width of the residual stream."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def ffn_width(self) -> int:
+        """F, floor(8 D / 3) unless given."""
+        return self.ffn_dim if self.ffn_dim is not None else self.model_dim * 8 // 3
+
+    @property
+    def metric_width(self) -> int:
+        """M, floor(8 H / 3) unless given."""
+        return self.metric_dim if self.metric_dim is not None else self.head_dim * 8 // 3
+
+
+HOW_COMPUTED = ("dtype", "plga_precision", "remat", "unroll", "attention_kernel")
+"""Fields of `ModelConfig` that say how the network is computed, not which network it is."""

@@ -1,0 +1,1 @@
+"""Text of any kind and size, tokenised once into shards."""

@@ -1,0 +1,158 @@
+"""One unit of work: documents read, sorted into splits, tokenised, written as shards."""
+
+import collections
+import dataclasses
+import hashlib
+import itertools
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from pldr_jax.data.shards.prepared import SPLITS
+from pldr_jax.data.shards.records import DataError, ShardWriter
+from pldr_jax.data.text.inputs import Unit
+from pldr_jax.data.text.readers import PROBLEMS, Document, ReadSettings, read
+from pldr_jax.data.text.tokenizer import Tokenizer
+from pldr_jax.files import write_whole
+
+LONG_TEXT = 1 << 18
+"""Characters above which a text is tokenised in parts, cut where no piece crosses."""
+
+_BATCH_CHARS = 1 << 18
+_CUT = re.compile(r"\S(?= )")
+
+Report = Callable[[int, int, int], None]
+"""Takes bytes of input, documents and tokens, as they are done."""
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitSettings:
+    """How the documents of a unit become shards.
+
+    Attributes:
+      validation_fraction, test_fraction: shares of the documents held out.
+      seed: of the hash that chooses them.
+      on_error: what a problem does: it is counted and left out, or it ends the work.
+    """
+
+    read: ReadSettings = ReadSettings()
+    validation_fraction: float = 0.05
+    test_fraction: float = 0.0
+    seed: int = 0
+    on_error: Literal["skip", "fail"] = "skip"
+
+
+def split_of(text: str, settings: UnitSettings) -> str:
+    """The split of a document, by a hash of its text: copies of it land in the same one."""
+    key = settings.seed.to_bytes(8, "little")
+    digest = hashlib.blake2b(text.encode(), digest_size=8, key=key).digest()
+    value = int.from_bytes(digest, "little") / 2**64
+    if value < settings.validation_fraction:
+        return "validation"
+    held_out = settings.validation_fraction + settings.test_fraction
+    return "test" if value < held_out else "train"
+
+
+def documents(
+    unit: Unit, settings: UnitSettings, problems: collections.Counter[str]
+) -> Iterator[Document]:
+    """The documents of a unit; problems are counted.
+
+    Raises:
+      DataError: a problem, where `settings.on_error` is "fail".
+    """
+    for piece in unit.pieces:
+        for item in read(piece, settings.read):
+            if isinstance(item, Document):
+                yield item
+                continue
+            if settings.on_error == "fail":
+                raise DataError(
+                    f"{item.where}: {PROBLEMS[item.kind]}; mend it, or count and leave out such "
+                    "documents with --on_error=skip"
+                )
+            problems[item.kind] += 1
+
+
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of texts one after another, int32, each with the end piece, and how many each has.
+
+    A long text is tokenised in parts. There must be one text at least.
+    """
+    parts = [[text] if len(text) <= LONG_TEXT else _parts(text) for text in texts]
+    firsts = np.cumsum([0, *map(len, parts[:-1])])
+    rows = tokenizer.encode_arrays(list(itertools.chain.from_iterable(parts)))
+    lengths = np.add.reduceat(np.asarray([len(row) for row in rows]), firsts)
+    ids = np.insert(np.concatenate(rows), np.cumsum(lengths), tokenizer.eos_id)
+    return ids, lengths + 1
+
+
+def _parts(text: str) -> list[str]:
+    """Cuts a long text before a space that follows another character, where there is one.
+
+    No piece of an ordinary SentencePiece model reaches over such a place.
+    """
+    parts, start = [], 0
+    while len(text) - start > LONG_TEXT:
+        cut = _CUT.search(text, start + LONG_TEXT // 2, start + LONG_TEXT)
+        end = cut.end() if cut else start + LONG_TEXT
+        parts.append(text[start:end])
+        start = end
+    return [*parts, text[start:]]
+
+
+def write_unit(
+    unit: Unit,
+    folder: pathlib.Path,
+    settings: UnitSettings,
+    tokenizer: Tokenizer,
+    dtype: str,
+    report: Report,
+) -> dict[str, Any]:
+    """Writes the shards of a unit, `SPLIT-NUMBER`, and returns what they hold, fit for JSON."""
+    problems: collections.Counter[str] = collections.Counter()
+    writers: dict[str, ShardWriter] = {}
+    reported = 0
+    for batch in batches(documents(unit, settings, problems)):
+        by_split: dict[str, list[str]] = {}
+        for document in batch:
+            by_split.setdefault(split_of(document.text, settings), []).append(document.text)
+        n_bytes = n_tokens = 0
+        for split, texts in by_split.items():
+            if split not in writers:
+                writers[split] = ShardWriter(folder, f"{split}-{unit.number:06d}", dtype)
+            tokens, lengths = tokenize(tokenizer, texts)
+            size = sum(len(text.encode()) for text in texts)
+            writers[split].add(tokens, lengths, size)
+            n_bytes, n_tokens = n_bytes + size, n_tokens + len(tokens)
+        # Of compressed input the size of the text says little: never more than the unit's own.
+        n_bytes = min(n_bytes, max(unit.size - reported, 0)) if unit.size else n_bytes
+        reported += n_bytes
+        report(n_bytes, len(batch), n_tokens)
+    shards = {split: dataclasses.asdict(writer.close()) for split, writer in writers.items()}
+    report(max(unit.size - reported, 0), 0, 0)
+    in_order = {split: shards[split] for split in SPLITS if split in shards}
+    return {"splits": in_order, "problems": {k: problems[k] for k in PROBLEMS if problems[k]}}
+
+
+def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents to tokenise together: some, so that memory is bounded, and not few."""
+    batch: list[Document] = []
+    chars = 0
+    for document in documents:
+        batch.append(document)
+        chars += len(document.text)
+        if chars >= _BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def save_result(path: pathlib.Path, result: dict[str, Any]) -> None:
+    """Writes the result of a unit, all at once: from then on the unit is done."""
+    write_whole(path, json.dumps(result).encode())

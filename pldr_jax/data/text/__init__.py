@@ -1,0 +1,1 @@
+"""Text: what is read, which documents it holds, and its tokenizer."""

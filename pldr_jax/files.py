@@ -1,0 +1,176 @@
+"""Files and folders that are there whole or not at all, and locks.
+
+The only place that renames temporary files: what a killed process leaves is never read.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from pldr_jax.config import ConfigError
+
+LOCK = ".lock"
+OUTPUT = "--output"
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A temporary path to write to, which becomes `path` if nothing is raised, and else vanishes.
+
+    It keeps the suffix of `path`, which some writers take for the format, and no two processes
+    share one.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.stem}.{os.getpid()}.tmp{target.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: str | Path, content: bytes) -> None:
+    """Writes a file all at once or not at all.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def check_output(output: str | Path, flag: str = OUTPUT, replaces: str | None = None) -> None:
+    """Refuses an output that is there already; a folder that holds the file `replaces` may be.
+
+    Raises:
+      ConfigError: names the `flag`.
+    """
+    folder = Path(output)
+    if replaces is not None and (folder / replaces).is_file():
+        return
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigError(f"{flag}={output}: is not an empty folder; name another one")
+
+
+@contextlib.contextmanager
+def new_folder(
+    output: str | Path, flag: str = OUTPUT, replaces: str | None = None
+) -> Iterator[Path]:
+    """A temporary folder, which becomes `output` if nothing is raised in it, and else vanishes.
+
+    Args:
+      replaces: a folder that holds a file of this name gives way to the new one; None refuses
+        every folder that is not empty.
+
+    Raises:
+      ConfigError: `output` is there already, or cannot be written.
+    """
+    check_output(output, flag, replaces)
+    # A relative name without a parent, "." and links have one only when resolved.
+    folder = Path(output).resolve()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            yield temporary
+            temporary.chmod(0o777 & ~_umask())
+            _put(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{flag}={output}: cannot be written to ({error.strerror}); name another folder"
+        ) from None
+
+
+def _put(new: Path, folder: Path) -> None:
+    """Renames `new` to `folder`. A folder with files in it, which cannot be renamed over, is moved
+    away first, and moved back if that fails.
+    """
+    if not (folder.is_dir() and any(folder.iterdir())):
+        os.replace(new, folder)
+        return
+    former = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    os.replace(folder, former)
+    try:
+        os.replace(new, folder)
+    except BaseException:
+        os.replace(former, folder)
+        raise
+    shutil.rmtree(former, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, flag: str = "--run_dir", enabled: bool = True) -> Iterator[None]:
+    """Holds a folder until the end, or the death, of this process.
+
+    The kernel knows whether a process holds the lock file; one that a killed process left is free.
+
+    Args:
+      folder: made if it is not there, and removed again if nothing was put into it.
+      flag: that names the folder, for errors.
+      enabled: False does nothing, for the processes other than the first.
+
+    Raises:
+      ConfigError: another process holds it, or it cannot be written to.
+    """
+    if not enabled:
+        yield
+        return
+    try:
+        file = _locked_file(folder, flag)
+    except OSError as error:
+        raise ConfigError(
+            f"{flag}={folder}: cannot be written to ({error.strerror}); name another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (folder / LOCK).unlink()
+            folder.rmdir()  # only where it is empty
+        file.close()
+
+
+def _locked_file(folder: Path, flag: str) -> TextIO:
+    """The lock file, held."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            file.close()
+            raise ConfigError(
+                f"{flag}={folder}: is in use by process {holder}; wait for its end, or name "
+                "another folder"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.ENOLCK):  # a file system without locks
+                raise
+        # The run that held it may have removed the file that was opened here.
+        with contextlib.suppress(FileNotFoundError):
+            if not os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat()):
+                raise FileNotFoundError
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            return file
+        file.close()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

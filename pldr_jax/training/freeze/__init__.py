@@ -1,0 +1,1 @@
+"""One calibrated G_LM in place of the PLGA network, with a certificate."""
