@@ -14,7 +14,7 @@ from matplotlib import image
 
 from pldr_jax.runs.curves import summary_table, write_curves
 from pldr_jax.runs.metrics import MetricsError, MetricWriter, read_metrics
-from pldr_jax.training import progress as progress_module
+from pldr_jax.terminal import Display
 from pldr_jax.training.progress import Progress
 
 
@@ -115,7 +115,7 @@ class Clock:
 
 def test_plain_progress_lines(capsys: Any) -> None:
     clock = Clock()
-    with Progress(3000, 100, 2410, terminal=False, clock=clock) as progress:
+    with Progress(3000, 100, 2410, Display(terminal=False, clock=clock)) as progress:
         for step in range(110, 401, 10):
             clock.now += 1.0
             progress.update(step, 2.712, 2e-2)
@@ -130,11 +130,11 @@ def test_plain_progress_lines(capsys: Any) -> None:
 
 
 def test_the_last_step_has_a_line_and_other_processes_have_none(capsys: Any) -> None:
-    with Progress(20, 0, 1, terminal=False) as progress:
+    with Progress(20, 0, 1, Display(terminal=False)) as progress:
         progress.update(10, 1.0, 0.1)
         progress.update(20, math.nan, 0.1)
     assert capsys.readouterr().out.startswith("step 20/20  loss nan")
-    with Progress(20, 0, 1, enabled=False) as progress:
+    with Progress(20, 0, 1, Display(enabled=False)) as progress:
         progress.update(20, 1.0, 0.1)
         progress.print("text")
     assert capsys.readouterr().out == ""
@@ -143,8 +143,8 @@ def test_the_last_step_has_a_line_and_other_processes_have_none(capsys: Any) -> 
 def test_the_bar_of_a_terminal(monkeypatch: Any) -> None:
     screen = io.StringIO()
     monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setattr(progress_module.sys, "stdout", screen)
-    with Progress(3000, 100, 10, terminal=True) as progress:
+    monkeypatch.setattr(sys, "stdout", screen)
+    with Progress(3000, 100, 10, Display(terminal=True)) as progress:
         progress.update(200, 2.5, 2e-2)
         progress.print("a sample [bold]")
     assert "a sample [bold]\n" in screen.getvalue()

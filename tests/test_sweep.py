@@ -18,6 +18,7 @@ from pldr_jax.cli.train import train_main
 from pldr_jax.config import ConfigError, ExperimentConfig
 from pldr_jax.config.load import load_config, parse_values
 from pldr_jax.runs.curves import write_comparison
+from pldr_jax.terminal import Display
 from pldr_jax.training.progress import SweepProgress
 from pldr_jax.training.signals import StopRequest
 from pldr_jax.training.sweep import runs as sweeps
@@ -149,7 +150,7 @@ def python(code: str) -> list[str]:
 def execute(
     runs: Sequence[sweeps.SweepRun], command: Any, stop: StopRequest | None = None
 ) -> dict[str, str]:
-    with SweepProgress(len(runs), terminal=False) as progress:
+    with SweepProgress(len(runs), Display(terminal=False)) as progress:
         return sweeps.execute(
             runs, command, sweeps.child_environment(Path()), progress, stop or StopRequest()
         )

@@ -44,6 +44,7 @@ from pldr_jax.runs.files import (
     write_run_files,
 )
 from pldr_jax.runs.metrics import MetricWriter
+from pldr_jax.terminal import Display
 from pldr_jax.training.evaluate import Evaluator
 from pldr_jax.training.health import NONFINITE, Health
 from pldr_jax.training.initial import InitialWeights, state_from
@@ -205,7 +206,9 @@ class _Run:
             wandb_project=config.training.wandb_project,
         )
         row_tokens = round(config.data.batch_size * config.model.context_length * self._fill)
-        progress = Progress(config.training.steps, start, row_tokens, enabled=self._is_main)
+        progress = Progress(
+            config.training.steps, start, row_tokens, Display(enabled=self._is_main)
+        )
         try:
             with progress, writer:
                 progress.print(self._heading(start))

@@ -20,7 +20,8 @@ from typing import Any, Literal
 from pldr_jax.config import ConfigError, ExperimentConfig
 from pldr_jax.runs.checksums import complete_steps
 from pldr_jax.runs.metrics import FILE_NAME, read_metrics
-from pldr_jax.training.progress import SweepProgress, duration
+from pldr_jax.terminal import duration
+from pldr_jax.training.progress import SweepProgress
 from pldr_jax.training.signals import StopRequest
 
 LOG = "log.txt"
@@ -210,7 +211,7 @@ def execute(
         with _Process(run, command(run), environment) as process:
             while (status := process.poll()) is None:
                 for line in process.new_lines():
-                    progress.show(line)
+                    progress.echo(line)
                 if stop.signal_name is not None:
                     process.ask_to_stop()
                 time.sleep(_POLL_SECONDS)
