@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, and locks.
+"""Paths that users name, files and folders that are there whole or not at all, and locks.
 
 The only place that renames temporary files: what a killed process leaves is never read.
 """
@@ -17,6 +17,60 @@ from pldr_jax.config import ConfigError
 
 LOCK = ".lock"
 OUTPUT = "--output"
+
+
+def user_path(path: str | Path, field: str) -> Path:
+    """A path that a user gave for `field`, with `~` for the home folder.
+
+    Raises:
+      ConfigError: it is empty or holds a NUL, or there is no home folder for its `~`.
+    """
+    if not str(path) or "\0" in str(path):
+        raise ConfigError(f"{field} = {str(path)!r}: is not a path; name a file or folder")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"{field} = {str(path)!r}: there is no home folder for its ~; write the whole path"
+        ) from None
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """`Data.cache_dir`, else $PLDR_CACHE, else pldr_jax in $XDG_CACHE_HOME or ~/.cache.
+
+    Raises:
+      ConfigError: nothing names a folder, and there is no home folder.
+    """
+    if chosen := cache_dir or os.environ.get("PLDR_CACHE"):
+        return user_path(chosen, "Data.cache_dir")
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "pldr_jax"
+    return user_path("~/.cache/pldr_jax", "Data.cache_dir")
+
+
+def read_regular_file(path: Path) -> bytes:
+    """The content of a file; of a pipe or a device, which may never end, nothing is read.
+
+    Raises:
+      OSError: it cannot be read, or is no regular file.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is not a regular file")
+    return path.read_bytes()
+
+
+def file_in(folder: Path, name: object) -> Path:
+    """The file of a plain name in a folder, for names that were read from a file.
+
+    Raises:
+      ValueError: the name leads elsewhere, or the file is a link to elsewhere.
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise ValueError(f"{name!r} is not a plain file name")
+    file = folder / name
+    if file.is_symlink() and file.resolve().parent != folder.resolve():
+        raise ValueError(f"{file} is a link to elsewhere")
+    return file
 
 
 @contextlib.contextmanager
@@ -83,7 +137,7 @@ def new_folder(
         try:
             yield temporary
             temporary.chmod(0o777 & ~_umask())
-            _put(temporary, folder)
+            move_into_place(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
@@ -92,9 +146,9 @@ def new_folder(
         ) from None
 
 
-def _put(new: Path, folder: Path) -> None:
-    """Renames `new` to `folder`. A folder with files in it, which cannot be renamed over, is moved
-    away first, and moved back if that fails.
+def move_into_place(new: Path, folder: Path) -> None:
+    """Renames the folder `new` to `folder`, on the same disk. A folder with files in it, which
+    cannot be renamed over, is moved away first, and moved back if that fails.
     """
     if not (folder.is_dir() and any(folder.iterdir())):
         os.replace(new, folder)
@@ -110,7 +164,9 @@ def _put(new: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, flag: str = "--run_dir", enabled: bool = True) -> Iterator[None]:
+def locked(
+    folder: Path, flag: str = "--run_dir", enabled: bool = True, wait: bool = False
+) -> Iterator[None]:
     """Holds a folder until the end, or the death, of this process.
 
     The kernel knows whether a process holds the lock file; one that a killed process left is free.
@@ -119,6 +175,7 @@ def locked(folder: Path, flag: str = "--run_dir", enabled: bool = True) -> Itera
       folder: made if it is not there, and removed again if nothing was put into it.
       flag: that names the folder, for errors.
       enabled: False does nothing, for the processes other than the first.
+      wait: waits for a process that holds it, instead of an error.
 
     Raises:
       ConfigError: another process holds it, or it cannot be written to.
@@ -127,7 +184,7 @@ def locked(folder: Path, flag: str = "--run_dir", enabled: bool = True) -> Itera
         yield
         return
     try:
-        file = _locked_file(folder, flag)
+        file = _locked_file(folder, flag, wait)
     except OSError as error:
         raise ConfigError(
             f"{flag}={folder}: cannot be written to ({error.strerror}); name another folder"
@@ -141,13 +198,13 @@ def locked(folder: Path, flag: str = "--run_dir", enabled: bool = True) -> Itera
         file.close()
 
 
-def _locked_file(folder: Path, flag: str) -> TextIO:
+def _locked_file(folder: Path, flag: str, wait: bool) -> TextIO:
     """The lock file, held."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a+")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "unknown"

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from pldr_jax.config import ConfigError, DataConfig
-from pldr_jax.data.cache import cache_folder, new_entry
+from pldr_jax.data.cache import new_entry
 from pldr_jax.data.corpus import Corpus, TokenFile, prepare
 from pldr_jax.data.text import sources
 from pldr_jax.data.text.tokenizer import Tokenizer
+from pldr_jax.files import cache_folder
 
 WORDS = "def return self the of value list for in if else print range tokens model layer".split()
 V = 300

@@ -62,7 +62,7 @@ def keep_compiled_programs(cache_dir: str | None) -> None:
     """
     import jax
 
-    from pldr_jax.data.cache import cache_folder
+    from pldr_jax.files import cache_folder
 
     jax.config.update("jax_compilation_cache_dir", str(cache_folder(cache_dir) / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

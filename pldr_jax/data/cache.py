@@ -18,14 +18,6 @@ _ABANDONED_AFTER = 24 * 3600.0
 """Age in seconds at which a temporary folder is taken for that of a killed run."""
 
 
-def cache_folder(cache_dir: str | None) -> pathlib.Path:
-    """Data.cache_dir, else $PLDR_CACHE, else pldr_jax in $XDG_CACHE_HOME or ~/.cache."""
-    if chosen := cache_dir or os.environ.get("PLDR_CACHE"):
-        return pathlib.Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (pathlib.Path(base) if base else pathlib.Path.home() / ".cache") / "pldr_jax"
-
-
 @contextlib.contextmanager
 def new_entry(
     entry: pathlib.Path, is_good: Callable[[pathlib.Path], bool]

@@ -22,6 +22,7 @@ from pldr_jax.data import cache
 from pldr_jax.data.shards.records import LENGTHS
 from pldr_jax.data.text import sources
 from pldr_jax.data.text.tokenizer import TRAINING_BLOCK, Tokenizer
+from pldr_jax.files import cache_folder
 
 _FORMAT = 2
 """Part of the cache key: raised whenever the same settings would give other tokens."""
@@ -95,7 +96,7 @@ def prepare(config: DataConfig, vocab_size: int, log: Log = print) -> Corpus:
     tokenizer = None if config.tokenizer is None else _load_tokenizer(config.tokenizer, vocab_size)
     source = sources.open_source(config.source)
     digest = _cache_key(config, vocab_size, source, tokenizer)
-    folder = cache.cache_folder(config.cache_dir)
+    folder = cache_folder(config.cache_dir)
     entry = folder / digest[:32]
     corpus = _read_entry(entry)
     if corpus is None:
