@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from pldr_jax.config import ModelConfig
 from pldr_jax.model.cache import Cache, LayerOutputs, build_cache
-from pldr_jax.model.decoder import Decoder, Params, apply, decode_token
+from pldr_jax.model.decoder import Decoder, Params, apply
+from pldr_jax.model.decoder import decode_step as decode_step
 from pldr_jax.model.low_rank import LowRankG
 
 
@@ -44,17 +45,6 @@ def prefill(
     return last_BV, build_cache(layers, length_B, slots, config, keep, low_rank=low_rank)
 
 
-def decode_step(
-    config: ModelConfig, unstacked: Params, tokens_B: jax.Array, cache: Cache
-) -> tuple[jax.Array, Cache]:
-    """Logits [B,V] after one more token of each row, and the cache with it; G_LM is read, never
-    written.
-
-    Donate the cache when jitting this, so that keys and values are written in place.
-    """
-    return decode_token(config, unstacked, tokens_B, cache)
-
-
 def full_step(
     config: ModelConfig,
     params: Params,
@@ -74,7 +64,8 @@ def prompt_g_lm(
     config: ModelConfig, params: Params, tokens_BT: jax.Array, length_B: jax.Array
 ) -> jax.Array:
     """G_LM [L,B,N,H,J] of each prompt."""
-    _, layers = apply(Decoder(config), params, tokens_BT, None, length_B, method="hidden")
+    _, layers = apply(Decoder(config), params, Decoder.hidden, tokens_BT, None, length_B)
+    assert layers.deductive.G_LM is not None
     return layers.deductive.G_LM
 
 
@@ -86,7 +77,7 @@ def _last_logits(
     g_lm_LBNHJ: jax.Array | None,
 ) -> tuple[jax.Array, LayerOutputs]:
     decoder = Decoder(config)
-    hidden_BTD, layers = apply(decoder, params, tokens_BT, g_lm_LBNHJ, length_B, method="hidden")
+    hidden_BTD, layers = apply(decoder, params, Decoder.hidden, tokens_BT, g_lm_LBNHJ, length_B)
     # The head runs on the last token only: on all of them it would be most of a prefill's memory.
     last_B1D = jnp.take_along_axis(hidden_BTD, (length_B - 1)[:, None, None], axis=1)
-    return apply(decoder, params, last_B1D, method="logits")[:, 0], layers
+    return apply(decoder, params, Decoder.logits, last_B1D)[:, 0], layers

@@ -2,7 +2,8 @@
 
 import functools
 import math
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 import flax.linen as nn
 import flax.struct
@@ -17,6 +18,9 @@ from pldr_jax.model.layers import GLU, Linear, layer_norm, logical
 from pldr_jax.model.segments import Segments
 from pldr_jax.partition import constrain
 
+M = TypeVar("M", bound=nn.Module)
+P = ParamSpec("P")
+R = TypeVar("R")
 Params: TypeAlias = Any
 """A tree of float32 arrays; what is below `layers` is stacked over decoder layers."""
 
@@ -204,9 +208,16 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     return Decoder(config).init(key, tokens_BT, given)["params"]
 
 
-def apply(module: nn.Module, params: Params, *args: Any, method: str | None = None) -> Any:
-    """`module`, or a method of it, as a pure function of its parameters."""
-    return module.apply({"params": params}, *args, method=method)
+def apply(
+    module: M,
+    params: Params,
+    method: Callable[Concatenate[M, P], R],
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> R:
+    """A method of `module`, such as `Decoder.hidden`, as a pure function of its parameters."""
+    result: R = nn.apply(method, module)({"params": params}, *args, **kwargs)
+    return result
 
 
 def forward(
@@ -219,11 +230,20 @@ def forward(
     g_length_B: jax.Array | None = None,
 ) -> ModelOutputs:
     """`Decoder.__call__` as a pure function of the parameters."""
-    return apply(Decoder(config), params, tokens_BT, g_lm_LBNHJ, length_B, segments, g_length_B)
+    return apply(
+        Decoder(config),
+        params,
+        Decoder.__call__,
+        tokens_BT,
+        g_lm_LBNHJ,
+        length_B,
+        segments,
+        g_length_B,
+    )
 
 
 def unstack_layers(config: ModelConfig, params: Params) -> Params:
-    """Parameters as `decode_token` reads them: `layers` a tuple of one tree a layer, which needs no
+    """Parameters as `decode_step` reads them: `layers` a tuple of one tree a layer, which needs no
     slicing, and kernels in the compute dtype, so that no step converts them.
     """
     dtype = jnp.dtype(config.dtype)
@@ -239,7 +259,7 @@ def unstack_layers(config: ModelConfig, params: Params) -> Params:
     return {**params, "layers": layers, "head": head}
 
 
-def decode_token(
+def decode_step(
     config: ModelConfig, unstacked: Params, tokens_B: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
     """One decode step: logits [B,V] after `tokens_B`, and the cache with those tokens in it.
@@ -252,7 +272,7 @@ def decode_token(
       tokens_B: the newest token of each row.
       cache: with room for one more token.
     """
-    x_BTD = apply(Embedding(config), unstacked["embedding"], tokens_B[:, None])
+    x_BTD = apply(Embedding(config), unstacked["embedding"], Embedding.__call__, tokens_B[:, None])
     positions_BT = cache.length_B[:, None]
     layers = []
     for layer_params, layer in zip(unstacked["layers"], cache.layers, strict=True):
@@ -260,12 +280,12 @@ def decode_token(
         x_BTD, layer = apply(
             DecoderLayer(config),
             layer_params,
+            DecoderLayer.decode,
             x_BTD,
             positions_BT,
             layer,
             update_g_lm,
-            method="decode",
         )
         layers.append(layer)
-    logits_BTV = apply(Decoder(config), {"head": unstacked["head"]}, x_BTD, method="logits")
+    logits_BTV = apply(Decoder(config), {"head": unstacked["head"]}, Decoder.logits, x_BTD)
     return logits_BTV[:, 0], Cache(layers=tuple(layers), length_B=cache.length_B + 1)

@@ -32,7 +32,7 @@ def chunked_token_loss(
     @jax.checkpoint
     def body(total: TokenLoss, part: tuple[jax.Array, jax.Array]) -> tuple[TokenLoss, None]:
         hidden_BCD, targets_BC = part
-        logits_BCV = apply(Decoder(config), {"head": params["head"]}, hidden_BCD, method="logits")
+        logits_BCV = apply(Decoder(config), {"head": params["head"]}, Decoder.logits, hidden_BCD)
         return jax.tree.map(jnp.add, total, token_loss(logits_BCV, targets_BC)), None
 
     split = (

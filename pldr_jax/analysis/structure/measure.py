@@ -75,7 +75,7 @@ def deductive_outputs(
     """Deductive outputs [L,B,N,H,J] of rows, and the DAG losses [L,B,N] of A_LM, A_P and G_LM; a
     pure function.
     """
-    _, layers = apply(Decoder(config), params, tokens_BT, method="hidden")
+    _, layers = apply(Decoder(config), params, Decoder.hidden, tokens_BT)
     tensors = dict(layers.deductive.items())
     return layers.deductive, {name: dag_losses(x) for name, x in tensors.items() if name != "A"}
 
