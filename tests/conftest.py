@@ -99,3 +99,16 @@ def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
         yield
+
+
+@pytest.fixture
+def gin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Writes a gin file into the current folder and returns its name."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str, name: str = "a.gin") -> str:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(text, encoding="utf-8")
+        return name
+
+    return write

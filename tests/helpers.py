@@ -8,7 +8,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from pldr_jax.cli.common import keep_compiled_programs, run
-from pldr_jax.config import ExperimentConfig, MeshConfig
+from pldr_jax.config import ConfigError, ExperimentConfig, MeshConfig
 from pldr_jax.config.load import config_from_dict, config_to_dict, load_config
 from pldr_jax.data.corpus import prepare
 from pldr_jax.data.pipeline import TrainIterator
@@ -232,3 +232,11 @@ def assert_same_bits(one: Any, other: Any) -> None:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file under a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def config_error(files: Sequence[str] = (), overrides: Sequence[str] = ()) -> str:
+    """The one line that `load_config` answers with."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(files, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

@@ -154,7 +154,7 @@ def test_the_command_line_is_read_in_one_place() -> None:
     assert {f for f in FILES if imports(f) & libraries} <= {"cli/options.py", "data/pipeline.py"}
 
 
-def test_config_files_are_read_by_flags_alone() -> None:
+def test_config_files_are_read_by_the_config_alone() -> None:
     readers = {file for file in FILES if "pldr_jax.config.gin" in imports(file)}
     assert readers == {"config/load.py", "cli/options.py"}
     for file in FILES:

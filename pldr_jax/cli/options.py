@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from pldr_jax.config import GROUPS, ConfigError
-from pldr_jax.config.gin import choices, format_value, parse_override, suggest, type_name
+from pldr_jax.config.annotations import choices, suggest, type_name
+from pldr_jax.config.gin import format_value, parse_override
 from pldr_jax.config.load import FIELDS, summary_line, unknown_field
 
 _WIDTH = 100

@@ -1,19 +1,21 @@
 """Configuration: frozen dataclasses, one per group, and their text form.
 
-`fields` says what a field is made of, `model` and `experiment` hold the groups, `gin` knows the
-syntax of gin files, and `load` turns files and flags into an `ExperimentConfig` and back.
+`fields` says what a field is made of, `model`, `data`, `training` and `experiment` hold the groups,
+`gin` knows the syntax of gin files, and `load` turns files and flags into an `ExperimentConfig` and
+back.
 """
 
+from pldr_jax.config.data import DataConfig as DataConfig
 from pldr_jax.config.experiment import GROUPS as GROUPS
-from pldr_jax.config.experiment import CheckpointConfig as CheckpointConfig
-from pldr_jax.config.experiment import DataConfig as DataConfig
 from pldr_jax.config.experiment import ExperimentConfig as ExperimentConfig
 from pldr_jax.config.experiment import GenerationConfig as GenerationConfig
-from pldr_jax.config.experiment import LossConfig as LossConfig
-from pldr_jax.config.experiment import MeshConfig as MeshConfig
-from pldr_jax.config.experiment import OptimizerConfig as OptimizerConfig
-from pldr_jax.config.experiment import TrainingConfig as TrainingConfig
 from pldr_jax.config.fields import ConfigError as ConfigError
+from pldr_jax.config.fields import expand_home as expand_home
 from pldr_jax.config.fields import group_name as group_name
 from pldr_jax.config.model import HOW_COMPUTED as HOW_COMPUTED
 from pldr_jax.config.model import ModelConfig as ModelConfig
+from pldr_jax.config.training import CheckpointConfig as CheckpointConfig
+from pldr_jax.config.training import LossConfig as LossConfig
+from pldr_jax.config.training import MeshConfig as MeshConfig
+from pldr_jax.config.training import OptimizerConfig as OptimizerConfig
+from pldr_jax.config.training import TrainingConfig as TrainingConfig

@@ -1,8 +1,21 @@
-"""What a config dataclass is made of: fields with their meaning and bounds, checked at birth."""
+"""What a config dataclass is made of: fields with their meaning and bounds, which are checked
+whenever an object is made.
+"""
 
 import dataclasses
+import functools
 import math
-from typing import Any, Literal, NoReturn, get_args
+import numbers
+import os
+import typing
+from typing import Any, NoReturn
+
+from pldr_jax.config.annotations import choices, coerce, show, type_name
+
+SEED_LIMIT = 2**32 - 1
+"""The largest seed: JAX's generators take 32 bits, and would drop the others."""
+_INT_LIMIT = 2**31 - 1
+"""The largest integer of a field that states no bound: more is no count of anything."""
 
 
 class ConfigError(ValueError):
@@ -18,13 +31,13 @@ def field(
     low: float | None = None,
     above: float | None = None,
     high: float | None = None,
+    path: bool = False,
 ) -> Any:
     """A dataclass field with its meaning and bounds: `low` <= value, `above` < value, value <=
-    `high`.
+    `high`. A `path`, or a tuple of them, may begin with `~`.
     """
-    return dataclasses.field(
-        default=default, metadata={"doc": doc, "low": low, "above": above, "high": high}
-    )
+    metadata = {"doc": doc, "low": low, "above": above, "high": high, "path": path}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def group_name(config_class: type) -> str:
@@ -32,26 +45,85 @@ def group_name(config_class: type) -> str:
     return config_class.__name__.removesuffix("Config")
 
 
+def expand_home(path: str) -> str:
+    """`path` with a leading `~` or `~user` replaced by the home folder.
+
+    Raises:
+      ValueError: there is no such folder, as in some containers; or no file can have such a name.
+    """
+    expanded = os.path.expanduser(path)
+    if path.startswith("~") and expanded == path:
+        raise ValueError(f"there is no home folder for {path.partition('/')[0]!r}; write it out")
+    if not path:
+        raise ValueError("is empty; give a path")
+    try:
+        possible = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise ValueError("cannot be the name of a file")
+    return expanded
+
+
 class Validated:
-    """Checks the bounds declared by `field` as soon as a config object exists."""
+    """Checks types and bounds of all fields as soon as a config object exists.
+
+    As in a config file, an integer serves as a float and a list as a tuple. NumPy's numbers and
+    `pathlib` paths become Python's.
+    """
 
     def __post_init__(self) -> None:
-        for one in dataclasses.fields(self):  # type: ignore[arg-type]
-            value, bounds = getattr(self, one.name), one.metadata
-            choices = get_args(one.type) if getattr(one.type, "__origin__", None) is Literal else ()
-            if choices and value not in choices:
-                self.fail(one.name, f"is not one of {', '.join(map(repr, choices))}")
-            if value is None or isinstance(value, (str, bool)):
-                continue
-            if isinstance(value, float) and not math.isfinite(value):
-                self.fail(one.name, "must be finite")
-            if bounds["low"] is not None and value < bounds["low"]:
-                self.fail(one.name, f"must be at least {bounds['low']}")
-            if bounds["above"] is not None and value <= bounds["above"]:
-                self.fail(one.name, f"must be greater than {bounds['above']}")
-            if bounds["high"] is not None and value > bounds["high"]:
-                self.fail(one.name, f"must be at most {bounds['high']}")
+        config_class: Any = type(self)
+        annotations = _annotations(config_class)
+        for one in dataclasses.fields(config_class):
+            annotation, bounds = annotations[one.name], one.metadata
+            value = _plain(getattr(self, one.name))
+            try:
+                value = coerce(value, annotation)
+            except ValueError:
+                verb = "is not" if choices(annotation) else "must be"
+                self.fail(one.name, f"{verb} {type_name(annotation)}")
+            if bounds["path"] and value is not None:
+                try:
+                    many = isinstance(value, tuple)
+                    value = tuple(map(expand_home, value)) if many else expand_home(value)
+                except ValueError as error:
+                    self.fail(one.name, str(error))
+            object.__setattr__(self, one.name, value)
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                self._check_bounds(one.name, value, bounds)
+
+    def _check_bounds(self, name: str, value: float, bounds: typing.Mapping[str, Any]) -> None:
+        high = bounds["high"]
+        if high is None and isinstance(value, int):
+            high = _INT_LIMIT
+        if not isinstance(value, int) and not math.isfinite(value):
+            self.fail(name, "must be finite")
+        if bounds["low"] is not None and value < bounds["low"]:
+            self.fail(name, f"must be at least {bounds['low']}")
+        if bounds["above"] is not None and value <= bounds["above"]:
+            self.fail(name, f"must be greater than {bounds['above']}")
+        if high is not None and value > high:
+            self.fail(name, f"must be at most {high}")
 
     def fail(self, name: str, remedy: str) -> NoReturn:
         """Raises the one-line `ConfigError` for field `name`."""
-        raise ConfigError(f"{group_name(type(self))}.{name} = {getattr(self, name)!r}: {remedy}")
+        raise ConfigError(
+            f"{group_name(type(self))}.{name} = {show(getattr(self, name))}: {remedy}"
+        )
+
+
+@functools.cache
+def _annotations(config_class: type) -> dict[str, Any]:
+    return typing.get_type_hints(config_class)
+
+
+def _plain(value: Any) -> Any:
+    """A NumPy number as Python's, a path as its text, and everything else as it is."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_plain, value))
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if type(value) in (bool, int, float) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)

@@ -5,22 +5,21 @@ macros, `include 'file'`, comments, and values that continue over lines inside b
 a macro takes its last value, also where it was used before. The gin library itself is not used: it
 is no longer maintained, keeps its bindings in global state that changes how classes are built
 anywhere in the program, and accepts values of the wrong type. Nothing here knows which groups
-exist; `pldr_jax/cli/options.py` does.
+exist; `pldr_jax/config/load.py` does. What a file holds is shown in messages only where it sets a
+known field, so that a file named by mistake gives nothing away.
 """
 
 import ast
 import dataclasses
-import difflib
 import os
 import re
-import types
-import typing
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
 
-from pldr_jax.config import ConfigError
+from pldr_jax.config.annotations import show, suggest
+from pldr_jax.config.fields import ConfigError, expand_home
+from pldr_jax.config.reading import read_small_file
 
 _STRING = r"\"(?:\\[^\n]|[^\"\\\n])*\"|'(?:\\[^\n]|[^'\\\n])*'"
 _TOKEN = re.compile(rf"(?P<string>{_STRING})|(?P<comment>\#[^\n]*)|(?P<other>.)", re.DOTALL)
@@ -30,6 +29,8 @@ _ASSIGNMENT = re.compile(rf"(?P<key>{_KEY.pattern})\s*=(?!=)(?P<value>.*)", re.D
 _INCLUDE = re.compile(rf"include\s*(?P<file>{_STRING})\s*")
 _MARK = "_macro_reference_"
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
+_MOST_FILES, _DEEPEST, _MOST_ELEMENTS = 100, 100, 100_000
+"""Files that includes may read, macros that one value may lead through, and its elements."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ def parse_value(text: str) -> object:
             warnings.simplefilter("error")  # an unknown escape such as '\d' is refused
             return _evaluate(ast.parse(marked.strip(), mode="eval").body)
     except (SyntaxError, RecursionError, MemoryError):
-        raise ValueError(f"cannot read the value {text.strip()!r}") from None
+        raise ValueError(f"cannot read the value {show(text.strip())}") from None
 
 
 def _evaluate(node: ast.expr) -> object:
@@ -88,10 +89,8 @@ def _evaluate(node: ast.expr) -> object:
         case ast.Name(id=name) if name.startswith(_MARK):
             return Macro(name.removeprefix(_MARK))
         case ast.Name(id=name):
-            constant = (
-                name.capitalize() if name.lower() in ("true", "false", "none") else repr(name)
-            )
-            raise ValueError(f"{name} is not a value; did you mean {constant}?")
+            word = name.capitalize() if name.lower() in ("true", "false", "none") else show(name)
+            raise ValueError(f"{name[:80]} is not a value; did you mean {word}?")
     raise ValueError("expected a number, a quoted string, True, False, None or a tuple of these")
 
 
@@ -117,50 +116,78 @@ def parse_override(text: str) -> Binding:
     return Binding(key, value, shown, raw)
 
 
-def read_file(path: str | Path) -> list[Binding]:
+def read_file(
+    path: str | Path, problem: Callable[[str], str | None] = lambda key: None
+) -> list[Binding]:
     """The settings of a gin file and of the files it includes, in order; later ones are to win.
+
+    Args:
+        problem: what is wrong with a name `Group.field`, None if nothing is.
 
     Raises:
         ConfigError: a file is missing, unreadable or malformed, includes itself, or sets a name
             twice.
     """
-    return list(_read(os.path.normpath(path), (), ""))
+    return list(_Reader(problem).read(_home(str(path), str(path)), (), ""))
 
 
-def _read(path: str, including: tuple[str, ...], prefix: str) -> Iterator[Binding]:
-    if any(os.path.realpath(path) == os.path.realpath(other) for other in including):
-        raise ConfigError(
-            f"{prefix}a file cannot include itself: {' -> '.join((*including, path))}"
-        )
+class _Reader:
+    """Reads a file and what it includes."""
+
+    def __init__(self, problem: Callable[[str], str | None]) -> None:
+        self._problem, self._files = problem, 0
+
+    def read(self, path: str, including: tuple[str, ...], prefix: str) -> Iterator[Binding]:
+        """The settings of `path`; `including` are the files that led to it, and `prefix` the place.
+
+        Raises:
+            ConfigError: as `read_file`.
+        """
+        if any(os.path.realpath(path) == os.path.realpath(other) for other in including):
+            chain = " -> ".join((*including, path))
+            raise ConfigError(f"{prefix}a file cannot include itself: {chain}")
+        self._files += 1
+        if self._files > _MOST_FILES:
+            raise ConfigError(f"{prefix}more than {_MOST_FILES} files are included")
+        try:
+            text = read_small_file(path, prefix).decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise ConfigError(f"{prefix}{path}: is not UTF-8 text") from None
+        lines: dict[str, int] = {}
+        for line, statement in _statements(text.replace("\r\n", "\n").replace("\r", "\n"), path):
+            where = f"{path}:{line}"
+            if include := _INCLUDE.fullmatch(statement):
+                place = f"{where}: include {include['file']}"
+                name = _home(str(parse_checked(include["file"], f"{where}: include")), place)
+                target = os.path.normpath(Path(path).parent / name)
+                yield from self.read(target, (*including, path), f"{place}: ")
+            elif assignment := _ASSIGNMENT.fullmatch(statement):
+                key = assignment["key"]
+                if key in lines:
+                    raise ConfigError(f"{where}: {key}: is already set on line {lines[key]}")
+                lines[key] = line
+                yield self._binding(key, assignment["value"], where)
+            else:
+                raise ConfigError(
+                    f"{where}: expected Group.field = value, NAME = value or include 'file'"
+                )
+
+    def _binding(self, key: str, text: str, where: str) -> Binding:
+        if "." in key:
+            if problem := self._problem(key):
+                raise ConfigError(f"{where}: {key}: {problem}")
+            return Binding(key, parse_checked(text, f"{where}: {key}"), where)
+        try:
+            return Binding(key, parse_value(text), where)
+        except ValueError:
+            raise ConfigError(f"{where}: {key}: cannot read the value") from None
+
+
+def _home(path: str, where: str) -> str:
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{prefix or f'{path}: '}no such file{f' {path}' if prefix else ''}"
-        ) from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{prefix}{path}: is not UTF-8 text") from None
-    except OSError as error:
-        raise ConfigError(f"{prefix}{path}: cannot be read: {error.strerror}") from None
-    lines: dict[str, int] = {}
-    for line, statement in _statements(text, path):
-        where = f"{path}:{line}"
-        if include := _INCLUDE.fullmatch(statement):
-            name = parse_checked(include["file"], f"{where}: include")
-            target = os.path.normpath(Path(path).parent / str(name))
-            yield from _read(target, (*including, path), f"{where}: include {include['file']}: ")
-        elif assignment := _ASSIGNMENT.fullmatch(statement):
-            key = assignment["key"]
-            if key in lines:
-                raise ConfigError(f"{where}: {key}: is already set on line {lines[key]}")
-            lines[key] = line
-            yield Binding(key, parse_checked(assignment["value"], f"{where}: {key}"), where)
-        else:
-            shown = " ".join(statement.split())
-            raise ConfigError(
-                f"{where}: expected Group.field = value, NAME = value or include 'file',"
-                f" got {shown!r}"
-            )
+        return os.path.normpath(expand_home(path))
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def parse_checked(text: str, where: str) -> object:
@@ -213,14 +240,22 @@ def resolve(binding: Binding, macros: Mapping[str, Binding]) -> object:
     """The value of `binding` with every `%NAME` replaced.
 
     Raises:
-        ConfigError: a macro is not defined, or is defined by itself.
+        ConfigError: a macro is not defined, or is defined by itself, or the value is too long.
     """
 
+    elements = 0
+
     def replace(value: object, user: Binding, trail: tuple[str, ...]) -> object:
+        nonlocal elements
+        elements += 1
+        if elements > _MOST_ELEMENTS:
+            raise user.error(f"macros make more than {_MOST_ELEMENTS:,} elements of it")
         if isinstance(value, tuple):
             return tuple(replace(element, user, trail) for element in value)
         if not isinstance(value, Macro):
             return value
+        if len(trail) > _DEEPEST:
+            raise user.error(f"more than {_DEEPEST} macros lead to its value")
         if value.name in trail:
             raise user.error(
                 f"%{value.name} is defined by itself: {' -> '.join((*trail, value.name))}"
@@ -240,81 +275,3 @@ def macros_in(value: object) -> set[str]:
     if isinstance(value, tuple):
         return {name for element in value for name in macros_in(element)}
     return {value.name} if isinstance(value, Macro) else set()
-
-
-def coerce(value: object, annotation: Any) -> Any:
-    """`value` as the annotated type: an int serves as a float, a list as a tuple, nothing else.
-
-    Raises:
-        ValueError: the value has another type; the message is `expected int, got 2.5`.
-    """
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Literal:
-        if any(value == choice and type(value) is type(choice) for choice in arguments):
-            return value
-        near = suggest(value, arguments) if isinstance(value, str) else ""
-        raise ValueError(f"expected {type_name(annotation)}, got {value!r}{near}")
-    if origin in (types.UnionType, typing.Union):
-        for argument in arguments:
-            try:
-                return coerce(value, argument)
-            except ValueError:
-                continue
-    elif origin is tuple and isinstance(value, (tuple, list)):
-        repeated = len(arguments) == 2 and arguments[1] is Ellipsis
-        expected = arguments[:1] * len(value) if repeated else arguments
-        if len(expected) == len(value):
-            return tuple(
-                coerce(element, each) for element, each in zip(value, expected, strict=True)
-            )
-    elif annotation is float and type(value) in (int, float):
-        try:
-            return float(value)  # type: ignore[arg-type]
-        except OverflowError:
-            pass
-    elif type(value) is annotation:
-        return value
-    raise ValueError(f"expected {type_name(annotation)}, got {value!r}")
-
-
-def type_name(annotation: Any) -> str:
-    """An annotation in the words of messages: `int`, `int or None`, `tuple[int, ...]`."""
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        return " or ".join(type_name(argument) for argument in typing.get_args(annotation))
-    if typing.get_origin(annotation) is Literal:
-        return f"one of {', '.join(map(repr, typing.get_args(annotation)))}"
-    if annotation is types.NoneType:
-        return "None"
-    return (
-        annotation.__name__
-        if isinstance(annotation, type) and not typing.get_args(annotation)
-        else str(annotation)
-    )
-
-
-def alternatives(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union, or the annotation alone."""
-    union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
-    return typing.get_args(annotation) if union else (annotation,)
-
-
-def choices(annotation: Any) -> tuple[Any, ...]:
-    """The values that the Literals of an annotation list."""
-    return tuple(
-        c
-        for a in alternatives(annotation)
-        if typing.get_origin(a) is Literal
-        for c in typing.get_args(a)
-    )
-
-
-def suggest(name: str, known: Sequence[str], prefix: str = "") -> str:
-    """`; did you mean X?` for the nearest of `known`, or nothing where none is near."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if not near:
-        folded = {other.lower(): other for other in known}
-        near = [
-            folded[m]
-            for m in difflib.get_close_matches(name.lower(), list(folded), n=1, cutoff=0.6)
-        ]
-    return f"; did you mean {prefix}{near[0]}?" if near else ""

@@ -15,18 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from pldr_jax.config import GROUPS, ConfigError, ExperimentConfig, group_name
+from pldr_jax.config.annotations import alternatives, choices, coerce, show, suggest
 from pldr_jax.config.gin import (
     Binding,
     Macro,
-    alternatives,
-    choices,
-    coerce,
     format_value,
     macros_in,
     parse_override,
     read_file,
     resolve,
-    suggest,
 )
 
 _VALUE = re.compile(r"""(?:^|(?<=,))((?:"[^"]*"|'[^']*'|[^,])*)""")
@@ -43,7 +40,10 @@ RENAMED = {
     "Training.accumulate": "Training.grad_accumulation",
     "Checkpoint.every_steps": "Checkpoint.save_every",
 }
-"""Former names of fields; a config file or flag with one is told the new name."""
+"""Former names of fields; a config file or flag with one is told the new name, and the config that
+an older run has stored is read with the new one."""
+RENAMED_VALUES = {"Data.packing": {"pack": "concat", "segment": "packed"}}
+"""The same for values."""
 
 
 def _typed(binding: Binding, annotation: Any, macros: Mapping[str, Binding]) -> Any:
@@ -55,10 +55,12 @@ def _typed(binding: Binding, annotation: Any, macros: Mapping[str, Binding]) -> 
     if binding.raw is not None and takes_text and not isinstance(binding.value, (str, Macro)):
         if binding.value is not None or not optional:
             binding = dataclasses.replace(binding, value=binding.raw)
+    value = resolve(binding, macros)
+    renamed = RENAMED_VALUES.get(binding.key, {})
+    if isinstance(value, str) and value in renamed:
+        raise binding.error(f"{value!r} is called {renamed[value]!r} now")
     try:
-        return coerce(resolve(binding, macros), annotation)
-    except ConfigError:
-        raise
+        return coerce(value, annotation)
     except ValueError as error:
         raise binding.error(str(error)) from None
 
@@ -97,15 +99,38 @@ def load_config(
         ConfigError: a file cannot be read, a name is unknown, or a value has the wrong type or is
             out of bounds; the message starts with the file and line, or the flag, that set it.
     """
-    bindings = [binding for path in gin_files for binding in read_file(path)]
+    bindings = [binding for path in gin_files for binding in read_file(path, unknown_field)]
     bindings += [parse_override(text) for text in overrides]
+    return _bind(bindings, base or ExperimentConfig())
+
+
+def load_stored(path: str | Path) -> ExperimentConfig:
+    """The config in `config.gin` of a run folder, also of a run older than a field's name.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    bindings = read_file(path, lambda key: None if key in RENAMED else unknown_field(key))
+    renamed = [dataclasses.replace(one, **_current(one.key, one.value)) for one in bindings]
+    return _bind(renamed, ExperimentConfig())
+
+
+def _current(key: str, value: Any) -> dict[str, Any]:
+    """Key and value as they are called today."""
+    key = RENAMED.get(key, key)
+    names = RENAMED_VALUES.get(key, {})
+    return {"key": key, "value": names.get(value, value) if isinstance(value, str) else value}
+
+
+def _bind(bindings: Sequence[Binding], base: ExperimentConfig) -> ExperimentConfig:
+    """`base` with what the bindings set; each is checked, also one that a later one replaces."""
     settings = [binding for binding in bindings if "." in binding.key]
     for binding in settings:
         if problem := unknown_field(binding.key):
             raise binding.error(problem)
     macros = {binding.key: binding for binding in bindings if "." not in binding.key}
     groups: dict[str, dict[str, Any]] = {}
-    for binding in settings:  # each is checked, also one that a later one replaces
+    for binding in settings:
         group, _, name = binding.key.partition(".")
         groups.setdefault(group, {})[name] = _typed(binding, FIELDS[binding.key], macros)
     used = {name for binding in bindings for name in macros_in(binding.value)}
@@ -113,7 +138,7 @@ def load_config(
         if name not in used:
             hint = _same_field(name) or suggest(name, sorted(used), "%")
             raise binding.error(f"nothing uses %{name}{hint}")
-    return _build(base or ExperimentConfig(), groups, {b.key: b.where for b in settings})
+    return _build(base, groups, {b.key: b.where for b in settings})
 
 
 def parse_values(text: str, flag: str) -> tuple[str, tuple[str, ...]]:
@@ -175,7 +200,8 @@ def config_to_dict(config: ExperimentConfig) -> dict[str, dict[str, Any]]:
 def config_from_dict(
     data: Mapping[str, Mapping[str, Any]], source: str = "config"
 ) -> ExperimentConfig:
-    """The config that `config_to_dict` made `data` of; a missing key takes its default.
+    """The config that `config_to_dict` made `data` of, in this version or an older one; a missing
+    key takes its default.
 
     `source` says in messages where the data came from, for example a checkpoint's path.
 
@@ -188,14 +214,14 @@ def config_from_dict(
             raise ConfigError(f"{source}: {group}: {unknown_field(group)}")
         if not isinstance(values, Mapping):
             raise ConfigError(
-                f"{source}: {group}: expected the fields of the group, got {values!r}"
+                f"{source}: {group}: expected the fields of the group, got {show(values)}"
             )
         for name, value in values.items():
-            key = f"{group}.{name}"
+            key, value = _current(f"{group}.{name}", value).values()
             if problem := unknown_field(key):
                 raise ConfigError(f"{source}: {key}: {problem}")
             try:
-                groups.setdefault(group, {})[name] = coerce(value, FIELDS[key])
+                groups.setdefault(group, {})[key.partition(".")[2]] = coerce(value, FIELDS[key])
             except ValueError as error:
                 raise ConfigError(f"{source}: {key}: {error}") from None
     places = {f"{group}.{name}": source for group, values in groups.items() for name in values}

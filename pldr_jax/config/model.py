@@ -3,31 +3,39 @@
 import dataclasses
 from typing import Literal
 
-from pldr_jax.config.fields import Validated, field
+from pldr_jax.config.fields import SEED_LIMIT, Validated, field
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Validated):
     """The network: its sizes, where G_LM comes from, and how it is computed."""
 
-    vocab_size: int = field(512, "pieces in the vocabulary (V)", low=1)
-    num_layers: int = field(3, "decoder layers (L)", low=1)
-    num_heads: int = field(2, "attention heads (N)", low=1)
+    vocab_size: int = field(512, "pieces in the vocabulary (V)", low=1, high=2**24)
+    num_layers: int = field(3, "decoder layers (L)", low=1, high=2**12)
+    num_heads: int = field(2, "attention heads (N)", low=1, high=2**12)
     head_dim: int = field(
-        32, "width of one head (H); the model width D is num_heads * head_dim", low=2
+        32,
+        "width of one head (H); the model width D is num_heads * head_dim",
+        low=2,
+        high=2**12,
     )
     ffn_dim: int | None = field(
-        None, "width of the feed-forward GLU (F); None is floor(8 D / 3)", low=1
+        None, "width of the feed-forward GLU (F); None is floor(8 D / 3)", low=1, high=2**20
     )
     metric_dim: int | None = field(
-        None, "width of the metric learner's GLUs (M, A_dff); None is floor(8 H / 3)", low=1
+        None,
+        "width of the metric learner's GLUs (M, A_dff); None is floor(8 H / 3)",
+        low=1,
+        high=2**16,
     )
     num_residual_layers: int = field(
-        8, "residual layers of the metric learner (R, num_reslayerA)", low=0
+        8, "residual layers of the metric learner (R, num_reslayerA)", low=0, high=2**12
     )
-    num_gated_units: int = field(2, "GLUs in each residual layer (U, num_denseA)", low=1)
+    num_gated_units: int = field(
+        2, "GLUs in each residual layer (U, num_denseA)", low=1, high=2**10
+    )
     context_length: int = field(
-        128, "longest sequence in tokens; a training row has this many", low=2
+        128, "longest sequence in tokens; a training row has this many", low=2, high=2**24
     )
     rope_theta: float = field(10000.0, "base of the rotary position frequencies", above=0)
     rope_layout: Literal["interleaved", "half_split"] = field(
@@ -37,11 +45,12 @@ class ModelConfig(Validated):
         "learned",
         "G_LM: from power law graph attention, the identity (SDPA), random, or from g_file",
     )
-    g_seed: int = field(0, "seed of the random G_LM (g_source = 'random')", low=0)
+    g_seed: int = field(0, "seed of the random G_LM (g_source = 'random')", low=0, high=SEED_LIMIT)
     g_file: str | None = field(
         None,
         "npz or safetensors file holding G_LM [L,N,H,H] (g_source = 'external'); None where a "
         "checkpoint holds it",
+        path=True,
     )
     layer_norm_eps: float = field(1e-6, "epsilon of every LayerNorm", above=0)
     dtype: Literal["float32", "bfloat16"] = field(
@@ -74,6 +83,20 @@ class ModelConfig(Validated):
             self.fail("g_file", f"is only read when g_source = 'external', not {self.g_source!r}")
         if self.attention_kernel == "cudnn" and self.dtype != "bfloat16":
             self.fail("attention_kernel", "the fused kernel needs Model.dtype = 'bfloat16'")
+        if self._weights_at_least > MOST_WEIGHTS:
+            self.fail(
+                "num_layers",
+                f"makes {self._weights_at_least:.1e} parameters with the other sizes; at most "
+                f"{MOST_WEIGHTS:.0e} are allowed",
+            )
+
+    @property
+    def _weights_at_least(self) -> int:
+        """The weights of the matrices, without biases and norms."""
+        units = self.num_residual_layers * self.num_gated_units
+        plga = 3 * units * self.head_dim * self.metric_width + 5 * self.model_dim * self.head_dim
+        layer = self.model_dim * (4 * self.model_dim + 3 * self.ffn_width) + plga
+        return self.num_layers * layer + 2 * self.vocab_size * self.model_dim
 
     @property
     def model_dim(self) -> int:
@@ -90,6 +113,9 @@ class ModelConfig(Validated):
         """M, floor(8 H / 3) unless given."""
         return self.metric_dim if self.metric_dim is not None else self.head_dim * 8 // 3
 
+
+MOST_WEIGHTS = 10**13
+"""More cannot be anything but a mistake, or a file that is out to take all memory."""
 
 HOW_COMPUTED = ("dtype", "plga_precision", "remat", "unroll", "attention_kernel")
 """Fields of `ModelConfig` that say how the network is computed, not which network it is."""
