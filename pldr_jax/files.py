@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from pldr_jax.config import ConfigError
+from pldr_jax.config import ConfigError, expand_home
 
 LOCK = ".lock"
 OUTPUT = "--output"
@@ -23,16 +23,12 @@ def user_path(path: str | Path, field: str) -> Path:
     """A path that a user gave for `field`, with `~` for the home folder.
 
     Raises:
-      ConfigError: it is empty or holds a NUL, or there is no home folder for its `~`.
+      ConfigError: no file can have this name, or there is no home folder for its `~`.
     """
-    if not str(path) or "\0" in str(path):
-        raise ConfigError(f"{field} = {str(path)!r}: is not a path; name a file or folder")
     try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise ConfigError(
-            f"{field} = {str(path)!r}: there is no home folder for its ~; write the whole path"
-        ) from None
+        return Path(expand_home(str(path)))
+    except ValueError as error:
+        raise ConfigError(f"{field} = {str(path)!r}: {error}") from None
 
 
 def cache_folder(cache_dir: str | None) -> Path:

@@ -5,7 +5,6 @@ that would be read, and runs that start together do no harm to each other.
 """
 
 import contextlib
-import os
 import pathlib
 import shutil
 import tempfile
