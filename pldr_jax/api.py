@@ -11,11 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pldr_jax.config import ConfigError, MeshConfig, ModelConfig
-from pldr_jax.config.load import config_from_dict
 from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.inference.engine import Engine, bucket
+from pldr_jax.inference.modes import ScoreMode
 from pldr_jax.inference.request import CacheMode, Completion, Generation, Request
-from pldr_jax.inference.score import Score, ScoreMode, score
+from pldr_jax.inference.score import Score, score
 from pldr_jax.inference.text import find_stop, text_of
 from pldr_jax.model.decoder import ModelOutputs, Params, forward
 from pldr_jax.model.low_rank import LowRankG, check_budget, factorize
@@ -367,23 +367,17 @@ def load(
     Raises:
       ConfigError, CheckpointError: one line, saying what the folder lacks.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ConfigError(
-            f"{str(path)!r}: no such folder; give a run folder, or one with config.json"
-        )
+    from pldr_jax.interop.weights import open_checkpoint
+
     if isinstance(mesh, MeshConfig):
         mesh = build_mesh(mesh)
-    tokenizer_path = folder / "tokenizer.model"
-    tokenizer = Tokenizer.load(tokenizer_path) if tokenizer_path.is_file() else None
-    if (folder / "config.json").is_file():
-        from pldr_jax.interop.transformers import read_checkpoint
-
-        config, params, g_lm = read_checkpoint(folder)
-        return LanguageModel(config, params, g_lm, tokenizer, cache_dtype, mesh, rank_budget)
-    from pldr_jax.runs.checkpoint import read_weights
-
-    weights = read_weights(folder, step)
-    config = config_from_dict(weights.config_dict, str(folder)).model
-    g_lm = weights.g_lm
-    return LanguageModel(config, weights.params, g_lm, tokenizer, cache_dtype, mesh, rank_budget)
+    opened = open_checkpoint(path, step)
+    return LanguageModel(
+        opened.config.model,
+        opened.params,
+        opened.g_lm,
+        opened.tokenizer,
+        cache_dtype,
+        mesh,
+        rank_budget,
+    )

@@ -16,6 +16,9 @@ from typing import TextIO
 from pldr_jax.config import ConfigError, expand_home
 
 LOCK = ".lock"
+TOKENIZER = "tokenizer.model"
+"""The SentencePiece model in a run folder, a checkpoint or a folder of shards."""
+
 OUTPUT = "--output"
 
 

@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from pldr_jax.config import ModelConfig
-from pldr_jax.interop.transformers import read_checkpoint
+from pldr_jax.interop.transformers import open_transformers
 from pldr_jax.model.decoder import Params
 
 # Before the backend starts, else this raises. Arrays that nobody places live on device 0.
@@ -56,7 +56,8 @@ class Golden:
 @functools.cache
 def load_golden(name: str) -> Golden:
     folder = GOLDENS / name
-    config, params, _ = read_checkpoint(folder)
+    opened = open_transformers(folder)
+    config, params = opened.config, opened.params
     # Scans compile in a fraction of the time; unrolled they give the same numbers (test_model.py).
     config = dataclasses.replace(config, unroll=False)
     values = json.loads((folder / "golden.json").read_text())

@@ -26,7 +26,7 @@ from pldr_jax.interop.card import Licences
 from pldr_jax.interop.check import check_logits
 from pldr_jax.interop.convert import export_run, import_checkpoint
 from pldr_jax.interop.tokenizer_json import tokenizer_json
-from pldr_jax.interop.transformers import G_STATUS, G_VALUES, open_folder
+from pldr_jax.interop.transformers import G_STATUS, G_VALUES, open_transformers
 from pldr_jax.model.decoder import init_params
 from pldr_jax.runs.folder import write_run
 
@@ -142,7 +142,7 @@ def test_export_of_an_import_is_the_original(name: str, tmp_path: Path) -> None:
     files = {path.name for path in back.glob("*.safetensors")}
     assert len(files) == VARIANTS[name].get("shards", 1)
     # An export can be imported again: bit for bit, too.
-    again = open_folder(back)
+    again = open_transformers(back)
     assert_same_bits((again.params, again.g_lm), (lm.params, lm.g_lm))
 
 
@@ -248,7 +248,7 @@ def test_tokenizer_of_an_export_in_transformers(tokenizer: Tokenizer, tmp_path: 
 
 
 def test_the_logit_check_sees_what_is_in_the_wrong_place() -> None:
-    opened = open_folder(TINY)
+    opened = open_transformers(TINY)
     tensors = dict(opened.source.tensors)
 
     def check(tensors: Any, config: ModelConfig = opened.config) -> Any:
@@ -461,8 +461,10 @@ def test_published_sizes() -> None:
     }
     # One entry, however large the shape.
     tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
-    model = native.model_config(tensors, [REPOSITORY / "configs" / "pldr_110m.gin"], [], "x.pth")
-    inferred = native.model_config(tensors, [], ["Model.context_length=1024"], "x.pth")
+    model = native.model_from_tensors(
+        tensors, [REPOSITORY / "configs" / "pldr_110m.gin"], [], "x.pth"
+    )
+    inferred = native.model_from_tensors(tensors, [], ["Model.context_length=1024"], "x.pth")
     for field in ("vocab_size", "num_layers", "ffn_width", "metric_width", "num_heads"):
         assert getattr(inferred, field) == getattr(model, field)
     assert (inferred.num_residual_layers, inferred.num_gated_units) == (8, 2)

@@ -9,7 +9,6 @@ from pldr_jax.cli.common import STEP, keep_compiled_programs, run
 from pldr_jax.cli.options import Option, Options, parse_args
 from pldr_jax.config import ConfigError, ExperimentConfig
 from pldr_jax.config.load import config_to_dict, load_config
-from pldr_jax.interop.weights import held_out_text, read_any
 
 if TYPE_CHECKING:
     import jax
@@ -157,17 +156,15 @@ def _open(
     import jax
 
     from pldr_jax.api import LanguageModel
-    from pldr_jax.data.text.tokenizer import Tokenizer
+    from pldr_jax.interop.weights import open_checkpoint
     from pldr_jax.partition import build_mesh
 
-    stored, weights = read_any(folder, step)
-    path = folder / "tokenizer.model"
-    tokenizer = Tokenizer.load(path) if path.is_file() else None
+    opened = open_checkpoint(folder, step)
     mesh = build_mesh(config.mesh) if jax.device_count() > 1 else None
     # The same numbers, and a fraction of the time to compile.
-    model = dataclasses.replace(stored.model, unroll=False)
-    lm = LanguageModel(model, weights.params, weights.g_lm, tokenizer, mesh=mesh)
-    return stored, weights.step, lm
+    model = dataclasses.replace(opened.config.model, unroll=False)
+    lm = LanguageModel(model, opened.params, opened.g_lm, opened.tokenizer, mesh=mesh)
+    return opened.config, opened.step or 0, lm
 
 
 def _others(
@@ -196,6 +193,7 @@ def _rows(
 ) -> "np.ndarray":
     """The text to measure on, int32 [R,C]."""
     from pldr_jax.analysis.texts import rows_of_file, rows_of_stores
+    from pldr_jax.interop.weights import held_out_text
 
     length = options.length or lm.config.context_length
     if length > lm.config.context_length:

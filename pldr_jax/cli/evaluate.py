@@ -10,6 +10,8 @@ from pldr_jax.cli.options import Option, Options, parse_args
 from pldr_jax.cli.tasks import open_tasks
 from pldr_jax.config import ConfigError
 from pldr_jax.config.load import load_config
+from pldr_jax.files import TOKENIZER
+from pldr_jax.inference.modes import SCORE_MODES
 
 if TYPE_CHECKING:
     from pldr_jax.api import LanguageModel
@@ -51,7 +53,6 @@ OPTIONS = (
     ),
 )
 RESULTS, TABLE = "results.json", "results.md"
-MODES = ("full", "causal", "frozen")
 CALIBRATION_ROWS = 16
 
 
@@ -129,9 +130,10 @@ def _progress(mode: str) -> Callable[[int, int], None]:
 def _modes(options: Options) -> list[Any]:
     modes = [mode.strip() for mode in (options.mode or "").split(",") if mode.strip()]
     for i, mode in enumerate(modes):
-        if mode not in MODES or mode in modes[:i]:
+        if mode not in SCORE_MODES or mode in modes[:i]:
             raise ConfigError(
-                f"--mode={options.mode}: {mode!r} must be one of {', '.join(MODES)}, each once"
+                f"--mode={options.mode}: {mode!r} must be one of {', '.join(SCORE_MODES)}, each "
+                "once"
             )
     for name in ("g_file", "g_text"):
         if getattr(options, name) is not None and "frozen" not in modes:
@@ -155,7 +157,7 @@ def _given_g_lm(options: Options, lm: "LanguageModel") -> Any:
     from pldr_jax.training.freeze.calibrate import calibrate, check_learned, rows_at_once, some_rows
 
     check_learned(lm.config, options.run)
-    path = Path(options.run) / "tokenizer.model"
+    path = Path(options.run) / TOKENIZER
     data = DataConfig(source=options.g_text, tokenizer=str(path))
     rows = TokenRows(prepare(data, lm.config.vocab_size).train, lm.config.context_length)
     some = some_rows(rows, CALIBRATION_ROWS)

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 
 from pldr_jax.config import ConfigError, ExperimentConfig
 from pldr_jax.config.load import config_from_dict, load_config
+from pldr_jax.files import TOKENIZER
 
 if TYPE_CHECKING:
     from pldr_jax.training.initial import InitialWeights
-
-TOKENIZER = "tokenizer.model"
 
 
 def start_from(
@@ -41,26 +40,21 @@ def start_from(
         config = load_config(gin_files, overrides, base)
         return _with_tokenizer(config, saved.data.tokenizer, run_dir / TOKENIZER), None
 
-    from pldr_jax.interop.weights import read_any
+    from pldr_jax.interop.weights import open_checkpoint
     from pldr_jax.model.shapes import count_params
     from pldr_jax.training.initial import InitialWeights, check_same_model
 
-    folder = Path(init_from)
-    if not folder.is_dir():
-        raise ConfigError(
-            f"--init_from={init_from}: no such folder; give a run folder, or one with config.json"
-        )
-    checkpoint, weights = read_any(folder)
-    base = dataclasses.replace(ExperimentConfig(), model=checkpoint.model)
+    opened = open_checkpoint(init_from, flag="--init_from")
+    base = dataclasses.replace(ExperimentConfig(), model=opened.config.model)
     config = load_config(gin_files, overrides, base)
-    check_same_model(str(init_from), checkpoint, config)
-    config = _checked_tokenizer(config, folder)
-    layout = "transformers layout" if (folder / "config.json").is_file() else f"step {weights.step}"
+    check_same_model(str(init_from), opened.config, config)
+    config = _checked_tokenizer(config, opened.folder)
+    layout = "transformers layout" if opened.step is None else f"step {opened.step}"
     print(
         f"weights of {init_from} ({layout}): {count_params(config.model):,} parameters, G_LM "
         f"{config.model.g_source}; optimiser, schedule and data begin anew"
     )
-    return config, InitialWeights(weights.params, weights.g_lm)
+    return config, InitialWeights(opened.params, opened.g_lm)
 
 
 def _with_tokenizer(config: ExperimentConfig, saved: str | None, copy: Path) -> ExperimentConfig:

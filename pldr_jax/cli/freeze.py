@@ -12,7 +12,7 @@ from pldr_jax.cli.common import CHECKPOINT, STEP, keep_compiled_programs
 from pldr_jax.cli.options import Option, parse_args
 from pldr_jax.config import ConfigError, DataConfig, ExperimentConfig
 from pldr_jax.config.load import config_to_dict, dump_config, load_config
-from pldr_jax.interop.weights import held_out_text, read_any
+from pldr_jax.files import TOKENIZER
 
 if TYPE_CHECKING:
     from pldr_jax.training.freeze.calibrate import RowSet
@@ -22,7 +22,6 @@ DESCRIPTION = (
     "Config fields set here replace the run's; those of Model cannot be set."
 )
 CERTIFICATE = "certificate.json"
-TOKENIZER = "tokenizer.model"
 KL_THRESHOLD = 0.01
 """Nats a token above which the frozen model counts as another one."""
 
@@ -99,6 +98,7 @@ def freeze(
       CheckpointError: the checkpoint cannot be read or written.
     """
     from pldr_jax.files import check_output
+    from pldr_jax.interop.weights import open_checkpoint
     from pldr_jax.model.low_rank import check_budget
     from pldr_jax.runs.curves import summary_table
     from pldr_jax.runs.folder import write_run
@@ -117,8 +117,8 @@ def freeze(
     check_output(output)
     if save_g is not None:
         _check_new_file(Path(save_g))
-    stored, weights = read_any(folder, step)
-    params, found = weights.params, weights.step
+    opened = open_checkpoint(folder, step)
+    stored, params, found = opened.config, opened.params, opened.step or 0
     freezing.check_learned(stored.model, folder)
     config = load_config(gin_files, overrides, base=stored)
     if config.model != stored.model:
@@ -190,6 +190,7 @@ def _row_sets(
     from pldr_jax.data.mixture import Part
     from pldr_jax.data.rows import joined, make_rows
     from pldr_jax.data.segment_count import settled
+    from pldr_jax.interop.weights import held_out_text
     from pldr_jax.training.freeze.calibrate import some_rows, split_rows
 
     model, path = config.model, folder / TOKENIZER

@@ -9,11 +9,13 @@ This is the only file that knows the harness. Importing it registers the model `
 import contextlib
 import io
 import logging
+import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
-from lm_eval import simple_evaluate
+import numpy as np
+from lm_eval import evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
@@ -24,18 +26,12 @@ from pldr_jax.config import ConfigError
 from pldr_jax.evaluation.scorer import TextScorer
 from pldr_jax.evaluation.task_files import Task, task_folder
 
-# The harness would describe machine and repository, which takes child processes and seconds, and
-# prints an error where there is no repository.
-_UNDESCRIBED = mock.patch.multiple(
-    "lm_eval.evaluator",
-    create=True,
-    get_git_commit_hash=lambda: None,
-    add_env_info=lambda results: None,
-)
+_SEEDS = {"random": 0, "numpy": 1234, "fewshot": 1234}
+"""Those of the harness's own program."""
 
-# Local tasks ask no network for anything; datasets would count each loading of a file somewhere.
+# Local tasks ask no network for anything; `datasets` would count each loading of a file somewhere.
 _NO_NETWORK = mock.patch.multiple(
-    "datasets.config", create=True, HF_UPDATE_DOWNLOAD_COUNTS=False, HF_DATASETS_OFFLINE=True
+    "datasets.config", HF_UPDATE_DOWNLOAD_COUNTS=False, HF_DATASETS_OFFLINE=True
 )
 
 
@@ -111,29 +107,39 @@ class TaskSet:
           ConfigError: a task cannot be loaded, as where its data have to be fetched and there is
             no network; or a text that cannot be scored.
         """
-        names = [task.config or task.name for task in self._tasks]
         local = all(task.local for task in self._tasks)
-        with _quiet(), _NO_NETWORK if local else contextlib.nullcontext():
-            try:
-                found = simple_evaluate(
-                    model=HarnessModel(scorer=scorer),
-                    tasks=names,
-                    num_fewshot=self._fewshot,
+        try:
+            with _quiet(), _NO_NETWORK if local else contextlib.nullcontext():
+                # Not simple_evaluate, which starts child processes to describe the machine.
+                found = evaluate(
+                    lm=HarnessModel(scorer=scorer),
+                    task_dict=self._loaded(),
                     limit=self._limit,
-                    task_manager=self._manager,
                     log_samples=False,
                     bootstrap_iters=1000,
                 )
-            except ConfigError:
-                raise
-            except Exception as error:
-                reason = " ".join(str(error).split())[:300] or type(error).__name__
-                raise ConfigError(
-                    f"--tasks={','.join(task.name for task in self._tasks)}: the harness fails "
-                    f"({type(error).__name__}: {reason})"
-                ) from error
+        except ConfigError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ConfigError(
+                f"--tasks={','.join(task.name for task in self._tasks)}: the harness fails "
+                f"({type(error).__name__}: {reason})"
+            ) from error
         assert found is not None
         return {name: _metrics(row) for name, row in found["results"].items() if _metrics(row)}
+
+    def _loaded(self) -> dict[str, Any]:
+        """The tasks with their data, examples and seeds, as the harness's own program sets them."""
+        random.seed(_SEEDS["random"])
+        np.random.seed(_SEEDS["numpy"])
+        loaded = self._manager.load([task.config or task.name for task in self._tasks])
+        for task in loaded["tasks"].values():
+            own = task.get_config("num_fewshot")  # a task that says 0 keeps it
+            if own is None or (self._fewshot is not None and own != 0):
+                task.set_config("num_fewshot", self._fewshot or 0)
+            task.set_fewshot_seed(_SEEDS["fewshot"])
+        return loaded
 
 
 def _metrics(row: dict[str, Any]) -> dict[str, float]:
@@ -152,7 +158,7 @@ def _quiet() -> Iterator[None]:
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with contextlib.redirect_stderr(io.StringIO()), _UNDESCRIBED:
+        with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

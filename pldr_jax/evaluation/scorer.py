@@ -1,9 +1,7 @@
-"""What benchmarks ask of a model, in plain tuples: log-likelihoods, rolling ones, generations.
+"""The three kinds of requests that benchmarks make, in plain tuples: log-likelihoods of a
+continuation, log-likelihoods of a whole text in windows ("rolling"), and generations.
 
-`mode` says which G_LM a text is read with. "full" takes it from the whole text, as training does
-and as the published scores were measured: a token's score then depends on the tokens after it.
-"causal" takes it from the context alone, as decoding with caches does. "frozen" has one G_LM for
-every text: the checkpoint's own, or one that is given.
+`pldr_jax/inference/modes.py` says which tokens G_LM comes from in each mode.
 """
 
 import dataclasses
@@ -16,15 +14,15 @@ import numpy as np
 from pldr_jax.api import LanguageModel
 from pldr_jax.config import ConfigError
 from pldr_jax.evaluation.windows import rolling_windows
+from pldr_jax.inference.modes import SCORE_MODES, ScoreMode
 from pldr_jax.inference.request import CacheMode, Request
-from pldr_jax.inference.score import MODES, Pair, Score, ScoreMode
+from pldr_jax.inference.score import Pair, Score
 
-CHUNK = 1024
+_CHUNK = 1024
 """Texts scored between two calls of `on_progress`."""
-NEW_TOKENS = 256
+_NEW_TOKENS = 256
 """New tokens of a generation that names no number, as in the harness."""
-
-_KNOWN = (
+_SETTINGS = (
     "until",
     "max_gen_toks",
     "do_sample",
@@ -63,12 +61,14 @@ class TextScorer:
         overlap: int = 1,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        if mode not in MODES:
-            raise ConfigError(f"mode = {mode!r}: must be one of {', '.join(map(repr, MODES))}")
+        if mode not in SCORE_MODES:
+            raise ConfigError(
+                f"mode = {mode!r}: must be one of {', '.join(map(repr, SCORE_MODES))}"
+            )
         if mode == "frozen" and g_lm is None and lm.config.g_source == "learned":
             raise ConfigError(
-                "mode = 'frozen': this model learns G_LM; freeze it with infer.py --freeze_g, or "
-                "give a G_LM"
+                "mode = 'frozen': this model learns G_LM; freeze it with pldr-freeze, or give a "
+                "G_LM"
             )
         if mode != "frozen" and g_lm is not None:
             raise ConfigError(f"mode = {mode!r}: a given G_LM needs 'frozen'")
@@ -149,8 +149,8 @@ class TextScorer:
     def _scores(self, pairs: Sequence[Pair]) -> list[Score]:
         scores: list[Score] = []
         mode: ScoreMode = self.mode
-        for start in range(0, len(pairs), CHUNK):
-            chunk = pairs[start : start + CHUNK]
+        for start in range(0, len(pairs), _CHUNK):
+            chunk = pairs[start : start + _CHUNK]
             contexts, continuations = [c for c, _ in chunk], [c for _, c in chunk]
             scores += self.lm.score(contexts, continuations, mode, self._g_lm, self.rows)
             self._on_progress(len(scores), len(pairs))
@@ -167,15 +167,15 @@ class TextScorer:
 
     def _request(self, index: int, context: str, settings: Mapping[str, Any]) -> Request:
         for name in settings:
-            if name not in _KNOWN:
+            if name not in _SETTINGS:
                 raise ConfigError(
                     f"request {index}: {name} = {settings[name]!r}: no such setting; there are "
-                    f"{', '.join(_KNOWN)}"
+                    f"{', '.join(_SETTINGS)}"
                 )
         assert self.lm.tokenizer is not None
         until = settings.get("until") or []
         stop = [until] if isinstance(until, str) else list(until)
-        new_tokens = int(settings.get("max_gen_toks") or NEW_TOKENS)
+        new_tokens = int(settings.get("max_gen_toks") or _NEW_TOKENS)
         room = min(new_tokens, self.lm.config.context_length // 2)
         prompt = (self.lm.encode(context) or [self.prefix])[
             -(self.lm.config.context_length - room) :

@@ -9,7 +9,6 @@ depends on the tokens after it. With G_LM of the context, or one from outside (t
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +17,9 @@ import numpy as np
 from pldr_jax.config import ConfigError, ModelConfig
 from pldr_jax.inference.decode import prompt_g_lm
 from pldr_jax.inference.engine import bucket
+from pldr_jax.inference.modes import SCORE_MODES, ScoreMode
 from pldr_jax.model.decoder import Params, forward
 from pldr_jax.model.reductions import most_probable
-
-ScoreMode = Literal["full", "causal", "frozen"]
-MODES = ("full", "causal", "frozen")
 
 Pair = tuple[Sequence[int], Sequence[int]]
 """Token ids of a context and of its continuation."""
@@ -109,8 +106,8 @@ def score(
       ConfigError: a pair that cannot be scored, or a mode that the model or `g_lm` rules out.
     """
     learned = config.g_source == "learned"
-    if mode not in MODES:
-        raise ConfigError(f"mode = {mode!r}: must be one of {', '.join(map(repr, MODES))}")
+    if mode not in SCORE_MODES:
+        raise ConfigError(f"mode = {mode!r}: must be one of {', '.join(map(repr, SCORE_MODES))}")
     if rows < 1:
         raise ConfigError(f"rows = {rows}: must be at least 1")
     if g_lm is not None and g_lm.shape[1] != 1:

@@ -7,7 +7,8 @@ from typing import Any
 
 from pldr_jax.config import ExperimentConfig
 from pldr_jax.config.load import dump_config
-from pldr_jax.data.text.tokenizer import Tokenizer
+from pldr_jax.files import TOKENIZER
+from pldr_jax.interop.weights import Checkpoint
 from pldr_jax.model.shapes import count_params
 from pldr_jax.runs.metrics import FILE_NAME, read_metrics
 
@@ -36,17 +37,15 @@ class Licences:
     data: str = UNKNOWN
 
 
-def model_card(
-    run_dir: Path, config: ExperimentConfig, step: int, licences: Licences, source: str | None
-) -> str:
+def model_card(run: Checkpoint, licences: Licences, source: str | None) -> str:
     """The card of a checkpoint.
 
     Args:
-      run_dir: has `metrics.jsonl` and `tokenizer.model`, if anything was measured and tokenised.
-      step: of the checkpoint; figures are those of this step or the last evaluation before it.
+      run: of a run folder; figures are those of its last evaluation up to the checkpoint's step.
       source: name of the checkpoint that was imported; None for one trained here.
     """
-    measured = _evaluation(run_dir, step)
+    config, step = run.config, run.step or 0
+    measured = _evaluation(run.folder, step)
     sections = [
         _front_matter(licences),
         f"# PLDR-LLM, {count_params(config.model):,} parameters",
@@ -57,7 +56,7 @@ def model_card(
     if source is None:
         sections += [
             "## Training\n\n" + _fields(config, "Training", "Optimizer", "Loss"),
-            "## Data\n\n" + _fields(config, "Data") + "\n\n" + _data(run_dir, config, step),
+            "## Data\n\n" + _fields(config, "Data") + "\n\n" + _data(run),
         ]
     sections += [
         "## Licences\n\n" + _table({"weights": licences.weights, "training text": licences.data}),
@@ -121,13 +120,12 @@ def _figures(measured: Mapping[str, Any]) -> str:
     return text + ("\n\nTasks:\n\n" + _table(tasks) if tasks else "")
 
 
-def _data(run_dir: Path, config: ExperimentConfig, step: int) -> str:
-    tokens = step * config.data.batch_size * config.model.context_length
+def _data(run: Checkpoint) -> str:
+    config, tokenizer = run.config, run.tokenizer
+    tokens = (run.step or 0) * config.data.batch_size * config.model.context_length
     rows = {"tokens in the batches read": f"{tokens:,}"}
-    path = run_dir / "tokenizer.model"
-    if path.is_file():
-        tokenizer = Tokenizer.load(path)
-        rows["tokenizer.model"] = f"{tokenizer.vocab_size:,} pieces, SHA-256 {tokenizer.digest}"
+    if tokenizer is not None:
+        rows[TOKENIZER] = f"{tokenizer.vocab_size:,} pieces, SHA-256 {tokenizer.digest}"
     return _table(rows)
 
 

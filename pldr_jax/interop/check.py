@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from pldr_jax.config import ConfigError, ModelConfig
-from pldr_jax.interop.names import Array
 from pldr_jax.interop.reference import reference_logits
 from pldr_jax.interop.transformers import G_VALUES
 from pldr_jax.model.decoder import ModelOutputs, Params, forward
@@ -55,7 +54,7 @@ def check_logits(
     config: ModelConfig,
     params: Params,
     g_lm: jax.Array | None,
-    tensors: Mapping[str, Array],
+    tensors: Mapping[str, np.ndarray],
     where: object,
 ) -> LogitCheck:
     """Our model in float32 against the reference in float64.

@@ -53,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def model_config(raw: Mapping[str, Any], where: str | Path) -> ModelConfig:
+def model_from_json(raw: Mapping[str, Any], where: str | Path) -> ModelConfig:
     """The model of a `config.json`. A G_LM that is not learned is in the checkpoint: "random" and
     "external" both become `g_source = 'external'` without a file.
 

@@ -10,16 +10,16 @@ import jax
 import numpy as np
 
 from pldr_jax.config import ConfigError, ExperimentConfig, ModelConfig
-from pldr_jax.config.load import config_from_dict, config_to_dict, dump_config
+from pldr_jax.config.load import config_to_dict, dump_config
 from pldr_jax.data.text.tokenizer import Tokenizer
-from pldr_jax.files import check_output, new_folder
+from pldr_jax.files import TOKENIZER, check_output, new_folder
 from pldr_jax.interop import card, native
 from pldr_jax.interop.check import LogitCheck, check_logits
 from pldr_jax.interop.config_json import (
     PieceIds,
     config_json,
     generation_config_json,
-    model_config,
+    model_from_json,
 )
 from pldr_jax.interop.record import Record, make_record, read_record, record_files
 from pldr_jax.interop.tensors import SINGLE, TensorFiles, read_pth, write_folder
@@ -27,20 +27,18 @@ from pldr_jax.interop.tokenizer_json import tokenizer_files
 from pldr_jax.interop.transformers import (
     CONFIG,
     G_VALUES,
-    Checkpoint,
+    TransformersCheckpoint,
     from_source,
     g_tensors,
-    open_folder,
+    open_transformers,
     to_source,
 )
+from pldr_jax.interop.weights import Checkpoint, open_checkpoint
 from pldr_jax.model.deductive import predefined_g_lm
 from pldr_jax.model.shapes import count_params
 from pldr_jax.runs.checkpoint import read_weights
 from pldr_jax.runs.folder import fill_run
 
-Log = Callable[[str], None]
-
-TOKENIZER = "tokenizer.model"
 _TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
 _DEFAULT_IDS = PieceIds(2, 3, 0)
 """Start, end and padding pieces where no tokenizer says."""
@@ -52,7 +50,7 @@ def import_checkpoint(
     tokenizer: str | Path | None = None,
     gin_files: Sequence[str | Path] = (),
     overrides: Sequence[str] = (),
-    log: Log = print,
+    log: Callable[[str], None] = print,
 ) -> LogitCheck:
     """Makes a run folder of a checkpoint of others; all of it or nothing.
 
@@ -71,7 +69,7 @@ def import_checkpoint(
     if path.is_dir():
         if gin_files or overrides:
             raise ConfigError(f"--gin: {path / CONFIG} says what the model is; leave it out")
-        opened = open_folder(path)
+        opened = open_transformers(path)
     elif path.suffix in (".pth", ".pt"):
         opened = _open_pth(path, gin_files, overrides)
     else:
@@ -92,10 +90,12 @@ def import_checkpoint(
     return check
 
 
-def _open_pth(path: Path, gin_files: Sequence[str | Path], overrides: Sequence[str]) -> Checkpoint:
+def _open_pth(
+    path: Path, gin_files: Sequence[str | Path], overrides: Sequence[str]
+) -> TransformersCheckpoint:
     tensors = read_pth(path)
     source = TensorFiles(tensors, {}, {})
-    config = native.model_config(tensors, gin_files, overrides, path)
+    config = native.model_from_tensors(tensors, gin_files, overrides, path)
     if config.g_source == "learned" or G_VALUES in tensors:
         return from_source(dataclasses.replace(config, g_file=None), source, str(path))
     g_lm = predefined_g_lm(config)
@@ -107,7 +107,7 @@ def _open_pth(path: Path, gin_files: Sequence[str | Path], overrides: Sequence[s
 
 
 def _imported_files(
-    path: Path, opened: Checkpoint, tokenizer: str | Path | None
+    path: Path, opened: TransformersCheckpoint, tokenizer: str | Path | None
 ) -> dict[str, bytes]:
     files = record_files(make_record(opened.source, path, leave_out=[TOKENIZER]))
     named = Path(tokenizer or path / TOKENIZER)
@@ -127,7 +127,7 @@ def export_run(
     output: str | Path,
     step: int | None = None,
     licences: card.Licences | None = None,
-    log: Log = print,
+    log: Callable[[str], None] = print,
 ) -> LogitCheck:
     """Writes a checkpoint of a run folder in the transformers layout; all of it or nothing.
 
@@ -143,9 +143,10 @@ def export_run(
     """
     run_dir = Path(run_dir)
     check_output(output, "OUT")
-    weights = read_weights(run_dir, step)
-    config = config_from_dict(weights.config_dict, str(run_dir))
-    tensors = to_source(config.model, weights.params, weights.g_lm)
+    run = open_checkpoint(run_dir, step)
+    if run.step is None:
+        raise ConfigError(f"{run_dir}: has the transformers layout already; give a run folder")
+    tensors = to_source(run.config.model, run.params, run.g_lm)
     record = read_record(run_dir)
     restored = record.restored(tensors) if record is not None else None
     if record is not None and restored is None:
@@ -154,32 +155,27 @@ def export_run(
     content = restored or TensorFiles(tensors, {}, {"format": "pt"})
     if not content.files:
         content = dataclasses.replace(content, files={SINGLE: sorted(content.tensors)})
-    files = _exported_files(run_dir, config, record)
+    files = _exported_files(run, record)
     files["README.md"] = card.model_card(
-        run_dir, config, weights.step, licences or card.Licences(), record.name if record else None
+        run, licences or card.Licences(), record.name if record else None
     ).encode()
     with new_folder(output, "OUT") as folder:
         write_folder(folder, content)
         for name, data in files.items():
             (folder / name).write_bytes(data)
-        opened = open_folder(folder)
-        _check_same_bits((weights.params, weights.g_lm), (opened.params, opened.g_lm), output)
-        check = check_logits(
-            config.model, weights.params, weights.g_lm, opened.source.tensors, run_dir
-        )
-    log(f"exported step {weights.step}, {len(content.tensors)} tensors: {output}")
+        opened = open_transformers(folder)
+        _check_same_bits((run.params, run.g_lm), (opened.params, opened.g_lm), output)
+        check = check_logits(run.config.model, run.params, run.g_lm, opened.source.tensors, run_dir)
+    log(f"exported step {run.step}, {len(content.tensors)} tensors: {output}")
     log(check.line())
     return check
 
 
-def _exported_files(
-    run_dir: Path, config: ExperimentConfig, record: Record | None
-) -> dict[str, bytes]:
+def _exported_files(run: Checkpoint, record: Record | None) -> dict[str, bytes]:
     """Every file but weights and model card; those of the source where there was one."""
-    ids = _DEFAULT_IDS
+    config, tokenizer, ids = run.config, run.tokenizer, _DEFAULT_IDS
     files: dict[str, bytes] = {}
-    if (run_dir / TOKENIZER).is_file():
-        tokenizer = Tokenizer.load(run_dir / TOKENIZER)
+    if tokenizer is not None:
         numbers = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
         ids = PieceIds(*(number if number >= 0 else None for number in numbers))
         files = tokenizer_files(tokenizer, config.model.context_length)
@@ -195,7 +191,7 @@ def _exported_files(
     if "tokenizer_config.json" in kept:  # its own files say what the tokenizer is
         files = {name: data for name, data in files.items() if name not in _TOKENIZER_FILES}
     if CONFIG in kept:
-        theirs = model_config(json.loads(kept[CONFIG]), CONFIG)
+        theirs = model_from_json(json.loads(kept[CONFIG]), CONFIG)
         if theirs != _as_exported(config.model):
             del kept[CONFIG]
     return {**files, **kept}
@@ -203,7 +199,7 @@ def _exported_files(
 
 def _as_exported(model: ModelConfig) -> ModelConfig:
     """The part of a model config that the transformers layout holds."""
-    return model_config(config_json(model, _DEFAULT_IDS), CONFIG)
+    return model_from_json(config_json(model, _DEFAULT_IDS), CONFIG)
 
 
 def _json(value: Any) -> bytes:

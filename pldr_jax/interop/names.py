@@ -17,8 +17,6 @@ from pldr_jax.config import ConfigError, ModelConfig
 from pldr_jax.model.decoder import Params
 from pldr_jax.model.shapes import param_shapes
 
-Array = np.ndarray
-
 
 class _Entry(NamedTuple):
     """Where a tensor of theirs goes: a path of ours, and an index into its stacked axes."""
@@ -29,7 +27,7 @@ class _Entry(NamedTuple):
 
 
 def from_tensors(
-    config: ModelConfig, tensors: dict[str, Array], where: str = "checkpoint"
+    config: ModelConfig, tensors: dict[str, np.ndarray], where: str = "checkpoint"
 ) -> Params:
     """Parameters from tensors by their names in the transformers layout.
 
@@ -64,7 +62,7 @@ def from_tensors(
     return params
 
 
-def to_tensors(config: ModelConfig, params: Params) -> dict[str, Array]:
+def to_tensors(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
     """Our parameters (or gradients, or anything of their structure) by their names in the
     transformers layout.
     """
@@ -82,7 +80,7 @@ def to_tensors(config: ModelConfig, params: Params) -> dict[str, Array]:
     return out
 
 
-def as_float32(tensor: Array, where: str) -> Array:
+def as_float32(tensor: np.ndarray, where: str) -> np.ndarray:
     """The same values in float32.
 
     Raises:

@@ -48,7 +48,7 @@ def sizes(tensors: Mapping[str, np.ndarray], where: object) -> dict[str, Any]:
     return found
 
 
-def model_config(
+def model_from_tensors(
     tensors: Mapping[str, np.ndarray],
     gin_files: Sequence[str | Path],
     overrides: Sequence[str],

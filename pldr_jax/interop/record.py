@@ -14,11 +14,10 @@ from safetensors.numpy import load, save
 
 from pldr_jax.config import ConfigError
 from pldr_jax.interop.config_json import read_json
-from pldr_jax.interop.names import Array
 from pldr_jax.interop.tensors import INDEX, TensorFiles
 from pldr_jax.interop.transformers import G_STATUS, G_VALUES
 
-FOLDER = "transformers"
+_FOLDER = "transformers"
 _LAYOUT, _G = "layout.json", "past_g_values.safetensors"
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".h5", ".msgpack", ".gguf", ".onnx")
 _LARGEST = 32 << 20
@@ -41,10 +40,10 @@ class Record:
     files: dict[str, list[str]]
     metadata: dict[str, str]
     dtypes: dict[str, str]
-    g_tensors: dict[str, Array]
+    g_tensors: dict[str, np.ndarray]
     others: dict[str, bytes]
 
-    def restored(self, tensors: Mapping[str, Array]) -> TensorFiles | None:
+    def restored(self, tensors: Mapping[str, np.ndarray]) -> TensorFiles | None:
         """Tensors of ours as they were in the source; None if they are not those."""
         restored = dict(tensors)
         for name, kept in self.g_tensors.items():
@@ -100,15 +99,15 @@ def record_files(record: Record) -> dict[str, bytes]:
         "dtypes": record.dtypes,
         "others": sorted(record.others),
     }
-    files = {f"{FOLDER}/{_LAYOUT}": (json.dumps(layout, indent=1) + "\n").encode()}
+    files = {f"{_FOLDER}/{_LAYOUT}": (json.dumps(layout, indent=1) + "\n").encode()}
     if record.g_tensors:
-        files[f"{FOLDER}/{_G}"] = save(record.g_tensors)
-    return files | {f"{FOLDER}/source/{name}": data for name, data in record.others.items()}
+        files[f"{_FOLDER}/{_G}"] = save(record.g_tensors)
+    return files | {f"{_FOLDER}/source/{name}": data for name, data in record.others.items()}
 
 
 def read_record(run_dir: Path) -> Record | None:
     """The record of an imported run folder; None where there is none."""
-    folder = run_dir / FOLDER
+    folder = run_dir / _FOLDER
     if not (folder / _LAYOUT).is_file():
         return None
     layout = read_json(folder / _LAYOUT)
@@ -128,7 +127,7 @@ def read_record(run_dir: Path) -> Record | None:
         ) from None
 
 
-def _plane(values: Array) -> bytes:
+def _plane(values: np.ndarray) -> bytes:
     """The part of a G_LM tensor that the model uses, as float32 bytes; of a status, nothing."""
     return values[:, 2].astype(np.float32).tobytes() if values.ndim > 1 else b""
 

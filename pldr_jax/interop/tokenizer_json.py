@@ -9,6 +9,7 @@ import json
 from typing import Any
 
 from pldr_jax.data.text.tokenizer import Tokenizer
+from pldr_jax.files import TOKENIZER
 
 _SPACE_MARK = "\u2581"
 
@@ -32,7 +33,7 @@ def tokenizer_files(tokenizer: Tokenizer, context_length: int) -> dict[str, byte
         **named,
     }
     files = {
-        "tokenizer.model": tokenizer.model_bytes,
+        TOKENIZER: tokenizer.model_bytes,
         "tokenizer_config.json": _json(config),
         "special_tokens_map.json": _json(named),
     }

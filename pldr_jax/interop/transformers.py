@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pldr_jax.config import ConfigError, ModelConfig
-from pldr_jax.interop.config_json import model_config, read_json
-from pldr_jax.interop.names import Array, as_float32, from_tensors, to_tensors
+from pldr_jax.interop.config_json import model_from_json, read_json
+from pldr_jax.interop.names import as_float32, from_tensors, to_tensors
 from pldr_jax.interop.tensors import TensorFiles, read_folder
 from pldr_jax.model.decoder import Params
 from pldr_jax.model.deductive import g_lm_shape
@@ -26,7 +26,7 @@ _G_LM = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoint:
+class TransformersCheckpoint:
     """A checkpoint of others, as ours.
 
     Attributes:
@@ -42,7 +42,7 @@ class Checkpoint:
     source: TensorFiles
 
 
-def open_folder(folder: str | Path) -> Checkpoint:
+def open_transformers(folder: str | Path) -> TransformersCheckpoint:
     """Reads a folder in the transformers layout.
 
     Raises:
@@ -50,32 +50,26 @@ def open_folder(folder: str | Path) -> Checkpoint:
         than the config says.
     """
     folder = Path(folder)
-    config = model_config(read_json(folder / CONFIG), folder / CONFIG)
+    config = model_from_json(read_json(folder / CONFIG), folder / CONFIG)
     source = read_folder(folder)
     return from_source(config, source, str(folder / next(iter(source.files))))
 
 
-def read_checkpoint(folder: str | Path) -> tuple[ModelConfig, Params, jax.Array | None]:
-    """Config, parameters and predefined G_LM of `open_folder`."""
-    opened = open_folder(folder)
-    return opened.config, opened.params, opened.g_lm
-
-
-def from_source(config: ModelConfig, source: TensorFiles, where: str) -> Checkpoint:
+def from_source(config: ModelConfig, source: TensorFiles, where: str) -> TransformersCheckpoint:
     """Gives every tensor its place.
 
     Raises:
-      ConfigError: as `open_folder`.
+      ConfigError: as `open_transformers`.
     """
     tensors = dict(source.tensors)
     g_lm = None
     if config.g_source != "learned":
         g_lm = _take_g_lm(config, tensors, where)
     params = from_tensors(config, tensors, where)
-    return Checkpoint(config, params, g_lm, source)
+    return TransformersCheckpoint(config, params, g_lm, source)
 
 
-def _take_g_lm(config: ModelConfig, tensors: dict[str, Array], where: str) -> jax.Array | None:
+def _take_g_lm(config: ModelConfig, tensors: dict[str, np.ndarray], where: str) -> jax.Array | None:
     layers, _, *matrix = g_lm_shape(config)
     for name, shape in {G_VALUES: (layers, _PLANES, 1, *matrix), G_STATUS: (layers,)}.items():
         if name not in tensors:
@@ -95,13 +89,13 @@ def _take_g_lm(config: ModelConfig, tensors: dict[str, Array], where: str) -> ja
     return None
 
 
-def to_source(config: ModelConfig, params: Params, g_lm: jax.Array | None) -> dict[str, Array]:
+def to_source(config: ModelConfig, params: Params, g_lm: jax.Array | None) -> dict[str, np.ndarray]:
     """Every tensor of the layout, float32, for a model of ours."""
     tensors = to_tensors(config, params)
     return tensors if config.g_source == "learned" else {**tensors, **g_tensors(config, g_lm)}
 
 
-def g_tensors(config: ModelConfig, g_lm: jax.Array | None) -> dict[str, Array]:
+def g_tensors(config: ModelConfig, g_lm: jax.Array | None) -> dict[str, np.ndarray]:
     """The two tensors that hold a predefined G_LM [L,1,N,H,J]; None is the identity."""
     layers, _, *matrix = g_lm_shape(config)
     values = np.zeros((layers, _PLANES, 1, *matrix), np.float32)

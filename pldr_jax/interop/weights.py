@@ -1,54 +1,85 @@
-"""Weights of any checkpoint that `pldr_jax.load` opens, with the config they were trained by, and
-the text that this config holds out.
-"""
+"""Opens any checkpoint: a run folder, or a folder in the transformers layout."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import jax
 
 from pldr_jax.config import ConfigError, ExperimentConfig
 from pldr_jax.config.load import config_from_dict
+from pldr_jax.data.mixture import TrainingText, open_text
+from pldr_jax.data.text.tokenizer import Tokenizer
+from pldr_jax.files import TOKENIZER
+from pldr_jax.interop.transformers import CONFIG, open_transformers
+from pldr_jax.model.decoder import Params
+from pldr_jax.runs.checkpoint import read_weights
 
-if TYPE_CHECKING:
-    from pldr_jax.data.mixture import TrainingText
-    from pldr_jax.runs.checkpoint import Weights
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of any layout, in memory.
+
+    Attributes:
+      folder: where it was read.
+      step: of a run; None in the transformers layout.
+      config: that it was trained by; the transformers layout says its model alone.
+      params: float32, stacked over layers.
+      g_lm: predefined G_LM [L,1,N,H,J]; None where it is learned or the identity.
+      tokenizer: None where the folder has none.
+    """
+
+    folder: Path
+    step: int | None
+    config: ExperimentConfig
+    params: Params
+    g_lm: jax.Array | None
+    tokenizer: Tokenizer | None
 
 
-def read_any(folder: Path, step: int | None = None) -> tuple[ExperimentConfig, "Weights"]:
-    """Config and weights; step 0 in the transformers layout, whose config has the model alone.
+def open_checkpoint(path: str | Path, step: int | None = None, flag: str = "") -> Checkpoint:
+    """Reads a checkpoint for any use: inference, fine-tuning, freezing, analysis, export.
+
+    Args:
+      path: a run folder, or a folder with `config.json` and safetensors.
+      step: checkpoint of a run folder; None is the newest complete one.
+      flag: that named the path, for errors, such as "--init_from".
 
     Raises:
       ConfigError, CheckpointError: one line, saying what the folder lacks.
     """
-    from pldr_jax.runs.checkpoint import Weights, read_weights
-
-    if (folder / "config.json").is_file():
-        from pldr_jax.interop.transformers import read_checkpoint
-
-        model, params, g_lm = read_checkpoint(folder)
-        return ExperimentConfig(model=model), Weights(0, {}, params, g_lm)
+    folder = Path(path)
+    if not folder.is_dir():
+        name = f"{flag}={path}" if flag else repr(str(path))
+        raise ConfigError(f"{name}: no such folder; give a run folder, or one with {CONFIG}")
+    path_of_tokenizer = folder / TOKENIZER
+    tokenizer = Tokenizer.load(path_of_tokenizer) if path_of_tokenizer.is_file() else None
+    if (folder / CONFIG).is_file():
+        opened = open_transformers(folder)
+        config = ExperimentConfig(model=opened.config)
+        return Checkpoint(folder, None, config, opened.params, opened.g_lm, tokenizer)
     weights = read_weights(folder, step)
-    return config_from_dict(weights.config_dict, str(folder)), weights
+    config = config_from_dict(weights.config_dict, str(folder))
+    return Checkpoint(folder, weights.step, config, weights.params, weights.g_lm, tokenizer)
 
 
 def held_out_text(
     folder: Path, config: ExperimentConfig, flag: str, log: Callable[[str], None]
-) -> "TrainingText":
+) -> TrainingText:
     """The text that a checkpoint was trained on, whose "validation" rows it has not seen.
 
     Args:
       folder: of the checkpoint.
+      config: whose `data` says which text.
       flag: the one that names another text.
 
     Raises:
       ConfigError: `folder` does not say what the text is, or it has another tokenizer now.
     """
-    from pldr_jax.data.mixture import open_text
-
-    if (folder / "config.json").is_file():
+    if (folder / CONFIG).is_file():
         raise ConfigError(f"{flag}: none was given, and {folder} does not say what is held out")
     text = open_text(config.data, config.model.vocab_size, log)
-    path = folder / "tokenizer.model"
+    path = folder / TOKENIZER
     if path.is_file() and path.read_bytes() != text.tokenizer.model_bytes:
         raise ConfigError(
             f"{folder}: has another tokenizer than Data.source gives now; give a {flag}"

@@ -24,13 +24,14 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from pldr_jax.config import ConfigError
-from pldr_jax.data.shards.prepared import MANIFEST, SPLITS, TOKENIZER, Manifest, read_manifest
+from pldr_jax.data.shards.prepared import MANIFEST, SPLITS, Manifest, read_manifest
 from pldr_jax.data.shards.progress import BuildProgress
 from pldr_jax.data.shards.records import DataError, Shard
 from pldr_jax.data.shards.units import Report, UnitSettings, save_result, write_unit
 from pldr_jax.data.text import inputs
 from pldr_jax.data.text.inputs import Unit
 from pldr_jax.data.text.tokenizer import Tokenizer
+from pldr_jax.files import TOKENIZER
 
 Log = Callable[[str], None]
 

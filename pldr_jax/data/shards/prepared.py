@@ -14,8 +14,9 @@ import numpy as np
 from pldr_jax.config import ConfigError
 from pldr_jax.data.shards.records import ENDING, Shard, read_file, read_lengths
 from pldr_jax.data.text.tokenizer import Tokenizer
+from pldr_jax.files import TOKENIZER
 
-MANIFEST, TOKENIZER = "manifest.json", "tokenizer.model"
+MANIFEST = "manifest.json"
 SPLITS = ("train", "validation", "test")
 FORMAT = 1
 
