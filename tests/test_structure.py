@@ -87,8 +87,8 @@ def attributes(file: str) -> set[str]:
 def test_the_files_are_found() -> None:
     assert {part(file) for file in FILES} == set(MAY_IMPORT)
     assert "pldr_jax.model.decoder" in imports("api.py")
-    assert "pldr_jax.interop.transformers" in imports("api.py")
-    assert "pldr_jax.interop.transformers" not in imports("api.py", everywhere=False)
+    assert "pldr_jax.interop.weights" in imports("api.py")
+    assert "pldr_jax.interop.weights" not in imports("api.py", everywhere=False)
 
 
 @pytest.mark.parametrize("file", FILES)
