@@ -102,7 +102,15 @@ def _half_full(slots: Slots) -> Slots:
 class Variant:
     """One way of decoding, and its model; `g_lm` is the one to decode with, if it is known."""
 
-    def __init__(self, name: str, config: ModelConfig, learned: Params, g_lm: Any = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: ModelConfig,
+        learned: Params,
+        g_lm: Any = None,
+        steps: int = STEPS,
+    ) -> None:
+        self.steps = steps
         self.name, self.keep = name, "A" if name == "KV" else "G_LM"
         source: Any = SOURCES.get(name, "external")
         self.config = dataclasses.replace(config, g_source=source)
@@ -112,7 +120,7 @@ class Variant:
             self.g_lm = random_g_lm(self.config, 0)
         self.unstacked = jax.jit(functools.partial(unstack_layers, self.config))(self.params)
         self._decode = jax.jit(
-            functools.partial(decode_slots, self.config, steps=STEPS), donate_argnames="slots"
+            functools.partial(decode_slots, self.config, steps=steps), donate_argnames="slots"
         )
         self._admit = jax.jit(
             functools.partial(admit, self.config, keep=self.keep), donate_argnames="slots"
@@ -139,7 +147,7 @@ class Variant:
         slots = jax.block_until_ready(self._rewind(self.slots))
         start = time.perf_counter()
         self.slots, emitted = jax.block_until_ready(self._decode(self.unstacked, slots=slots))
-        taken = (time.perf_counter() - start) / STEPS
+        taken = (time.perf_counter() - start) / self.steps
         assert np.all(emitted.valid_CB), "a row ended early: nothing was timed"
         return taken
 
