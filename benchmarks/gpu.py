@@ -45,7 +45,7 @@ from pldr_jax.flags import load_config
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "pldr_110m.gin"
 TINY = ("Model.vocab_size=64", "Model.num_layers=2", "Model.num_heads=2", "Model.head_dim=8",
         "Model.num_residual_layers=2")  # fmt: skip
-SECTIONS = ("rates", "training", "decode", "prefill", "numerics", "memory", "grid", "more")
+SECTIONS = ("rates", "training", "decode", "prefill", "numerics", "grid", "memory", "more")
 
 Case = tuple[str, Row, Callable[[], Row]]
 """Section, what the row begins with, and what measures the rest."""
@@ -60,10 +60,12 @@ class Sizes:
     inputs: int = 1024
     batch: int = 16
     batches: tuple[int, ...] = (32, 64, 8)
-    rows: tuple[tuple[int, int], ...] = ((1, 1024), (32, 1024), (128, 1024), (8, 1024), (256, 256))
-    more_rows: tuple[tuple[int, int], ...] = ((256, 1024), (1, 256), (32, 256), (128, 256))
+    rows: tuple[tuple[int, int], ...] = ((32, 1024), (1, 1024), (128, 1024))
+    more_rows: tuple[tuple[int, int], ...] = (
+        (8, 1024), (256, 256), (32, 256), (1, 256), (128, 256), (8, 256), (256, 1024)
+    )  # fmt: skip
     steps: int = 64
-    prompts: tuple[tuple[int, int], ...] = ((1, 512), (32, 512), (1, 1024), (8, 1024))
+    prompts: tuple[tuple[int, int], ...] = ((1, 512), (8, 1024), (32, 512))
     checked: int = 256
 
 
@@ -89,13 +91,21 @@ class Cases:
         for name in ("copy", "read"):
             yield "rates", {"of": name}, partial(bandwidth, report, name, sizes.copied)
 
+    def rows(self, section: str) -> list[Row]:
+        """The rows of a section so far."""
+        return self.report.sections.get(section, [])
+
     def step(self, section: str, name: str, batch: int = 0, inputs: int = 0, **model: Any) -> Case:
         """A training step with other fields of `Model`."""
         batch, inputs = batch or self.sizes.batch, inputs or self.sizes.inputs
         config = changed(self.config, batch, context_length=inputs, **model)
 
         def measure() -> Row:
-            return Step(config, inputs).measured(self.report.rates)
+            row = Step(config, inputs).measured(self.report.rates)
+            for other in (*self.rows("training"), *self.rows("grid")):
+                if other["step"] == "PLGA" and other["batch"] == batch and "queued_ms" in other:
+                    row["to_plga"] = row["queued_ms"] / other["queued_ms"]
+            return row
 
         return section, {"step": name, "batch": batch, "inputs": inputs}, measure
 
@@ -112,8 +122,8 @@ class Cases:
         yield "training", row, first
         yield "profile", {"step": "PLGA"}, self.profile
         yield self.step("training", "SDPA", g_source="identity")
+        yield self.step("training", "PLGA, inputs as train.py has", inputs=inputs - 1)
         yield self.step("training", "PLGA unrolled", unroll=True)
-        yield "parts", row, partial(parts, config, inputs)
 
     def profile(self) -> Row:
         """Traces the first step, and writes what it is compiled to."""
@@ -130,31 +140,38 @@ class Cases:
             hlo, kernels = step.compiled.as_text(), gpu_profile.traced_kernels(step)
             (folder / "kernels_no_graphs.txt").write_text(gpu_profile.kernel_tables(kernels, hlo))
             share, note = gpu_profile.attributed(kernels, hlo), "without command buffers"
-        return {"kernels": len(kernels), "attributed": share, "note": note}
+        spent = sum(kernel["us"] for kernel in kernels) / 1e3
+        return {"kernels": len(kernels), "device_ms": spent, "attributed": share, "note": note}
 
     def grid(self) -> Iterator[Case]:
         """The step in other ways."""
-        last = self.sizes.inputs - 1
-        yield self.step("grid", "PLGA, inputs as train.py has", inputs=last)
-        for batch in self.sizes.batches:
-            yield self.step("grid", "PLGA", batch)
-        yield self.step("grid", "PLGA, xla attention", attention_kernel="xla")
-        yield self.step("grid", "PLGA, R=0", num_residual_layers=0)
+        first, *others = self.sizes.batches
         model = self.config.model
         aligned = {
             "ffn_dim": -(-model.ffn_width // 128) * 128,
             "metric_dim": -(-model.metric_width // 64) * 64,
         }
+        yield self.step("grid", "PLGA", first)
         yield self.step("grid", f"PLGA, {aligned}", **aligned)
+        yield self.step("grid", "PLGA, xla attention", attention_kernel="xla")
+        yield self.step("grid", "PLGA, R=0", num_residual_layers=0)
         yield self.step("grid", "PLGA, plga_precision=default", plga_precision="default")
+        yield self.step("grid", "SDPA", first, g_source="identity")
+        for batch in others:
+            yield self.step("grid", "PLGA", batch)
+        yield self.parts("PLGA")
+        yield self.parts("SDPA", g_source="identity")
         yield self.step("grid", "PLGA, plga_precision=highest", plga_precision="highest")
-        for batch in self.sizes.batches:
-            yield self.step("grid", "SDPA", batch, g_source="identity")
         yield self.step("grid", "PLGA, R=1", num_residual_layers=1)
+        for batch in others:
+            yield self.step("grid", "SDPA", batch, g_source="identity")
         yield self.step("grid", "SDPA unrolled", g_source="identity", unroll=True)
 
     def more(self) -> Iterator[Case]:
-        """What is left of the grid."""
+        """What is left of the sections above."""
+        yield from self.decode(rest=True)
+        yield from self.prefill(rest=True)
+        yield from self.numerics(rest=True)
         for remat in ("dots", "full"):
             for batch in (self.sizes.batch, self.sizes.batches[0]):
                 yield self.step("more", f"PLGA, remat={remat}", batch, remat=remat)
@@ -164,9 +181,12 @@ class Cases:
         for batch in self.sizes.batches:
             yield self.step("more", "PLGA unrolled", batch, unroll=True)
             yield self.step("more", "PLGA, xla attention", batch, attention_kernel="xla")
-        for case in self.sizes.more_rows:
-            for dtype in ("bfloat16", "float32"):
-                yield self.decoding("KV+G", dtype, *case)
+
+    def parts(self, name: str, **model: Any) -> Case:
+        """What the forward and the backward pass take of a step."""
+        config = changed(self.config, self.sizes.batch, context_length=self.sizes.inputs, **model)
+        row = {"step": name, "batch": self.sizes.batch, "inputs": self.sizes.inputs}
+        return "parts", row, partial(parts, config, self.sizes.inputs)
 
     def decoding(self, variant: str, dtype: str, batch: int, context: int) -> Case:
         """Decode steps."""
@@ -175,41 +195,44 @@ class Cases:
         steps = self.sizes.steps
         return "decode", row, partial(decoding, self.report, model, variant, batch, context, steps)
 
-    def decode(self) -> Iterator[Case]:
-        """Decode steps with caches of bfloat16, then of float32, and those of other variants."""
-        for case in self.sizes.rows:
-            yield self.decoding("KV+G", "bfloat16", *case)
-        for variant in ("SDPA", "frozen", "KV"):
-            yield self.decoding(variant, "bfloat16", *self.sizes.rows[:2][-1])
-        for case in self.sizes.rows[:2]:
-            yield self.decoding("KV+G", "float32", *case)
-
-    def prefill(self) -> Iterator[Case]:
-        """Prompts."""
+    def decode(self, rest: bool = False) -> Iterator[Case]:
+        """Decode steps: the first few sizes, or the others, other variants and float32."""
+        if not rest:
+            for size in self.sizes.rows:
+                yield self.decoding("KV+G", "bfloat16", *size)
+            yield self.decoding("SDPA", "bfloat16", *self.sizes.rows[0])
+            return
+        for variant in ("frozen", "KV"):
+            yield self.decoding(variant, "bfloat16", *self.sizes.rows[0])
+        for size in self.sizes.rows:
+            yield self.decoding("KV+G", "float32", *size)
         for dtype in ("bfloat16", "float32"):
-            model = dataclasses.replace(self.config.model, dtype=dtype)
-            for batch, tokens in self.sizes.prompts:
-                row = {"dtype": dtype, "batch": batch, "tokens": tokens}
-                yield "prefill", row, partial(prefilling, self.report, model, batch, tokens)
+            for size in self.sizes.more_rows:
+                yield self.decoding("KV+G", dtype, *size)
 
-    def numerics(self) -> Iterator[Case]:
-        """Differences from a CPU, of a small model and of this one."""
-        small = dataclasses.replace(
-            self.config.model, vocab_size=512, num_layers=2, num_heads=2, head_dim=32
-        )
+    def prefill(self, rest: bool = False) -> Iterator[Case]:
+        """Prompts in bfloat16, or the others of float32."""
+        model = dataclasses.replace(self.config.model, dtype="float32" if rest else "bfloat16")
+        for batch, tokens in self.sizes.prompts:
+            row = {"dtype": model.dtype, "batch": batch, "tokens": tokens}
+            yield "prefill", row, partial(prefilling, self.report, model, batch, tokens)
+
+    def numerics(self, rest: bool = False) -> Iterator[Case]:
+        """Differences from a CPU, of this model or of a small one."""
         tokens = self.sizes.checked
-        for name, model in (("small", small), ("110M", self.config.model)):
-            model = dataclasses.replace(model, context_length=tokens)
-            for variant in gpu_numerics.VARIANTS:
-                row = {"model": name, "variant": variant}
-                yield "numerics", row, partial(gpu_numerics.compare, model, tokens, variant)
+        model = dataclasses.replace(self.config.model, context_length=tokens)
+        if rest:
+            sizes = {"vocab_size": 512, "num_layers": 2, "num_heads": 2, "head_dim": 32}
+            model = dataclasses.replace(model, **sizes)
+        for variant in gpu_numerics.VARIANTS:
+            row = {"model": "small" if rest else "110M", "variant": variant}
+            yield "numerics", row, partial(gpu_numerics.compare, model, tokens, variant)
 
     def memory(self) -> Iterator[Case]:
         """What was measured beside what `train.py --plan` predicts."""
         measured = [
             row
-            for section in ("training", "grid")
-            for row in self.report.sections.get(section, [])
+            for row in (*self.rows("training"), *self.rows("grid"))
             if row["step"] == "PLGA" and "temp_GiB" in row
         ]
         for row in measured:
@@ -219,7 +242,8 @@ class Cases:
     def predicted(self, batch: int) -> Row:
         """The prediction for one batch."""
         if str(batch) not in self.plan:
-            found = gpu_memory.planned([batch], self.settings, max(self.report.left(), 10))
+            settings = [*self.settings, f"Model.context_length={self.sizes.inputs}"]
+            found = gpu_memory.planned([batch], settings, max(self.report.left(), 10))
             self.plan.update(found)
         plan = self.plan[str(batch)]
         row = {f"plan_{x}_GiB": plan[f"{x}_bytes"] / GIB for x in ("state", "step", "saved")}

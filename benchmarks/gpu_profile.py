@@ -58,34 +58,54 @@ def op_names(hlo: str) -> dict[str, str]:
 
 
 def traced_kernels(call: Callable[[], Any], calls: int = 3) -> list[Kernel]:
-    """Name, instruction and microseconds of every kernel that the device ran in `calls` calls."""
+    """Name, instruction and microseconds of every kernel that the device ran in `calls` calls.
+
+    Raises:
+      RuntimeError: the trace shows none.
+    """
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
+        with jax.profiler.trace(folder, profiler_options=options):
             for _ in range(calls):
                 result = call()
             jax.block_until_ready(result)
         events = []
         for path in Path(folder).rglob("*.trace.json.gz"):
             events += json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
-    names = {
-        (e["pid"], e.get("tid")): e["args"]["name"]
+    lanes = {
+        (e["name"], e["pid"], e.get("tid")): e["args"]["name"]
         for e in events
         if e.get("ph") == "M" and e["name"] in ("process_name", "thread_name")
     }
-    return [
-        {"name": e["name"], "op": e.get("args", {}).get("hlo_op", ""), "us": e["dur"] / calls}
+    kernels = [
+        {
+            "name": e["name"],
+            "op": e.get("args", {}).get("hlo_op", ""),
+            "us": e["dur"] / calls,
+        }
         for e in events
-        if e.get("ph") == "X" and _runs_kernels(names, e)
+        if e.get("ph") == "X" and _runs_kernels(lanes, e)
     ]
+    if not kernels:
+        raise RuntimeError(f"no kernels in the lanes {sorted(set(lanes.values()))[:40]}")
+    return kernels
 
 
-def _runs_kernels(names: dict[Any, str], event: Any) -> bool:
-    """A stream of a GPU; on a CPU, whatever runs instructions of a program."""
-    process = names.get((event["pid"], None), "")
-    thread = names.get((event["pid"], event.get("tid")), "")
-    if "CPU" in process:
+def _runs_kernels(lanes: dict[Any, str], event: Any) -> bool:
+    """Whether an event is a kernel on a stream of a GPU, or on a CPU an instruction."""
+    if jax.default_backend() == "cpu":
         return "hlo_op" in event.get("args", {})
-    return "Stream" in thread or ("GPU" in process and "XLA" not in thread and "hlo" in str(event))
+    thread = lanes.get(("thread_name", event["pid"], event.get("tid")), "")
+    process = lanes.get(("process_name", event["pid"], None)) or next(
+        (
+            lane
+            for (kind, pid, _), lane in lanes.items()
+            if kind == "process_name" and pid == event["pid"]
+        ),
+        "",
+    )
+    return "CPU" not in process and thread.startswith("Stream")
 
 
 def kernel_tables(kernels: list[Kernel], hlo: str) -> str:

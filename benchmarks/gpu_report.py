@@ -61,7 +61,7 @@ class Report:
         self.rates: dict[str, float] = {}
         self.facts: Row = {}
         self._start, self._seconds = time.perf_counter(), 60 * minutes
-        self._longest: dict[str, float] = {}
+        self._taken: dict[str, list[float]] = {}
 
     def left(self) -> float:
         """Seconds of the budget that are left."""
@@ -72,11 +72,12 @@ class Report:
     ) -> None:
         """Adds to a section the row that `measure` gives, begun with `row`; an error is its text.
 
-        It is skipped where what the longest case of its section took, or at first `expected`
+        It is skipped where what the cases of its section took (median), or at first `expected`
         seconds, is not left.
         """
         begun = time.perf_counter()
-        if self._longest.get(section, expected) > self.left():
+        taken = self._taken.setdefault(section, [])
+        if (statistics.median(taken) if taken else expected) > self.left():
             self._add(section, {**row, "skipped": "no time"})
             return
         try:
@@ -84,12 +85,11 @@ class Report:
         except Exception as error:  # a case that fails is a row, not the end
             lines = str(error).strip().splitlines() or [""]
             result = {"error": f"{type(error).__name__}: {lines[0][:300]}"}
-            del error
         gc.collect()
-        taken = time.perf_counter() - begun
+        seconds = time.perf_counter() - begun
         if "error" not in result:
-            self._longest[section] = max(taken, self._longest.get(section, 0))
-        self._add(section, {**row, **result, "case_s": round(taken, 1)})
+            taken.append(seconds)
+        self._add(section, {**row, **result, "case_s": round(seconds, 1)})
 
     def _add(self, section: str, row: Row) -> None:
         row = {name: shortened(value) for name, value in row.items()}
@@ -101,10 +101,16 @@ class Report:
     def write(self) -> None:
         """Writes gpu.json and gpu.md."""
         whole = {"facts": self.facts, "rates": self.rates, "sections": self.sections}
-        (self.folder / "gpu.json").write_text(json.dumps(whole, indent=1) + "\n")
+        self._replace("gpu.json", json.dumps(whole, indent=1) + "\n")
         facts = "\n".join(f"{name}: {value}" for name, value in self.facts.items())
         tables = (f"## {name}\n\n{table(rows)}\n" for name, rows in self.sections.items())
-        (self.folder / "gpu.md").write_text("\n".join((facts, "", *tables)))
+        self._replace("gpu.md", "\n".join((facts, "", *tables)))
+
+    def _replace(self, name: str, text: str) -> None:
+        """Writes a file that is never half there, whenever this process is killed."""
+        new = self.folder / f".{name}"
+        new.write_text(text)
+        new.replace(self.folder / name)
 
 
 def table(rows: list[Row]) -> str:
