@@ -40,7 +40,7 @@ from benchmarks.gpu_cases import (
     product_rate,
 )
 from benchmarks.gpu_report import Report, Row
-from pldr_jax.flags import load_config
+from pldr_jax.config.load import load_config
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "pldr_110m.gin"
 TINY = ("Model.vocab_size=64", "Model.num_layers=2", "Model.num_heads=2", "Model.head_dim=8",

@@ -32,10 +32,10 @@ def predict_all(batches: list[int], settings: list[str]) -> dict[str, Any]:
     """The predictions, in this process."""
     import jax
 
-    from pldr_jax.flags import load_config
+    from pldr_jax.config.load import load_config
     from pldr_jax.partition import build_mesh
-    from pldr_jax.training.chips import CHIPS
-    from pldr_jax.training.plan import make_plan, predict
+    from pldr_jax.training.plan.chips import CHIPS
+    from pldr_jax.training.plan.compile import make_plan, predict
 
     found = {}
     for batch in batches:
