@@ -30,7 +30,8 @@ from pldr_jax.config import ConfigError, ModelConfig
 from pldr_jax.model.decoder import init_params
 from pldr_jax.model.deductive import read_tensor
 from pldr_jax.model.low_rank import factorize
-from pldr_jax.training.freeze.rank_budget import savings, singular_values
+from pldr_jax.model.spectra import singular_values
+from pldr_jax.training.freeze.rank_budget import savings
 
 COLUMNS = {
     "batch": "5d",
@@ -54,7 +55,7 @@ def synthetic(rank: int) -> np.ndarray:
 
 def print_ranks(g_lm: np.ndarray, budgets: list[float]) -> None:
     """The table of what the tensor allows."""
-    values_LNH = singular_values(g_lm)
+    values_LNH = singular_values(g_lm[:, 0] if g_lm.ndim == 5 else g_lm)
     print("\nnumbers cached as keys, times fewer          smallest rank of each head")
     print("   budget    ideal     kept   padded   cache")
     for budget in budgets:

@@ -9,15 +9,15 @@ import pytest
 from conftest import load_golden
 
 from pldr_jax.analysis.alteration import (
-    NAMES,
+    ALTERED_NAMES,
+    Alteration,
     alterations,
     calibrated_g_lm,
-    measure,
     recomputed_g_lm,
     rotate_heads,
     rotate_layers,
 )
-from pldr_jax.analysis.section import Section
+from pldr_jax.analysis.section import Settings
 from pldr_jax.api import LanguageModel
 from pldr_jax.config import ConfigError
 from pldr_jax.model.decoder import Params
@@ -51,9 +51,14 @@ def given() -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def section(model: LanguageModel, given: np.ndarray) -> tuple[Section, list[int]]:
+def section(model: LanguageModel, given: np.ndarray) -> tuple[Alteration, list[int]]:
     done: list[int] = []
-    made = measure(model, ROWS, {"given": given, "itself": model}, 5, 2, advance=done.append)
+    made = Alteration.measure(
+        model,
+        ROWS,
+        Settings(2, other_g={"given": given, "itself": model}, advance=done.append),
+        seed=5,
+    )
     return made, done
 
 
@@ -73,7 +78,7 @@ def expected(logits: Any, own_logits: Any) -> dict[str, float]:
 
 
 def test_every_alteration_is_what_it_says(
-    model: LanguageModel, params: Params, given: np.ndarray, section: tuple[Section, list[int]]
+    model: LanguageModel, params: Params, given: np.ndarray, section: tuple[Alteration, list[int]]
 ) -> None:
     """Heads and layers are permuted by hand, one tensor at a time."""
     own = [model(rows) for rows in PAIRS]
@@ -123,52 +128,52 @@ def test_nothing_changes_where_nothing_is_altered(model: LanguageModel, params: 
 
 
 def test_the_identity_is_a_model_without_plga(
-    model: LanguageModel, params: Params, section: tuple[Section, list[int]]
+    model: LanguageModel, params: Params, section: tuple[Alteration, list[int]]
 ) -> None:
     config = dataclasses.replace(model.config, g_source="identity")
     bare = LanguageModel(config, without_plga(params))
-    made = measure(bare, ROWS, seed=5, batch_size=2)
+    made = Alteration.measure(bare, ROWS, Settings(batch_size=2), seed=5)
     values = made.numbers["alterations"]
     assert list(values) == ["own"]
     assert values["own"] == pytest.approx(
         section[0].numbers["alterations"]["identity"] | {"kl": 0.0}, rel=1e-6
     )
-    assert made.words[0] == "There is no other G_LM to try." and not made.pictures
+    assert made.words()[0] == "There is no other G_LM to try." and not made.figures()
 
 
 def test_a_predefined_g_lm(model: LanguageModel, params: Params, given: np.ndarray) -> None:
     """Its heads and layers can be in the wrong place; it has no A_LM, and is its own mean."""
     config = dataclasses.replace(model.config, g_source="external")
     fixed = LanguageModel(config, without_plga(params), given[:, None])
-    made = measure(fixed, ROWS, {"mine": given}, batch_size=2)
+    made = Alteration.measure(fixed, ROWS, Settings(2, other_g={"mine": given}))
     values = made.numbers["alterations"]
     assert list(values) == ["own", "mine", "identity", "random", "G_LM_heads", "G_LM_layers"]
     assert values["mine"] == values["own"] and values["G_LM_heads"]["kl"] > 1e-3
     np.testing.assert_array_equal(calibrated_g_lm(fixed, ROWS)[:, 0], given)
 
 
-def test_the_section(model: LanguageModel, section: tuple[Section, list[int]]) -> None:
+def test_the_section(model: LanguageModel, section: tuple[Alteration, list[int]]) -> None:
     made, done = section
     assert done == [2, 2, 2, 2, 2]
     values = made.numbers["alterations"]
     worst = max((v["loss"], name) for name, v in values.items() if name != "own")[1]
-    assert f"; {worst} the most, by " in made.words[0]
-    assert len(made.tables[0].rows) == len(values) and len(made.tables[0].columns) == 5
-    changes = [row[2] for row in made.tables[0].rows]
+    assert f"; {worst} the most, by " in made.words()[0]
+    assert len(made.tables()[0].rows) == len(values) and len(made.tables()[0].columns) == 5
+    changes = [row[2] for row in made.tables()[0].rows]
     assert changes[0] == 0 and changes[1] == values["mean"]["loss"] - values["own"]["loss"]
-    assert made.pictures[0].png.startswith(b"\x89PNG")
+    assert made.figures()[0].png.startswith(b"\x89PNG")
 
 
 def test_what_cannot_be_measured(model: LanguageModel) -> None:
     with pytest.raises(ConfigError, match=r"^rows: 1 of held-out text; .* at least 2$"):
-        measure(model, ROWS[:1])
+        Alteration.measure(model, ROWS[:1])
     wrong = np.zeros((2, 2, 4, 4), np.float32)
     with pytest.raises(ConfigError, match=r"^mine: G_LM has shape .*this model needs \(2, 2, 8, 8"):
-        measure(model, ROWS, {"mine": wrong})
+        Alteration.measure(model, ROWS, Settings(other_g={"mine": wrong}))
     with pytest.raises(ConfigError, match=r"^others: 'mean' is one of own, mean, .*; rename it$"):
-        measure(model, ROWS, {"mean": wrong})
+        Alteration.measure(model, ROWS, Settings(other_g={"mean": wrong}))
 
 
 def test_names_are_keys(model: LanguageModel) -> None:
     names = [one.name for one in alterations(model, ROWS[:2], 0, {})]
-    assert len(set(names)) == len(names) and {"own", *names} == set(NAMES)
+    assert len(set(names)) == len(names) and {"own", *names} == set(ALTERED_NAMES)

@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 from helpers import contents, run_here, untrained_run
 
-from pldr_jax.analysis.figures import new_figure, png
-from pldr_jax.analysis.report import comparison
-from pldr_jax.analysis.report.html import shown
+from pldr_jax.analysis.report.comparison import Comparison
+from pldr_jax.analysis.report.files import RunReport, json_values, run_labels, write_report
+from pldr_jax.analysis.report.html import cell_text
 from pldr_jax.analysis.report.progress import ReportProgress
-from pldr_jax.analysis.report.write import RunReport, labels, strict, write_report
-from pldr_jax.analysis.section import Picture, Section, Table
-from pldr_jax.analysis.sections import MEASUREMENTS, chosen
+from pldr_jax.analysis.section import Picture, RenderedSection, Table
+from pldr_jax.analysis.sections import SECTIONS, chosen_sections
 from pldr_jax.analysis.texts import rows_of_file
 from pldr_jax.cli.analyze import analyze_main
 from pldr_jax.config import ConfigError, ModelConfig
 from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.files import new_folder
 from pldr_jax.model.deductive import read_g_lm
+from pldr_jax.plots import new_figure, png
 
 CONFIG = ModelConfig(num_layers=2, num_heads=2, head_dim=8)
 VOID = {"meta", "img", "br", "link"}
@@ -53,7 +53,7 @@ class Page(html.parser.HTMLParser):
 def make_run(label: str, order: float, seed: int = 0) -> RunReport:
     figure, axes = new_figure()
     axes[0, 0].plot([1, 2])
-    section = Section(
+    section = RenderedSection(
         "invariance",
         "Title of <it> & more",
         (f"{label} is <invariant>.",),
@@ -107,7 +107,7 @@ def test_the_json_is_strict(one) -> None:
     assert figures == ["figures/lines.png"]
     assert (one / figures[0]).read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(TypeError, match="set"):
-        strict({"x": {1}})
+        json_values({"x": {1}})
 
 
 def test_tensors_can_be_trained_with(one) -> None:
@@ -119,7 +119,7 @@ def test_tensors_can_be_trained_with(one) -> None:
 
 def test_several_runs_are_compared(tmp_path) -> None:
     runs = [make_run("a", 0.5), make_run("b", 1e-4, seed=1)]
-    across = comparison.compare(runs)
+    across = Comparison.of_runs(runs).rendered()
     write_report(tmp_path, runs, [across], tensors=True)
     assert sorted(p.name for p in tmp_path.glob("**/*") if p.is_file()) == [
         "a_lines.png", "b_lines.png", "comparison_numbers.png", "comparison_spectra.png",
@@ -138,14 +138,14 @@ def test_several_runs_are_compared(tmp_path) -> None:
 
 def test_a_comparison_takes_what_a_run_lacks() -> None:
     lacking = RunReport("c", {"text": "other"}, ())
-    found = comparison.compare([make_run("a", 0.5), lacking])
+    found = Comparison.of_runs([make_run("a", 0.5), lacking]).rendered()
     assert ("order_parameter", 0.5, None) in found.tables[0].rows
     assert "different texts" in found.words[-1]
 
 
 def test_labels_differ() -> None:
-    assert labels(["runs/a", "other/a", "b c/"]) == ["a", "a_2", "b_c"]
-    assert labels(["x/a", "y/a_2", "z/a"]) == ["a", "a_2", "a_3"]
+    assert run_labels(["runs/a", "other/a", "b c/"]) == ["a", "a_2", "b_c"]
+    assert run_labels(["x/a", "y/a_2", "z/a"]) == ["a", "a_2", "a_3"]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_labels_differ() -> None:
     ],
 )
 def test_cells(value, text) -> None:
-    assert shown(value) == text
+    assert cell_text(value) == text
 
 
 def test_progress_on_and_off_a_terminal(capsys) -> None:
@@ -178,11 +178,11 @@ def test_progress_on_and_off_a_terminal(capsys) -> None:
 
 
 def test_sections_are_chosen_in_the_order_of_the_report() -> None:
-    assert list(chosen(None)) == list(MEASUREMENTS)
-    assert list(chosen(" invariance,")) == ["invariance"]
+    assert chosen_sections(None) == list(SECTIONS.values())
+    assert chosen_sections(" invariance,") == [SECTIONS["invariance"]]
     for text, named in (("invariance,nope", "nope"), (",", "nothing")):
         with pytest.raises(ConfigError, match=f"'{named}' is no section; there are invariance"):
-            chosen(text)
+            chosen_sections(text)
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from conftest import load_golden
 
-from pldr_jax.analysis.causality.measure import measure, verdict
+from pldr_jax.analysis.causality.measure import Causality
 from pldr_jax.analysis.causality.position_loss import RowMeans, prefix_positions
-from pldr_jax.analysis.section import Section
+from pldr_jax.analysis.causality.view import causality_verdict
+from pldr_jax.analysis.section import Settings
 from pldr_jax.api import LanguageModel
 from pldr_jax.config import ConfigError
 from pldr_jax.model.decoder import Params
@@ -18,6 +19,7 @@ LENGTH = 11
 ROWS = np.random.default_rng(0).integers(1, 61, (7, LENGTH + 1)).astype(np.int32)
 CALIBRATION = np.random.default_rng(1).integers(1, 61, (3, LENGTH + 1)).astype(np.int32)
 POSITIONS = prefix_positions(LENGTH, 4)
+FOUR = Settings(batch_size=4)
 SETTINGS = {"prefix_rows": 3, "prefix_stride": 4}
 
 
@@ -36,8 +38,8 @@ def model() -> LanguageModel:
 
 
 @pytest.fixture(scope="module")
-def section(model: LanguageModel) -> Section:
-    return measure(model, ROWS, CALIBRATION, batch_size=4, **SETTINGS)
+def section(model: LanguageModel) -> Causality:
+    return Causality.measure(model, ROWS, FOUR, CALIBRATION, **SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def nats(model: LanguageModel, rows: np.ndarray, g_lm: np.ndarray | None = None)
     return np.log(np.exp(logits).sum(-1)) - chosen
 
 
-def test_losses_are_those_of_a_loop(section: Section, direct: dict[str, np.ndarray]) -> None:
+def test_losses_are_those_of_a_loop(section: Causality, direct: dict[str, np.ndarray]) -> None:
     for name, expected_RT in direct.items():
         by_position = section.tensors[f"loss_{name}"]
         np.testing.assert_allclose(by_position, expected_RT.mean(0), atol=1e-5, err_msg=name)
@@ -71,7 +73,7 @@ def test_losses_are_those_of_a_loop(section: Section, direct: dict[str, np.ndarr
         assert np.abs(section.tensors[f"gap_{name}"]).max() > 1e-2
 
 
-def test_gaps_are_of_the_same_tokens(section: Section, direct: dict[str, np.ndarray]) -> None:
+def test_gaps_are_of_the_same_tokens(section: Causality, direct: dict[str, np.ndarray]) -> None:
     full = direct["full"]
     gaps = {name: direct[name] - full for name in ("other", "calibrated")}
     gaps["prefix"] = direct["prefix"] - full[:3, POSITIONS]
@@ -93,14 +95,14 @@ def test_gaps_are_of_the_same_tokens(section: Section, direct: dict[str, np.ndar
 
 
 def test_the_last_position_has_no_future(model: LanguageModel) -> None:
-    last = measure(model, ROWS, CALIBRATION, 4, prefix_rows=1, prefix_stride=1).tensors
+    last = Causality.measure(model, ROWS, FOUR, CALIBRATION, prefix_rows=1, prefix_stride=1).tensors
     assert last["prefix_positions"][-1] == LENGTH - 1
     assert abs(last["logprob_difference"][0, -1]) < 1e-5 < abs(last["logprob_difference"]).max()
 
 
 @pytest.mark.parametrize("batch_size", [3])
-def test_batches_change_nothing(model: LanguageModel, section: Section, batch_size: int) -> None:
-    other = measure(model, ROWS, CALIBRATION, batch_size=batch_size, **SETTINGS)
+def test_batches_change_nothing(model: LanguageModel, section: Causality, batch_size: int) -> None:
+    other = Causality.measure(model, ROWS, Settings(batch_size), CALIBRATION, **SETTINGS)
     assert other.tensors.keys() == section.tensors.keys()
     for name, expected in section.tensors.items():
         np.testing.assert_allclose(other.tensors[name], expected, atol=2e-5, err_msg=name)
@@ -109,8 +111,8 @@ def test_batches_change_nothing(model: LanguageModel, section: Section, batch_si
 def test_rows_set_aside_are_not_scored(model: LanguageModel) -> None:
     done: list[int] = []
     rows = np.concatenate([CALIBRATION[:1], ROWS[:4]])
-    section = measure(model, rows, batch_size=4, **SETTINGS, advance=done.append)
-    given = measure(model, ROWS[:4], CALIBRATION[:1], batch_size=4, **SETTINGS)
+    section = Causality.measure(model, rows, Settings(4, advance=done.append), **SETTINGS)
+    given = Causality.measure(model, ROWS[:4], FOUR, CALIBRATION[:1], **SETTINGS)
     assert section.numbers == given.numbers
     assert section.numbers["rows"] == 4 and sum(done) == 5
 
@@ -120,7 +122,8 @@ def test_no_gap_where_g_lm_does_not_depend_on_the_input(model: LanguageModel) ->
     params = leaking_params()
     plga = params["layers"]["attention"]["plga"]
     plga["W"], plga["b_W"] = np.zeros_like(plga["W"]), np.ones_like(plga["W"])
-    numbers = measure(LanguageModel(model.config, params), ROWS, batch_size=4, **SETTINGS).numbers
+    lm = LanguageModel(model.config, params)
+    numbers = Causality.measure(lm, ROWS, FOUR, **SETTINGS).numbers
     assert numbers["verdict"] == "causal"
     assert all(abs(gap["mean"]) < 1e-5 for gap in numbers["gap"].values())
     assert numbers["logprob_difference"]["max"] < 1e-5
@@ -134,7 +137,7 @@ def test_predefined_g_lm_has_no_gap_by_construction(model: LanguageModel, g_sour
         g_lm = np.random.default_rng(2).normal(size=(2, 1, 2, 8, 8)).astype(np.float32)
     predefined = LanguageModel(config, without_plga(leaking_params()), g_lm)
     done: list[int] = []
-    section = measure(predefined, ROWS, batch_size=4, advance=done.append)
+    section = Causality.measure(predefined, ROWS, Settings(4, advance=done.append))
     assert section.numbers["verdict"] == "causal by construction"
     assert {gap["mean"] for gap in section.numbers["gap"].values()} == {0.0}
     expected = nats(predefined, ROWS).mean()
@@ -142,18 +145,18 @@ def test_predefined_g_lm_has_no_gap_by_construction(model: LanguageModel, g_sour
     assert sum(done) == len(ROWS)
 
 
-def test_the_verdict_goes_by_the_size_of_the_gap(section: Section) -> None:
+def test_the_verdict_goes_by_the_size_of_the_gap(section: Causality) -> None:
     given = [1e-6, -1e-3, 5e-3, -5e-3, 0.5, -0.5, np.nan]
     said = ["causal"] * 2 + ["nearly causal"] * 2 + ["not causal"] * 2 + ["not finite"]
-    assert [verdict(gap) for gap in given] == said
-    assert section.words[0].lower().startswith(section.numbers["verdict"])
-    assert f"{section.numbers['loss']['prefix']:.4f}" in section.words[0]
+    assert [causality_verdict(gap) for gap in given] == said
+    assert section.words()[0].lower().startswith(section.numbers["verdict"])
+    assert f"{section.numbers['loss']['prefix']:.4f}" in section.words()[0]
 
 
-def test_the_pictures_are_there(section: Section) -> None:
-    names = [picture.name for picture in section.pictures]
+def test_the_pictures_are_there(section: Causality) -> None:
+    names = [picture.name for picture in section.figures()]
     assert names == ["causality_loss", "causality_gap", "causality_difference"]
-    assert all(picture.png.startswith(b"\x89PNG") for picture in section.pictures)
+    assert all(picture.png.startswith(b"\x89PNG") for picture in section.figures())
 
 
 def test_means_do_not_depend_on_how_rows_arrive() -> None:
@@ -183,5 +186,6 @@ def test_means_do_not_depend_on_how_rows_arrive() -> None:
 )
 def test_what_cannot_be_measured_is_one_line(model, rows, settings, named: str) -> None:
     with pytest.raises(ConfigError, match=named) as caught:
-        measure(model, rows, **settings)
+        batch_size = settings.pop("batch_size", 8)
+        Causality.measure(model, rows, Settings(batch_size), **settings)
     assert "\n" not in str(caught.value)

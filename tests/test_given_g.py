@@ -19,7 +19,8 @@ from helpers import (
     untrained_run,
 )
 
-from pldr_jax.analysis.alteration import measure
+from pldr_jax.analysis.alteration import Alteration
+from pldr_jax.analysis.section import Settings
 from pldr_jax.analysis.texts import rows_of_file
 from pldr_jax.api import load
 from pldr_jax.cli.analyze import analyze_main
@@ -117,7 +118,8 @@ def test_other_g_is_what_it_says(run_dir, tmp_path, capsys) -> None:
         lm, earlier = load(run_dir), load(copy)
         rows_RC = rows_of_file(prompts, lm.tokenizer, ROWS, lm.config.context_length)
         others = {"mine.npz": G_LM, "copy": earlier}
-        expected = measure(lm, rows_RC, others).numbers["alterations"]
+        section = Alteration.measure(lm, rows_RC, Settings(other_g=others))
+        expected = section.numbers["alterations"]
     assert list(numbers) == list(expected)
     for name, values in expected.items():
         assert numbers[name] == pytest.approx(values, rel=1e-4, abs=1e-6), name

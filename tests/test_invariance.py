@@ -12,19 +12,21 @@ from conftest import load_golden
 from helpers import WORDS, contents, run_here, untrained_run
 
 import pldr_jax
-from pldr_jax.analysis import emergence
 from pldr_jax.analysis.batches import batches, mean_g_lm
-from pldr_jax.analysis.invariance import measure as invariance
+from pldr_jax.analysis.emergence import Emergence
 from pldr_jax.analysis.invariance.determinants import (
     DeterminantAgreement,
     Determinants,
     log10_difference,
 )
-from pldr_jax.analysis.invariance.view import INVARIANT, NEARLY_INVARIANT, verdict
+from pldr_jax.analysis.invariance.measure import Invariance, relative_rmse
+from pldr_jax.analysis.invariance.view import INVARIANT, NEARLY_INVARIANT, invariance_verdict
+from pldr_jax.analysis.section import Settings
 from pldr_jax.analysis.texts import rows_of_file
 from pldr_jax.api import LanguageModel
 from pldr_jax.cli.analyze import analyze_main
 from pldr_jax.config import ConfigError, ModelConfig
+from pldr_jax.interop.names import to_tensors
 from pldr_jax.interop.reference import reference_logits, reference_outputs
 from pldr_jax.model.decoder import init_params
 from pldr_jax.model.deductive import read_g_lm
@@ -55,7 +57,9 @@ def rows_RC(run_dir, model) -> np.ndarray:
 def section(model, rows_RC):
     """Of three rows, two at a time; and how many rows it reported."""
     done = []
-    found = invariance.measure(model, rows_RC, 2, None, float64=True, advance=done.append)
+    found = Invariance.measure(
+        model, rows_RC, Settings(batch_size=2, float64=True, advance=done.append)
+    )
     return found, done
 
 
@@ -104,7 +108,7 @@ def expected(outputs: dict[str, np.ndarray], compared: str) -> dict[str, float]:
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 def test_numbers_are_those_of_numpy(model, texts, section, precision) -> None:
     numbers = section[0].numbers[precision]
-    tensors = invariance.to_tensors(model.config, model.params)
+    tensors = to_tensors(model.config, model.params)
 
     def outputs(tokens_BT: np.ndarray, name: str) -> np.ndarray:
         if precision == "float32":
@@ -143,10 +147,10 @@ def test_the_section_says_what_it_did(section) -> None:
         for entry in (found.numbers["float32"][name]["G_LM"] for name in COMPARED)
     )
     assert found.numbers["relative_rmse"] == pytest.approx(worst)
-    assert "not invariant" in found.words[0]
+    assert "not invariant" in found.words()[0]
     assert found.numbers["prompt_tokens"] == 8 and found.numbers["rows"] == 3
-    assert {picture.png[:4] for picture in found.pictures} == {b"\x89PNG"}
-    for table in found.tables:
+    assert {picture.png[:4] for picture in found.figures()} == {b"\x89PNG"}
+    for table in found.tables():
         assert {len(row) for row in table.rows} == {len(table.columns)}
 
 
@@ -191,12 +195,20 @@ def test_the_program_gives_the_same_on_a_mesh_in_other_batches(
 
 
 def test_verdicts() -> None:
-    assert verdict(0.0) == verdict(INVARIANT) == "invariant"
-    assert verdict(INVARIANT * 1.01) == verdict(NEARLY_INVARIANT) == "nearly invariant"
-    assert verdict(NEARLY_INVARIANT * 1.01) == verdict(math.inf) == verdict(math.nan)
-    assert verdict(math.nan) == "not invariant"
+    assert invariance_verdict(0.0) == invariance_verdict(INVARIANT) == "invariant"
+    assert (
+        invariance_verdict(INVARIANT * 1.01)
+        == invariance_verdict(NEARLY_INVARIANT)
+        == "nearly invariant"
+    )
+    assert (
+        invariance_verdict(NEARLY_INVARIANT * 1.01)
+        == invariance_verdict(math.inf)
+        == invariance_verdict(math.nan)
+    )
+    assert invariance_verdict(math.nan) == "not invariant"
     near_zero = Spread(mean=1e-9, std=1.0, rmse=1e-6)
-    assert near_zero.order_parameter > 1 and verdict(invariance.relative_rmse(near_zero)) == (
+    assert near_zero.order_parameter > 1 and invariance_verdict(relative_rmse(near_zero)) == (
         "invariant"
     )
 
@@ -210,7 +222,7 @@ def test_a_given_g_lm_is_invariant_by_construction() -> None:
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), params)
     lm = LanguageModel(config, nn.unbox(zeros))
     rows = np.ones((3, 8), np.int32)
-    found = invariance.measure(lm, rows)
+    found = Invariance.measure(lm, rows)
     assert found.numbers["verdict"] == "invariant" and found.numbers["by_construction"]
     assert np.allclose(found.numbers["determinants"]["log10_abs"], 0)
     np.testing.assert_array_equal(mean_g_lm(lm, rows, 2), np.tile(np.eye(8), (2, 2, 1, 1)))
@@ -218,9 +230,9 @@ def test_a_given_g_lm_is_invariant_by_construction() -> None:
 
 def test_too_few_rows_and_tokens_are_refused(model, rows_RC) -> None:
     with pytest.raises(ConfigError, match="two rows"):
-        invariance.measure(model, rows_RC[:1])
+        Invariance.measure(model, rows_RC[:1])
     with pytest.raises(ConfigError, match="no prompt before 16"):
-        invariance.measure(model, rows_RC, new_tokens=16)
+        Invariance.measure(model, rows_RC, new_tokens=16)
 
 
 def test_determinants_that_no_float_can_hold() -> None:
@@ -263,7 +275,7 @@ def test_determinants_and_statistics_are_streamed() -> None:
 
 def test_the_reference_gives_the_deductive_outputs_of_the_goldens() -> None:
     tiny = load_golden("tiny")
-    tensors = invariance.to_tensors(tiny.config, tiny.params)
+    tensors = to_tensors(tiny.config, tiny.params)
     tokens = tiny.rows[0, :16]
     logits, outputs = reference_outputs(tiny.config, tensors, tokens, None)
     np.testing.assert_array_equal(logits, reference_logits(tiny.config, tensors, tokens, None))
@@ -282,7 +294,9 @@ def test_the_last_batch_is_filled(rows_RC) -> None:
 def test_emergence_is_measured_checkpoint_by_checkpoint(model, rows_RC) -> None:
     evaluations = [{"step": 5, "train/loss": 1.0}, {"step": 6, "eval/causal_gap": 0.5}]
     done = []
-    section = emergence.measure([(3, model), (9, model)], rows_RC, evaluations, 2, done.append)
+    section = Emergence.measure(
+        [(3, model), (9, model)], rows_RC, evaluations, Settings(batch_size=2, advance=done.append)
+    )
     first, second = section.numbers["checkpoints"]
     assert (first["step"], second["step"], sum(done)) == (3, 9, 6)
     g = one_pass(model, rows_RC)["G_LM"]
@@ -291,4 +305,4 @@ def test_emergence_is_measured_checkpoint_by_checkpoint(model, rows_RC) -> None:
     values = np.linalg.svd(g.mean(0), compute_uv=False)
     np.testing.assert_array_equal(first["rank"], (values > 1e-3 * values[..., :1]).sum(-1))
     assert section.numbers["evaluations"]["causal_gap"] == [(6, 0.5)]
-    assert section.tables[0].rows[1][0] == 9
+    assert section.tables()[0].rows[1][0] == 9

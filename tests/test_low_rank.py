@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pldr_jax.analysis.low_rank import measure
+from pldr_jax.analysis.low_rank import LowRank
+from pldr_jax.analysis.section import Settings
 from pldr_jax.api import LanguageModel
 from pldr_jax.config import ConfigError, GenerationConfig, MeshConfig, ModelConfig
 from pldr_jax.inference.decode import decode_step, prefill
@@ -325,7 +326,8 @@ def section_of(
     lm = LanguageModel(config, params_of(config), g_lm)
     rows_RC = np.random.default_rng(5).integers(1, CONFIG.vocab_size, (5, 16)).astype(np.int32)
     seen: list[int] = []
-    return lm, rows_RC, measure(lm, rows_RC, budgets, 2, seen.append), seen
+    section = LowRank.measure(lm, rows_RC, Settings(2, advance=seen.append), budgets)
+    return lm, rows_RC, section, seen
 
 
 def test_measured_by_hand() -> None:
@@ -363,12 +365,15 @@ def test_measured_by_hand() -> None:
 def test_the_report_of_it() -> None:
     _, _, section, _ = section_of()
     json.dumps(section.numbers)
-    assert [picture.name for picture in section.pictures] == ["low_rank_spectra", "low_rank_trade"]
-    assert all(picture.png.startswith(b"\x89PNG") for picture in section.pictures)
-    for table in section.tables:
+    assert [picture.name for picture in section.figures()] == ["low_rank_spectra", "low_rank_trade"]
+    assert all(picture.png.startswith(b"\x89PNG") for picture in section.figures())
+    for table in section.tables():
         assert all(len(row) == len(table.columns) for row in table.rows)
-    assert section.tables[0].rows[1][:2] == ("0.1", np.mean(section.numbers["budgets"][1]["rank"]))
-    assert "relative error of 0.1" in section.words[0]
+    assert section.tables()[0].rows[1][:2] == (
+        "0.1",
+        np.mean(section.numbers["budgets"][1]["rank"]),
+    )
+    assert "relative error of 0.1" in section.words()[0]
 
 
 def test_other_models_have_a_g_lm_too() -> None:
@@ -380,5 +385,5 @@ def test_other_models_have_a_g_lm_too() -> None:
     np.testing.assert_allclose(found, expected, atol=1e-4 * expected.max())
     assert section.numbers["g_lm"] == "the mean over the rows"
     _, _, section, _ = section_of("identity", (0.1,))
-    assert "full rank" in section.words[0]
+    assert "full rank" in section.words()[0]
     assert section.numbers["budgets"][0]["keys"]["ideal"] == 1

@@ -8,22 +8,18 @@ import numpy as np
 import pytest
 from conftest import load_golden
 
-from pldr_jax.analysis.section import Section
+from pldr_jax.analysis.section import Settings
 from pldr_jax.analysis.structure import measure as structure
-from pldr_jax.analysis.structure.attention_maps import describe_weights, weights_of
+from pldr_jax.analysis.structure.attention_maps import describe_attention, prompt_attention
 from pldr_jax.analysis.structure.distributions import LINEAR_BINS, EntryHistograms
-from pldr_jax.analysis.structure.figures import pictures_of, shown
-from pldr_jax.analysis.structure.measure import measure
-from pldr_jax.analysis.structure.spectra import (
-    describe,
-    effective_rank,
-    numerical_rank,
-    singular_values,
-)
-from pldr_jax.analysis.structure.tables import tables_of
-from pldr_jax.analysis.structure.words import kind, words_of
+from pldr_jax.analysis.structure.figures import evenly_spaced, structure_figures
+from pldr_jax.analysis.structure.matrices import describe_matrices, effective_rank
+from pldr_jax.analysis.structure.measure import Structure
+from pldr_jax.analysis.structure.tables import structure_tables
+from pldr_jax.analysis.structure.words import matrix_kind, structure_words
 from pldr_jax.api import LanguageModel
 from pldr_jax.config import ConfigError
+from pldr_jax.model.spectra import numerical_rank, singular_values
 from pldr_jax.training.freeze.calibrate import without_plga
 
 RNG = np.random.default_rng(0)
@@ -38,14 +34,8 @@ def model() -> LanguageModel:
 
 
 @pytest.fixture(scope="module")
-def section(model: LanguageModel) -> Section:
-    return measure(model, ROWS, batch_size=4, spectrum_rows=DECOMPOSED, prompt_tokens=9)
-
-
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes most of the time of a measurement this small."""
-    monkeypatch.setattr(structure, "pictures_of", lambda *_: ())
+def section(model: LanguageModel) -> Structure:
+    return Structure.measure(model, ROWS, Settings(4), DECOMPOSED, 9)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +45,7 @@ def tensors(model: LanguageModel) -> dict[str, np.ndarray]:
     return {name: np.asarray(x, np.float64) for name, x in outputs.items()}
 
 
-def test_the_mean_tensor_is_that_of_the_rows(section: Section, tensors) -> None:
+def test_the_mean_tensor_is_that_of_the_rows(section: Structure, tensors) -> None:
     for name, x in tensors.items():
         mean = x.mean(1)
         np.testing.assert_allclose(section.tensors[f"mean_{name}"], mean, rtol=1e-4, atol=1e-6)
@@ -78,7 +68,7 @@ def test_the_mean_tensor_is_that_of_the_rows(section: Section, tensors) -> None:
                     assert of["condition"][layer][head] == pytest.approx(s[0] / s[-1], rel=1e-2)
 
 
-def test_rows_are_decomposed_one_by_one(section: Section, tensors) -> None:
+def test_rows_are_decomposed_one_by_one(section: Structure, tensors) -> None:
     assert section.numbers["decomposed_rows"] == DECOMPOSED
     for name, x in tensors.items():
         of = section.numbers["outputs"][name]["of_rows"]
@@ -90,7 +80,7 @@ def test_rows_are_decomposed_one_by_one(section: Section, tensors) -> None:
     assert np.any(np.array(norms["max"]) - norms["min"] > 1e-3)  # rows differ
 
 
-def test_dag_losses_are_those_of_the_definition(section: Section, tensors) -> None:
+def test_dag_losses_are_those_of_the_definition(section: Structure, tensors) -> None:
     assert "dag_loss" not in section.numbers["outputs"]["A"]["of_rows"]
     for name in ("A_LM", "A_P", "G_LM"):
         of = section.numbers["outputs"][name]["of_rows"]["dag_loss"]
@@ -100,7 +90,7 @@ def test_dag_losses_are_those_of_the_definition(section: Section, tensors) -> No
         np.testing.assert_allclose(of["max"], expected.max(1), rtol=1e-3, atol=1e-5)
 
 
-def test_distributions_hold_every_entry(section: Section, tensors) -> None:
+def test_distributions_hold_every_entry(section: Structure, tensors) -> None:
     edges = section.tensors["log10_magnitude_edges"]
     for name, x in tensors.items():
         of = section.numbers["outputs"][name]["entries"]
@@ -117,9 +107,9 @@ def test_distributions_hold_every_entry(section: Section, tensors) -> None:
             assert below == pytest.approx((np.abs(entries) < 1).sum(), abs=2)
 
 
-def test_batches_change_nothing(model: LanguageModel, section: Section, undrawn) -> None:
+def test_batches_change_nothing(model: LanguageModel, section: Structure) -> None:
     done: list[int] = []
-    other = measure(model, ROWS, 5, DECOMPOSED, 9, advance=done.append)
+    other = Structure.measure(model, ROWS, Settings(5, advance=done.append), DECOMPOSED, 9)
     assert sum(done) == len(ROWS)
     for name, expected in section.tensors.items():
         if "counts" in name:  # an entry at an edge may fall to either side
@@ -131,7 +121,9 @@ def test_batches_change_nothing(model: LanguageModel, section: Section, undrawn)
 
 def test_statistics_keep_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a statistic holds is as large after many rows as after one."""
-    monkeypatch.setattr(structure, "describe", lambda x: {"norm": np.linalg.norm(x, axis=(-2, -1))})
+    monkeypatch.setattr(
+        structure, "describe_matrices", lambda x: {"norm": np.linalg.norm(x, axis=(-2, -1))}
+    )
     statistics = structure.OutputStatistics()
     sizes = []
     for _ in range(20):
@@ -155,7 +147,7 @@ def test_describe_of_known_matrices() -> None:
     identity, zero = np.eye(8), np.zeros((8, 8))
     outer = np.outer(np.arange(1, 9), np.ones(8))
     turned = np.triu(np.ones((8, 8)), 1) - np.tril(np.ones((8, 8)), -1)
-    of = describe(np.stack([identity, outer, turned, zero]))
+    of = describe_matrices(np.stack([identity, outer, turned, zero]))
     assert of["rank_1e-06"].tolist() == [8, 1, 8, 0]
     np.testing.assert_allclose(of["effective_rank"][:2], [8, 1])
     assert of["condition"][0] == pytest.approx(1) and of["condition"][1] > 1e12
@@ -184,7 +176,7 @@ def test_histograms_are_those_of_numpy() -> None:
     edges = entries.linear_edges[0]
     assert len(edges) == LINEAR_BINS + 1
     counts = np.histogram(finite, LINEAR_BINS, (edges[0], edges[-1]))[0]
-    assert np.abs(entries.linear_counts[0] - counts).sum() <= 2  # the two not finite are 0
+    np.testing.assert_array_equal(entries.linear_counts[0], counts)
     seen = finite[(finite != 0) & (np.abs(finite) > 1e-12) & (np.abs(finite) < 1e12)]
     expected = np.histogram(np.log10(np.abs(seen)), entries.log_edges)[0]
     expected[0] += 1  # 1e-20
@@ -192,7 +184,13 @@ def test_histograms_are_those_of_numpy() -> None:
     np.testing.assert_array_equal(entries.log_counts[0], expected)
     assert entries.zero_count == 1 and entries.not_finite == 2
     densities = entries.densities()[1][0] * np.diff(entries.log_edges)
-    assert densities.sum() == pytest.approx(1 - 3 / x.size)
+    assert densities.sum() == pytest.approx(1 - 1 / len(finite))
+    results = entries.results()
+    assert results["mean"] == pytest.approx(finite.mean())
+    assert results["std"] == pytest.approx(finite.std())
+    assert (results["min"], results["max"]) == (finite.min(), finite.max())
+    assert results["not_finite"] == 2 / x.size and results["zero"] == 1 / len(finite)
+    assert results["negative"] == (finite < 0).mean()
 
 
 def test_attention_maps_make_the_attention_output(model: LanguageModel) -> None:
@@ -200,7 +198,7 @@ def test_attention_maps_make_the_attention_output(model: LanguageModel) -> None:
     states.
     """
     prompt = ROWS[0, :9]
-    weights = weights_of(model, prompt)
+    weights = prompt_attention(model, prompt)
     assert weights.shape == (2, 2, 9, 9)
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
     assert not np.triu(weights, 1).any()
@@ -245,7 +243,7 @@ def test_what_heads_look_at() -> None:
     uniform = np.tril(np.ones((size, size))) / np.arange(1, size + 1)[:, None]
     itself, before = np.eye(size), np.eye(size, k=-1)
     before[0, 0] = 1
-    of = describe_weights(np.stack([uniform, itself, before])[None])
+    of = describe_attention(np.stack([uniform, itself, before])[None])
     np.testing.assert_allclose(of["entropy"], [[1, 0, 0]], atol=1e-12)
     np.testing.assert_allclose(of["distance"][0], [np.mean([0.5, 1, 1.5, 2]), 0, 1])
     np.testing.assert_allclose(of["on_itself"][0], [np.mean([1 / 2, 1 / 3, 1 / 4, 1 / 5]), 1, 0])
@@ -254,61 +252,65 @@ def test_what_heads_look_at() -> None:
 
 
 @pytest.mark.parametrize("g_source", ["identity", "external"])
-def test_predefined_g_lm_is_measured_as_it_is(model: LanguageModel, g_source: str, undrawn) -> None:
+def test_predefined_g_lm_is_measured_as_it_is(model: LanguageModel, g_source: str) -> None:
     config = dataclasses.replace(model.config, g_source=g_source)
     g_lm = RNG.normal(size=(2, 1, 2, 8, 8)).astype(np.float32)
     if g_source == "identity":
         g_lm = None
     predefined = LanguageModel(config, without_plga(model.params), g_lm)
-    section = measure(predefined, ROWS, prompt_tokens=5)
+    section = Structure.measure(predefined, ROWS, prompt_tokens=5)
     assert set(section.numbers["outputs"]) == {"G_LM"}
     of = section.numbers["outputs"]["G_LM"]["mean_tensor"]
     if g_source == "identity":
         assert np.array(of["rank_1e-06"]).tolist() == [[8, 8], [8, 8]]
         np.testing.assert_allclose(of["condition"], 1)
         np.testing.assert_allclose(of["asymmetry"], 0)
-        assert section.words[0].startswith("G_LM is of full rank, symmetric, sparse.")
+        assert section.words()[0].startswith("G_LM is of full rank, symmetric, sparse.")
         assert section.numbers["verdict"] == "of full rank, symmetric, sparse"
         dag = section.numbers["outputs"]["G_LM"]["of_rows"]["dag_loss"]["mean"]
         np.testing.assert_allclose(dag, 1, rtol=1e-5)  # log(tr(exp(I)) / H)
     else:
         np.testing.assert_allclose(of["norm"], np.linalg.norm(g_lm[:, 0], axis=(-2, -1)), rtol=1e-6)
-        assert "not symmetric" in section.words[0]
-    assert "predefined" in section.words[1]
+        assert "not symmetric" in section.words()[0]
+    assert "predefined" in section.words()[1]
 
 
-def test_tables_have_a_row_for_each_head_or_each_layer(section: Section) -> None:
-    tables = tables_of(section.numbers)
+def test_tables_have_a_row_for_each_head_or_each_layer(section: Structure) -> None:
+    tables = structure_tables(section.numbers)
     assert [len(table.rows) for table in tables] == [4, 4, 4, 4, 12, 4]
     assert all(len(row) == len(table.columns) for table in tables for row in table.rows)
     many = np.arange(120.0).reshape(2, 60)
     attention = {name: many.tolist() for name in section.numbers["attention"]}
-    wide = tables_of({**section.numbers, "attention": attention})[-1]
+    wide = structure_tables({**section.numbers, "attention": attention})[-1]
     assert wide.rows[1][:2] == (1, "60 / 89.5 / 119")
 
 
-def test_a_model_that_is_not_finite_is_said_to_be(section: Section) -> None:
+def test_a_model_that_is_not_finite_is_said_to_be(section: Structure) -> None:
     numbers = copy.deepcopy(section.numbers)
     numbers["outputs"]["G_LM"]["mean_tensor"]["norm"][1][0] = math.nan
-    assert kind("G_LM", numbers) == ("not finite",)
-    assert words_of(numbers)[0] == "G_LM is not finite in 1 of 4 heads."
-    assert "not finite" not in words_of(section.numbers)[0]
+    assert matrix_kind("G_LM", numbers) == ("not finite",)
+    assert structure_words(numbers)[0] == "G_LM is not finite in 1 of 4 heads."
+    assert "not finite" not in structure_words(section.numbers)[0]
 
 
 def test_grids_are_capped_and_say_so() -> None:
-    assert shown(3, 8) == [0, 1, 2]
-    assert len(shown(40, 8)) == 8 and shown(40, 8)[0] == 0 and shown(40, 8)[-1] == 39
+    assert evenly_spaced(3, 8) == [0, 1, 2]
+    assert (
+        len(evenly_spaced(40, 8)) == 8
+        and evenly_spaced(40, 8)[0] == 0
+        and evenly_spaced(40, 8)[-1] == 39
+    )
 
 
-def test_the_pictures_are_there(section: Section) -> None:
-    names = [picture.name for picture in section.pictures]
+def test_the_pictures_are_there(section: Structure) -> None:
+    names = [picture.name for picture in section.figures()]
     assert len(set(names)) == len(names) == 10
-    assert all(picture.png.startswith(b"\x89PNG") for picture in section.pictures)
+    assert all(picture.png.startswith(b"\x89PNG") for picture in section.figures())
     # Of a predefined G_LM there is less to draw.
     few = {name: x for name, x in section.tensors.items() if name.endswith("G_LM")}
     entries = EntryHistograms()
     entries.add(few["mean_G_LM"])
-    pictures = pictures_of(few, {"G_LM": entries}, {}, np.full((2, 2, 4, 4), 0.25))
+    pictures = structure_figures(few, {"G_LM": entries}, {}, np.full((2, 2, 4, 4), 0.25))
     assert [picture.name for picture in pictures] == [
         "structure_spectra",
         "structure_distributions",
@@ -324,5 +326,6 @@ def test_the_pictures_are_there(section: Section) -> None:
 )  # fmt: skip
 def test_what_cannot_be_measured_is_one_line(model, settings, named: str) -> None:
     with pytest.raises(ConfigError, match=f"{named} = ") as caught:
-        measure(model, ROWS, **settings)
+        batch_size = settings.pop("batch_size", 8)
+        Structure.measure(model, ROWS, Settings(batch_size), **settings)
     assert "\n" not in str(caught.value)

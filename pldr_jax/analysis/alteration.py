@@ -7,20 +7,27 @@ KL divergence of the predictions from those with the model's own G_LM.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pldr_jax.analysis.batches import mean_g_lm
-from pldr_jax.analysis.figures import COLORS, new_figure, png
-from pldr_jax.analysis.section import Cell, Picture, Section, Table
+from pldr_jax.analysis.batches import (
+    check_finite,
+    mean_g_lm,
+    predefined_or_identity,
+    split_calibration,
+)
+from pldr_jax.analysis.figures import picture
+from pldr_jax.analysis.section import DEFAULTS, Cell, ModelSection, Picture, Settings, Table
 from pldr_jax.api import LanguageModel
 from pldr_jax.config import ConfigError
 from pldr_jax.model.decoder import Params
 from pldr_jax.model.deductive import DeductiveOutputs, identity_g_lm, random_g_lm
 from pldr_jax.model.plga import curvature
+from pldr_jax.plots import COLORS, GREY, new_figure
 from pldr_jax.training.freeze.certificate import kl_divergence
 from pldr_jax.training.losses import TokenLoss, token_loss
 
@@ -28,21 +35,129 @@ Alter = Callable[[DeductiveOutputs], jax.Array]
 """G_LM [L,B,N,H,J], or [L,1,N,H,J] for all rows, from the model's own deductive outputs."""
 
 OWN = "own"
-NAMES = (OWN, "mean", "identity", "random", "G_LM_heads", "G_LM_layers", "A_LM_heads")
+ALTERED_NAMES = (OWN, "mean", "identity", "random", "G_LM_heads", "G_LM_layers", "A_LM_heads")
 """What no G_LM from elsewhere may be called."""
-CALIBRATION_ROWS = 16
 NOTICEABLE = 0.01
-"""Nats a token from which on an alteration counts as felt."""
+"""Nats a token; a larger change of the loss is called felt."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Alteration(ModelSection):
+    """Held-out loss, accuracy and KL divergence (nats a token) with other G_LM at inference.
+
+    Attributes:
+      descriptions: of the G_LMs, by name.
+    """
+
+    key = "alteration"
+    title = "Other G_LM at inference"
+    descriptions: dict[str, str]
+
+    @classmethod
+    def measure(
+        cls,
+        model: LanguageModel,
+        rows_RC: np.ndarray,
+        settings: Settings = DEFAULTS,
+        seed: int = 0,
+    ) -> Self:
+        """Scores rows with every other G_LM.
+
+        Args:
+          model: with a learned or predefined G_LM.
+          rows_RC: the first of them (`split_calibration`) give the mean G_LM; the others are
+            scored.
+          settings: `other_g` names more G_LM to try: tensors [L,N,H,J], or models of the same
+            shape, whose G_LM is averaged over the rows that give the mean.
+          seed: of the random G_LM.
+
+        Raises:
+          ConfigError: fewer than two rows, a G_LM of another shape, a name of `ALTERED_NAMES`, or
+            logits of the model itself that are not finite.
+        """
+        if len(rows_RC) < 2:
+            raise ConfigError(
+                f"rows: {len(rows_RC)} of held-out text; altering G_LM needs at least 2"
+            )
+        if taken := set(ALTERED_NAMES) & set(settings.other_g):
+            raise ConfigError(
+                f"others: {min(taken)!r} is one of {', '.join(ALTERED_NAMES)}; rename it"
+            )
+        calibration_RC, scored_RC = split_calibration(rows_RC)
+        others = {
+            name: _outside_g_lm(model, name, source, calibration_RC)
+            for name, source in settings.other_g.items()
+        }
+        tried = alterations(model, calibration_RC, seed, others)
+        settings.advance(len(calibration_RC))
+        sums = {name: np.zeros(4) for name in (OWN, *(altered.name for altered in tried))}
+        for start in range(0, len(scored_RC), settings.batch_size):
+            rows = scored_RC[start : start + settings.batch_size]
+            tokens_BT, targets_BT = rows[:, :-1], rows[:, 1:]
+            outputs = model(tokens_BT)
+            check_finite("logits of held-out rows", outputs.logits)
+            deductive = outputs.deductive
+            if deductive.G_LM is None:
+                deductive = DeductiveOutputs(G_LM=predefined_or_identity(model))
+            sums[OWN] += _sums(outputs.logits, outputs.logits, targets_BT)
+            for altered in tried:
+                logits = model(tokens_BT, g_lm=altered.alter(deductive)).logits
+                sums[altered.name] += _sums(outputs.logits, logits, targets_BT)
+            settings.advance(len(tokens_BT))
+        values = {
+            name: {
+                "loss": float(loss / count),
+                "accuracy": float(correct / count),
+                "kl": float(kl / count),
+            }
+            for name, (loss, correct, count, kl) in sums.items()
+        }
+        descriptions = {OWN: "the model's own, of each row"}
+        return cls(
+            numbers={
+                "rows": len(scored_RC),
+                "calibration_rows": len(calibration_RC),
+                "alterations": values,
+            },
+            descriptions=descriptions | {altered.name: altered.words for altered in tried},
+        )
+
+    def words(self) -> tuple[str, ...]:
+        scored, averaged = self.numbers["rows"], self.numbers["calibration_rows"]
+        return (
+            _verdict(self.numbers["alterations"]),
+            f"Scored on {scored} held-out rows; {averaged} others gave means.",
+        )
+
+    def tables(self) -> tuple[Table, ...]:
+        values = self.numbers["alterations"]
+        own = values[OWN]["loss"]
+        rows: list[tuple[Cell, ...]] = [
+            (
+                self.descriptions[name],
+                value["loss"],
+                value["loss"] - own,
+                value["accuracy"],
+                value["kl"],
+            )
+            for name, value in values.items()
+        ]
+        columns = ("G_LM", "loss", "change", "accuracy", "KL from own")
+        return (Table("Held-out text with another G_LM, nats a token", columns, tuple(rows)),)
+
+    def figures(self) -> tuple[Picture, ...]:
+        values = self.numbers["alterations"]
+        return (_figure(values),) if len(values) > 1 else ()
 
 
 @dataclasses.dataclass(frozen=True)
-class Alteration:
+class AlteredG:
     """Another G_LM.
 
     Attributes:
       name: a key.
       words: what it is.
-      alter: how to make it.
+      alter: how to compute it.
     """
 
     name: str
@@ -78,103 +193,57 @@ def calibrated_g_lm(model: LanguageModel, rows_RC: np.ndarray, batch_size: int =
 
 def alterations(
     model: LanguageModel, calibration_RC: np.ndarray, seed: int, others: Mapping[str, jax.Array]
-) -> list[Alteration]:
+) -> list[AlteredG]:
     """What this model's G_LM is replaced by, in the order of the report.
 
     Args:
       calibration_RC: rows for the mean of a learned G_LM.
       seed: of the random G_LM.
-      others: G_LM [L,1,N,H,J] of elsewhere, by name.
+      others: G_LM [L,1,N,H,J] from elsewhere, by name.
     """
-    config, params = model.config, model.params
+    config = model.config
     learned = config.g_source == "learned"
-    made = []
+    tried = []
     if learned:
         mean = calibrated_g_lm(model, calibration_RC)
         words = f"one for all texts: the mean over {len(calibration_RC)} other rows"
-        made.append(Alteration("mean", words, _constant(mean)))
+        tried.append(AlteredG("mean", words, _constant(mean)))
     for name, g_lm in others.items():
-        made.append(Alteration(name, f"given: {name}", _constant(g_lm)))
+        tried.append(AlteredG(name, f"given: {name}", _constant(g_lm)))
     if config.g_source != "identity":
         identity, random = identity_g_lm(config), random_g_lm(config, seed)
         sdpa = "the identity: scaled dot-product attention"
-        made.append(Alteration("identity", sdpa, _constant(identity)))
+        tried.append(AlteredG("identity", sdpa, _constant(identity)))
         words = f"standard normal entries, seed {seed}"
-        made.append(Alteration("random", words, _constant(random)))
+        tried.append(AlteredG("random", words, _constant(random)))
         if config.num_heads > 1:
             words = "own, of the head before it in the layer"
-            made.append(Alteration("G_LM_heads", words, lambda own: rotate_heads(_g_lm(own))))
+            tried.append(AlteredG("G_LM_heads", words, lambda own: rotate_heads(_g_lm(own))))
         if config.num_layers > 1:
             words = "own, of the layer before it"
-            made.append(Alteration("G_LM_layers", words, lambda own: rotate_layers(_g_lm(own))))
+            tried.append(AlteredG("G_LM_layers", words, lambda own: rotate_layers(_g_lm(own))))
     if learned and config.num_heads > 1:
 
         def mismatched(own: DeductiveOutputs) -> jax.Array:
             assert own.A_LM is not None
-            return recomputed_g_lm(params, rotate_heads(own.A_LM))
+            return recomputed_g_lm(model.params, rotate_heads(own.A_LM))
 
         words = "recomputed from A_LM of the head before it, with the head's own P, a and b_a"
-        made.append(Alteration("A_LM_heads", words, mismatched))
-    return made
+        tried.append(AlteredG("A_LM_heads", words, mismatched))
+    return tried
 
 
-def measure(
-    model: LanguageModel,
-    rows_RC: np.ndarray,
-    others: Mapping[str, np.ndarray | jax.Array | LanguageModel] | None = None,
-    seed: int = 0,
-    batch_size: int = 16,
-    advance: Callable[[int], None] = lambda n: None,
-) -> Section:
-    """Held-out loss, accuracy and KL divergence (nats a token) with other G_LM at inference.
-
-    Args:
-      model: with a learned or predefined G_LM.
-      rows_RC: held-out rows. A quarter of them, at most 16, give the mean G_LM; the others are
-        scored.
-      others: more G_LM to try, by name: a tensor [L,N,H,J], or a model of the same shape, whose own
-        G_LM is averaged over the rows that give the mean.
-      seed: of the random G_LM.
-      batch_size: rows in one call.
-      advance: called with the rows that are done.
-
-    Raises:
-      ConfigError: fewer than two rows, a G_LM of another shape, or a name of `NAMES`.
-    """
-    if len(rows_RC) < 2:
-        raise ConfigError(f"rows: {len(rows_RC)} of held-out text; altering G_LM needs at least 2")
-    if taken := set(NAMES) & set(others or ()):
-        raise ConfigError(f"others: {min(taken)!r} is one of {', '.join(NAMES)}; rename it")
-    calibrating = max(1, min(CALIBRATION_ROWS, len(rows_RC) // 4))
-    calibration_RC, scored_RC = rows_RC[:calibrating], rows_RC[calibrating:]
-    given = {name: _given(model, name, one, calibration_RC) for name, one in (others or {}).items()}
-    tried = alterations(model, calibration_RC, seed, given)
-    advance(calibrating)
-    sums = {name: np.zeros(4) for name in (OWN, *(one.name for one in tried))}
-    for tokens_BT, targets_BT in _batches(scored_RC, batch_size):
-        outputs = model(tokens_BT)
-        own = outputs.deductive
-        if own.G_LM is None:
-            own = DeductiveOutputs(G_LM=_predefined(model))
-        sums[OWN] += _sums(outputs.logits, outputs.logits, targets_BT)
-        for one in tried:
-            logits = model(tokens_BT, g_lm=one.alter(own)).logits
-            sums[one.name] += _sums(outputs.logits, logits, targets_BT)
-        advance(len(tokens_BT))
-    return _section(sums, tried, calibrating, len(scored_RC))
-
-
-def _given(
+def _outside_g_lm(
     model: LanguageModel,
     name: str,
-    one: np.ndarray | jax.Array | LanguageModel,
+    source: np.ndarray | jax.Array | LanguageModel,
     calibration_RC: np.ndarray,
 ) -> jax.Array:
     """A G_LM from elsewhere as [L,1,N,H,J]."""
-    if isinstance(one, LanguageModel):
-        g_lm: jax.Array = calibrated_g_lm(one, calibration_RC)
+    if isinstance(source, LanguageModel):
+        g_lm: jax.Array = calibrated_g_lm(source, calibration_RC)
     else:
-        g_lm = jnp.asarray(one)
+        g_lm = jnp.asarray(source)
     need = identity_g_lm(model.config).shape
     if g_lm.shape == need[:1] + need[2:]:
         g_lm = g_lm[:, None]
@@ -189,20 +258,9 @@ def _constant(g_lm: jax.Array) -> Alter:
     return lambda own: g_lm
 
 
-def _predefined(model: LanguageModel) -> jax.Array:
-    return identity_g_lm(model.config) if model.g_lm is None else model.g_lm
-
-
 def _g_lm(own: DeductiveOutputs) -> jax.Array:
     assert own.G_LM is not None
     return own.G_LM
-
-
-def _batches(rows_RC: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Inputs and targets [B,T] of `size` rows after the other."""
-    for start in range(0, len(rows_RC), size):
-        rows = rows_RC[start : start + size]
-        yield rows[:, :-1], rows[:, 1:]
 
 
 @jax.jit
@@ -219,48 +277,16 @@ def _sums(own_BTV: jax.Array, other_BTV: jax.Array, targets_BT: np.ndarray) -> n
     return np.asarray([loss.loss_sum, loss.correct, loss.count, kl], np.float64)
 
 
-def _section(
-    sums: Mapping[str, np.ndarray], tried: list[Alteration], calibrating: int, scored: int
-) -> Section:
-    values = {
-        name: {
-            "loss": float(loss / count),
-            "accuracy": float(correct / count),
-            "kl": float(kl / count),
-        }
-        for name, (loss, correct, count, kl) in sums.items()
-    }
-    own = values[OWN]["loss"]
-    words = {OWN: "the model's own, of each row", **{one.name: one.words for one in tried}}
-    rows: list[tuple[Cell, ...]] = [
-        (words[name], value["loss"], value["loss"] - own, value["accuracy"], value["kl"])
-        for name, value in values.items()
-    ]
-    columns = ("G_LM", "loss", "change", "accuracy", "KL from own")
-    table = Table("Held-out text with another G_LM, nats a token", columns, tuple(rows))
-    return Section(
-        name="alteration",
-        title="Other G_LM at inference",
-        words=(
-            _verdict(values),
-            f"Scored on {scored} held-out rows; {calibrating} others gave means.",
-        ),
-        tables=(table,),
-        pictures=(_picture(values),) if tried else (),
-        numbers={"rows": scored, "calibration_rows": calibrating, "alterations": values},
-    )
-
-
 def _verdict(values: Mapping[str, Mapping[str, float]]) -> str:
     own = values[OWN]["loss"]
     changes = {name: value["loss"] - own for name, value in values.items() if name != OWN}
     if not changes:
         return "There is no other G_LM to try."
-    felt = [name for name, change in changes.items() if abs(change) > NOTICEABLE]
+    felt = [name for name, change in changes.items() if not abs(change) <= NOTICEABLE]
     text = f"With its own G_LM the loss is {own:.4f} nats a token. "
     if not felt:
         return text + f"No other one changes it by more than {NOTICEABLE} nats."
-    worst = max(changes, key=lambda name: changes[name])
+    worst = max(changes, key=lambda name: np.nan_to_num(changes[name], nan=np.inf))
     text += f"{len(felt)} of {len(changes)} others change it by more than {NOTICEABLE} nats"
     text += f"; {worst} the most, by {changes[worst]:+.3f}."
     if "mean" in changes:
@@ -269,7 +295,7 @@ def _verdict(values: Mapping[str, Mapping[str, float]]) -> str:
     return text
 
 
-def _picture(values: Mapping[str, Mapping[str, float]]) -> Picture:
+def _figure(values: Mapping[str, Mapping[str, float]]) -> Picture:
     names = [name for name in values if name != OWN]
     figure, axes = new_figure(1, 2, width=9.0, height=1.4 + 0.36 * len(names), sharey=True)
     own = values[OWN]["loss"]
@@ -279,9 +305,10 @@ def _picture(values: Mapping[str, Mapping[str, float]]) -> Picture:
     )
     places = np.arange(len(names))[::-1]
     for axis, color, (title, numbers) in zip(axes[0], COLORS, panels, strict=False):
+        # What is not finite has no bar; the text at its place says so.
         shown = np.nan_to_num(np.asarray(numbers), nan=0.0, posinf=0.0, neginf=0.0)
         axis.barh(places, shown, color=color, height=0.65)
-        axis.axvline(0, color="#777777", linewidth=1)
+        axis.axvline(0, color=GREY, linewidth=1)
         axis.set_xscale("symlog", linthresh=1e-3)
         axis.set_yticks(places, names)
         axis.set_title(title, fontsize=10)
@@ -294,4 +321,4 @@ def _picture(values: Mapping[str, Mapping[str, float]]) -> Picture:
         "What another G_LM at inference does to held-out text. Heads and layers: the model's own "
         "tensors, one place further on."
     )
-    return Picture("alteration", caption, png(figure))
+    return picture("alteration", caption, figure)

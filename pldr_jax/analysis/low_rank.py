@@ -1,64 +1,97 @@
-"""How nearly singular G_LM is, and what decoding with fewer ranks of it would save and cost."""
+"""How nearly singular G_LM is, and what decoding with fewer ranks of it saves and costs."""
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
 
 import jax.numpy as jnp
 import numpy as np
 
 from pldr_jax.analysis.batches import batches, mean_g_lm
-from pldr_jax.analysis.figures import COLORS, new_figure, png
-from pldr_jax.analysis.section import Picture, Section, Table
+from pldr_jax.analysis.figures import panel_grid, picture, shares_of_largest
+from pldr_jax.analysis.section import DEFAULTS, ModelSection, Picture, Settings, Table
 from pldr_jax.api import LanguageModel
+from pldr_jax.config import ConfigError
 from pldr_jax.model.deductive import identity_g_lm
+from pldr_jax.model.spectra import singular_values
 from pldr_jax.partition import mesh_scope
-from pldr_jax.training.freeze.rank_budget import BUDGETS, measure_budgets, singular_values
+from pldr_jax.plots import COLORS, new_figure
+from pldr_jax.training.freeze.rank_budget import BUDGETS, measure_budgets
 from pldr_jax.training.losses import PAD_ID
 
-CLOSE = 1e-2
-"""Nats a token: budgets whose KL divergence is below are called harmless."""
-FLOOR = 1e-8
-"""Singular values are drawn down to this share of the largest."""
+HARMLESS = 1e-2
+"""Nats a token: budgets with a smaller KL divergence are called harmless."""
 
 
-def measure(
-    model: LanguageModel,
-    rows_RC: np.ndarray,
-    budgets: Sequence[float] = BUDGETS,
-    batch_size: int = 8,
-    advance: Callable[[int], None] = lambda rows: None,
-) -> Section:
-    """Singular values, ranks and key caches by error budget, and logits on the rows.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LowRank(ModelSection):
+    """Singular values, ranks and key caches by error budget, and the logits with them."""
 
-    A learned G_LM stands for itself as its mean over the rows, in place of each row's own; the
-    logits compared are those with that tensor, whole and of low rank.
+    key = "low_rank"
+    title = "G_LM of low rank"
 
-    Args:
-      rows_RC: token ids without padding, of at least two columns; the first C - 1 are inputs.
-      budgets: relative errors of G_LM (`pldr_jax/model/low_rank.py:smallest_ranks`).
-    """
-    g_lm, source = _g_lm(model, rows_RC, batch_size)
-    values_LNH = singular_values(g_lm)
-    sizes = (min(batch_size, len(rows_RC) - start) for start in range(0, len(rows_RC), batch_size))
-    with mesh_scope(model.mesh):
-        measured = measure_budgets(
-            model.config,
-            model.params,
-            g_lm,
-            _padded(rows_RC, batch_size),
-            budgets,
-            done=lambda: advance(next(sizes)),
+    @classmethod
+    def measure(
+        cls,
+        model: LanguageModel,
+        rows_RC: np.ndarray,
+        settings: Settings = DEFAULTS,
+        budgets: Sequence[float] = BUDGETS,
+    ) -> Self:
+        """Measures each budget.
+
+        The mean over the rows stands for a learned G_LM, in place of each row's own; the logits
+        compared are those with that tensor, whole and of low rank.
+
+        Args:
+          rows_RC: of at least two columns; the first C - 1 are inputs.
+          budgets: relative errors of G_LM (`pldr_jax/model/low_rank.py:smallest_ranks`).
+
+        Raises:
+          ConfigError: a G_LM or logits that are not finite.
+        """
+        g_lm, source = _g_lm(model, rows_RC, settings.batch_size)
+        real_rows = [real for _, real in batches(rows_RC[:, :1], settings.batch_size)]
+        sizes = iter(real_rows)
+        with mesh_scope(model.mesh):
+            measured = measure_budgets(
+                model.config,
+                model.params,
+                g_lm,
+                _padded(rows_RC, settings.batch_size),
+                budgets,
+                done=lambda: settings.advance(next(sizes)),
+            )
+        if any(m["loss"]["before"] is None for m in measured):
+            raise ConfigError(
+                "the logits of held-out rows are not finite: the checkpoint may be broken"
+            )
+        return cls(
+            numbers={"g_lm": source, "budgets": measured},
+            tensors={"low_rank/singular_values": singular_values(np.asarray(g_lm)[:, 0])},
         )
-    return Section(
-        name="low_rank",
-        title="G_LM of low rank",
-        words=(_verdict(measured), *_method(source)),
-        tables=(_savings_table(measured), _cost_table(measured), _rank_table(measured)),
-        pictures=(spectra(values_LNH), _trade(measured)),
-        numbers={"g_lm": source, "budgets": measured},
-        tensors={"low_rank/singular_values": values_LNH},
-    )
+
+    def words(self) -> tuple[str, ...]:
+        return (
+            _verdict(self.numbers["budgets"]),
+            "G_LM = U S V^T; with the first E singular vectors, scores are "
+            "(q U S)(V^T k)^T / sqrt(H), and E numbers are cached of a key instead of H. The error "
+            "budget is ||G - G_E|| / ||G|| in the Frobenius norm, for each head by itself. Heads "
+            "of a layer that keep the same rank are one array, at most four in a layer: 'ideal' is "
+            "every head at its own rank, 'kept' what is cached, 'padded' all heads of a layer at "
+            "the largest rank of it.",
+            f"The G_LM measured is {self.numbers['g_lm']}; differences are to the model with that "
+            "tensor whole.",
+        )
+
+    def tables(self) -> tuple[Table, ...]:
+        measured = self.numbers["budgets"]
+        return _savings_table(measured), _cost_table(measured), _rank_table(measured)
+
+    def figures(self) -> tuple[Picture, ...]:
+        values_LNH = self.tensors["low_rank/singular_values"]
+        return spectra_figure(values_LNH), _trade_figure(self.numbers["budgets"])
 
 
 def _g_lm(model: LanguageModel, rows_RC: np.ndarray, batch_size: int) -> tuple[Any, str]:
@@ -79,7 +112,7 @@ def _padded(rows_RC: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
 
 
 def _verdict(measured: list[dict[str, Any]]) -> str:
-    harmless = [m for m in measured if m["kl"]["mean"] is not None and m["kl"]["mean"] <= CLOSE]
+    harmless = [m for m in measured if m["kl"]["mean"] is not None and m["kl"]["mean"] <= HARMLESS]
     best = max(harmless, key=lambda m: m["cache"], default=None)
     if best is None or best["keys"]["ideal"] < 1.05:
         return (
@@ -91,18 +124,6 @@ def _verdict(measured: list[dict[str, Any]]) -> str:
         f"{best['cache']:.2f} times fewer; that moves the distribution of the next token by "
         f"{best['kl']['mean']:.1e} nats on average and changes "
         f"{1 - best['greedy_agreement']:.2%} of the greedy tokens."
-    )
-
-
-def _method(source: str) -> tuple[str, ...]:
-    return (
-        "G_LM = U S V^T; with the first E singular vectors, scores are "
-        "(q U S)(V^T k)^T / sqrt(H), and E numbers are cached of a key instead of H. The error "
-        "budget is ||G - G_E|| / ||G|| in the Frobenius norm, for each head by itself. Heads of a "
-        "layer that keep the same rank are one array, at most four in a layer: 'ideal' is every "
-        "head at its own rank, 'kept' what is cached, 'padded' all heads of a layer at the "
-        "largest rank of it.",
-        f"The G_LM measured is {source}; differences are to the model with that tensor whole.",
     )
 
 
@@ -161,31 +182,23 @@ def _rank_table(measured: list[dict[str, Any]]) -> Table:
     )
 
 
-def spectra(values_LNH: np.ndarray) -> Picture:
+def spectra_figure(values_LNH: np.ndarray) -> Picture:
     """Singular values of every head, a panel for each layer."""
-    layers, _, head_dim = values_LNH.shape
-    columns = min(layers, 5)
-    rows = math.ceil(layers / columns)
-    figure, axes = new_figure(
-        rows, columns, width=2.2 * columns + 1, height=2.4 * rows + 0.3, sharex=True, sharey=True
-    )
-    largest_LN1 = np.maximum(values_LNH[..., :1], np.finfo(float).tiny)
-    shares_LNH = np.maximum(values_LNH / largest_LN1, FLOOR)
-    index_H = np.arange(1, head_dim + 1)
-    for layer, axis in enumerate(axes.flat):
-        if layer >= layers:
-            axis.set_visible(False)
-            continue
-        axis.semilogy(index_H, shares_LNH[layer].T, color=COLORS[0], linewidth=1, alpha=0.6)
+    figure, panels = panel_grid(len(values_LNH), 5, (2.4, 2.5), sharex=True, sharey=True)
+    index_H = np.arange(1, values_LNH.shape[-1] + 1)
+    for layer, (axis, share_NH) in enumerate(
+        zip(panels, shares_of_largest(values_LNH), strict=True)
+    ):
+        axis.semilogy(index_H, share_NH.T, color=COLORS[0], linewidth=1, alpha=0.6)
         axis.set_title(f"layer {layer}", fontsize=9)
-        axis.set_ylim(FLOOR / 2, 2)
+        axis.set_ylim(5e-10, 2)
     figure.supxlabel("singular value", fontsize=9)
     figure.supylabel("share of the largest", fontsize=9)
     caption = "Singular values of G_LM over the largest of their head; a line is a head."
-    return Picture("low_rank_spectra", caption, png(figure))
+    return picture("low_rank_spectra", caption, figure)
 
 
-def _trade(measured: list[dict[str, Any]]) -> Picture:
+def _trade_figure(measured: list[dict[str, Any]]) -> Picture:
     """Logit error and KL divergence against the cached keys."""
     figure, axes = new_figure(1, 2, width=8.0, height=3.4)
     keys = [m["keys"]["kept"] for m in measured]
@@ -194,7 +207,7 @@ def _trade(measured: list[dict[str, Any]]) -> Picture:
         ("mean KL, nats a token", [m["kl"]["mean"] for m in measured]),
     )
     for axis, (label, values) in zip(axes.flat, panels, strict=True):
-        heights = [value or math.nan for value in values]  # no difference has no place
+        heights = [value or math.nan for value in values]  # 0 has no place on this scale
         axis.loglog(keys, heights, color=COLORS[1], marker="o", linewidth=1)
         for x, y, m in zip(keys, heights, measured, strict=True):
             if math.isfinite(y):
@@ -209,4 +222,4 @@ def _trade(measured: list[dict[str, Any]]) -> Picture:
         "What a smaller key cache costs; the numbers at the points are the error budgets. A budget "
         "that changes nothing is left out."
     )
-    return Picture("low_rank_trade", caption, png(figure))
+    return picture("low_rank_trade", caption, figure)

@@ -1,70 +1,32 @@
-"""The measurements by their names: a new one is one line here."""
+"""The sections of a report. A new one is a subclass of `ModelSection`, and a line here."""
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
-
-import numpy as np
-
-from pldr_jax.analysis import alteration, low_rank
-from pldr_jax.analysis.causality import measure as causality
-from pldr_jax.analysis.invariance import measure as invariance
-from pldr_jax.analysis.section import Section
-from pldr_jax.analysis.structure import measure as structure
-from pldr_jax.api import LanguageModel
+from pldr_jax.analysis.alteration import Alteration
+from pldr_jax.analysis.causality.measure import Causality
+from pldr_jax.analysis.invariance.measure import Invariance
+from pldr_jax.analysis.low_rank import LowRank
+from pldr_jax.analysis.section import ModelSection
+from pldr_jax.analysis.structure.measure import Structure
 from pldr_jax.config import ConfigError
 
-
-@dataclasses.dataclass(frozen=True)
-class Measurement:
-    """One measurement.
-
-    Attributes:
-      measure: takes model, rows_RC, `batch_size=`, `advance=` and the options.
-      options: names of the settings that it takes besides.
-    """
-
-    measure: Callable[..., Section]
-    options: tuple[str, ...] = ()
-
-
-MEASUREMENTS: Mapping[str, Measurement] = {
-    "invariance": Measurement(invariance.measure, ("float64",)),
-    "causality": Measurement(causality.measure),
-    "structure": Measurement(structure.measure),
-    "alteration": Measurement(alteration.measure, ("others",)),
-    "low_rank": Measurement(low_rank.measure),
+SECTIONS: dict[str, type[ModelSection]] = {
+    section.key: section for section in (Invariance, Causality, Structure, Alteration, LowRank)
 }
-"""In the order of the report."""
+"""By their keys, in the order of the report."""
 
 
-def chosen(names: str | None) -> dict[str, Measurement]:
-    """The measurements of a comma-separated list, in the order of the report; all if None.
+def chosen_sections(keys: str | None) -> list[type[ModelSection]]:
+    """The sections of a comma-separated list, in the order of the report; all if None.
 
     Raises:
-      ConfigError: one line, for a name that is none of them.
+      ConfigError: one line, for a key that no section has.
     """
-    if names is None:
-        return dict(MEASUREMENTS)
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    unknown = [name for name in wanted if name not in MEASUREMENTS]
+    if keys is None:
+        return list(SECTIONS.values())
+    wanted = [key.strip() for key in keys.split(",") if key.strip()]
+    unknown = [key for key in wanted if key not in SECTIONS]
     if unknown or not wanted:
-        listed = ", ".join(MEASUREMENTS)
         raise ConfigError(
-            f"--sections={names}: {unknown[0] if unknown else 'nothing'!r} is no "
-            f"section; there are {listed}"
+            f"--sections={keys}: {unknown[0] if unknown else 'nothing'!r} is no section; there "
+            f"are {', '.join(SECTIONS)}"
         )
-    return {name: found for name, found in MEASUREMENTS.items() if name in wanted}
-
-
-def run_section(
-    measurement: Measurement,
-    model: LanguageModel,
-    rows_RC: np.ndarray,
-    batch_size: int,
-    settings: Mapping[str, Any],
-    advance: Callable[[int], None],
-) -> Section:
-    """Measures; of the settings, the measurement takes those that it names."""
-    options = {name: settings[name] for name in measurement.options}
-    return measurement.measure(model, rows_RC, batch_size=batch_size, advance=advance, **options)
+    return [section for key, section in SECTIONS.items() if key in wanted]

@@ -8,25 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from pldr_jax.files import whole_file
+from pldr_jax.files import write_whole
+from pldr_jax.plots import COLORS, GREY, OUTPUT_COLORS, Axes, new_figure, png
 from pldr_jax.runs.metrics import FILE_NAME, read_metrics
 
 CONDENSED = 1e-3
 """Order parameter below which deductive outputs count as the same for all inputs."""
 
-_BLUE, _ORANGE, _GREEN, _PURPLE, _GREY = "#2a6fbb", "#d9541e", "#3a923a", "#8a4fa3", "#777777"
-_OUTPUTS = {"A": _BLUE, "A_LM": _ORANGE, "A_P": _GREEN, "G_LM": _PURPLE}
+_BLUE, _ORANGE, _PURPLE = COLORS[0], COLORS[1], COLORS[3]
 _STYLE: dict[str, Any] = {"linewidth": 1.8, "marker": "o", "markersize": 4}
-_COLORS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _GREY, "#b8860b")
 _LINES = ("-", "--")
-MOST_COMPARED = len(_COLORS) * len(_LINES)
+MOST_COMPARED = len(COLORS) * len(_LINES)
 """Runs that can be told apart in one picture."""
 
 
@@ -39,17 +35,13 @@ def write_curves(run_dir: str | Path) -> Path | None:
     run_dir = Path(run_dir)
     if not (run_dir / FILE_NAME).is_file() or not (rows := read_metrics(run_dir)):
         return None
-    figure = Figure(figsize=(9, 10), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(3, 1, sharex=True, height_ratios=[1.25, 1, 1])
+    figure, grid = new_figure(3, 1, 9, 10, sharex=True, height_ratios=[1.25, 1, 1])
+    axes = grid[:, 0]
     figure.suptitle(run_dir.resolve().name, fontsize=15, fontweight="bold")
     _draw_losses(axes[0], rows)
     _draw_gap(axes[1], rows)
     _draw_order_parameters(axes[2], rows)
     for axis in axes:
-        axis.grid(which="major", color="#dddddd", linewidth=0.8)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=11)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(
@@ -57,12 +49,11 @@ def write_curves(run_dir: str | Path) -> Path | None:
                 bbox_to_anchor=(-0.01, 0.99), borderaxespad=0.2, columnspacing=1.6,
             )  # fmt: skip
         else:
-            axis.text(0.5, 0.5, "no data", transform=axis.transAxes, ha="center", color=_GREY)
+            axis.text(0.5, 0.5, "no data", transform=axis.transAxes, ha="center", color=GREY)
     axes[-1].set_xlabel("step", fontsize=12)
     figure.align_ylabels(axes)
     path = run_dir / "curves.png"
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+    write_whole(path, png(figure, dpi=130))
     return path
 
 
@@ -83,15 +74,14 @@ def write_comparison(folder: Path, runs: Mapping[str, Path]) -> Path | None:
         return None
     columns = 2 if max(map(len, read)) < 40 else 1
     legend_rows = -(-len(read) // columns)
-    figure = Figure(figsize=(11, 4.4 + 0.28 * legend_rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2)
+    figure, grid = new_figure(1, 2, 11, 4.4 + 0.28 * legend_rows)
+    axes = grid[0]
     quantities = {"loss": "loss (nats/token)", "accuracy": "accuracy"}
     for axis, (quantity, title) in zip(axes, quantities.items(), strict=True):
         shown: list[np.ndarray] = []
         for number, (name, rows) in enumerate(read.items()):
-            color = _COLORS[number % len(_COLORS)]
-            line = _LINES[number // len(_COLORS)]
+            color = COLORS[number % len(COLORS)]
+            line = _LINES[number // len(COLORS)]
             steps, values = _series(rows, f"train/{quantity}")
             if len(values):
                 smooth = _smooth(values, max(1, min(25, len(values) // 20)))
@@ -101,16 +91,12 @@ def write_comparison(folder: Path, runs: Mapping[str, Path]) -> Path | None:
         _crop(axis, np.concatenate(shown))
         axis.set_ylabel(title, fontsize=12)
         axis.set_xlabel("step", fontsize=12)
-        axis.grid(color="#dddddd", linewidth=0.8)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
     figure.legend(
         *axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=columns,
         frameon=False, fontsize=11,
     )  # fmt: skip
     path = folder / "curves.png"
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=80)
+    write_whole(path, png(figure, dpi=80))
     return path
 
 
@@ -153,9 +139,9 @@ def _draw_losses(axis: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     steps, values = _series(rows, "train/loss")
     if len(values):
         window = max(1, min(25, len(values) // 20))
-        axis.plot(steps, values, color=_GREY, alpha=0.35, linewidth=0.8)
+        axis.plot(steps, values, color=GREY, alpha=0.35, linewidth=0.8)
         axis.plot(
-            steps, _smooth(values, window), color=_GREY, linewidth=1.6, label="train, smoothed",
+            steps, _smooth(values, window), color=GREY, linewidth=1.6, label="train, smoothed",
             marker="o" if len(values) == 1 else None,
         )  # fmt: skip
     _draw(axis, rows, "eval/loss", color=_BLUE, label="held out")
@@ -170,14 +156,14 @@ def _draw_gap(axis: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     values = _draw(axis, rows, "eval/causal_gap", color=_PURPLE, label="causal gap")
     axis.set_yscale("symlog", linthresh=1e-3)
     if len(values):
-        axis.axhline(0, color=_GREY, linewidth=1)
+        axis.axhline(0, color=GREY, linewidth=1)
         axis.set_ylim(min(-1e-3, 2 * values.min()), max(1e-2, 2 * values.max()))
     axis.set_ylabel("causal gap (nats/token)", fontsize=12)
 
 
 def _draw_order_parameters(axis: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     drawn = False
-    for output, color in _OUTPUTS.items():
+    for output, color in OUTPUT_COLORS.items():
         steps, values = _series(rows, f"eval/order_parameter/{output}")
         positive = values > 0
         if positive.any():
@@ -187,7 +173,7 @@ def _draw_order_parameters(axis: Axes, rows: Sequence[Mapping[str, Any]]) -> Non
             axis.plot(steps[positive], values[positive], color=color, label=label, **_STYLE)
     if drawn:
         axis.set_yscale("log")
-        axis.axhline(CONDENSED, color=_GREY, linestyle=":", linewidth=1.5, label="10$^{-3}$")
+        axis.axhline(CONDENSED, color=GREY, linestyle=":", linewidth=1.5, label="10$^{-3}$")
     axis.set_ylabel("order parameter", fontsize=12)
 
 

@@ -1,186 +1,173 @@
-"""Causality: what the loss is when G_LM knows nothing of the future, and where in a row the
-difference arises (the audit "one pass against prefix by prefix" of the authors of arXiv 2603.23539,
-by position).
+"""Causality: the loss when G_LM knows nothing of the future, and where in a row it differs from the
+ordinary loss (the audit "one pass against prefix by prefix" of the authors of arXiv 2603.23539, by
+position).
 """
 
-import math
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pldr_jax.analysis.batches import batches
-from pldr_jax.analysis.causality.figures import pictures_of
+from pldr_jax.analysis.batches import (
+    batches,
+    check_at_least,
+    check_finite,
+    check_rows,
+    split_calibration,
+)
 from pldr_jax.analysis.causality.position_loss import (
     PositionLosses,
-    jitted,
+    jitted_losses,
     prefix_positions,
 )
-from pldr_jax.analysis.held_out import check_at_least, check_rows
-from pldr_jax.analysis.section import Cell, Section, Table
+from pldr_jax.analysis.causality.view import (
+    causality_figures,
+    causality_tables,
+    causality_verdict,
+    causality_words,
+)
+from pldr_jax.analysis.section import DEFAULTS, ModelSection, Picture, Settings, Table
+from pldr_jax.analysis.statistics import RunningStatistics
 from pldr_jax.api import LanguageModel
 from pldr_jax.partition import mesh_scope
 
-NO_GAP = 1e-3
-"""Nats a token. A gap up to this is less than the loss differs between seeds of a training run: the
-ordinary loss can be quoted.
-"""
-
-SMALL_GAP = 1e-2
-"""Nats a token, the default of `Training.gap_threshold`. A gap above it makes the ordinary loss a
-number about another task than next-token prediction.
-"""
-
-TOKEN_DIFFERENCE = 1e-2
-"""Nats. A largest difference of one token's log-probability above this is named even where the mean
-gap is nothing. The authors' audit found 2.8e-3 on a model that they call invariant.
-"""
-
-CALIBRATION_ROWS = 16
-"""Rows set aside for the calibrated G_LM, at most; never more than a quarter of all, but one."""
-
 PREFIX_POSITIONS = 32
-"""About as many positions of a row are scored by default with the row cut behind them."""
+"""About how many positions of a row are scored by default with the row cut behind them."""
 
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
 """Of the differences of single tokens."""
 
-KINDS = {
-    "full": "whole row",
-    "prefix": "prefix",
-    "other": "another row",
-    "calibrated": "calibration mean",
-}
-"""The G_LMs, and their names for a reader."""
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Causality(ModelSection):
+    """Whether the ordinary loss is that of next-token prediction."""
 
-def measure(
-    model: LanguageModel,
-    rows_RC: np.ndarray,
-    calibration_RC: np.ndarray | None = None,
-    batch_size: int = 8,
-    prefix_rows: int = 8,
-    prefix_stride: int | None = None,
-    advance: Callable[[int], None] = lambda n: None,
-) -> Section:
-    """Scores rows with G_LM of the whole row, of the prefix, of another row, and calibrated.
+    key = "causality"
+    title = "Causality"
 
-    A row of C tokens gives T = C - 1 inputs and targets, as in training. The cost is three forward
-    passes a row, and one for each position that is scored by its prefix.
+    @classmethod
+    def measure(
+        cls,
+        model: LanguageModel,
+        rows_RC: np.ndarray,
+        settings: Settings = DEFAULTS,
+        calibration_RC: np.ndarray | None = None,
+        prefix_rows: int = 8,
+        prefix_stride: int | None = None,
+    ) -> Self:
+        """Scores rows with G_LM of the whole row, of the prefix, of another row, and calibrated.
 
-    Args:
-      rows_RC: held-out rows, int32, without padding.
-      calibration_RC: other rows, for the calibrated G_LM; None sets aside the first of `rows_RC`,
-        a quarter of them, at most `CALIBRATION_ROWS`, which are then not scored.
-      batch_size: rows of one forward pass.
-      prefix_rows: so many of the scored rows are also scored prefix by prefix.
-      prefix_stride: of those, every so-manieth position; None takes about `PREFIX_POSITIONS`.
-      advance: called with the number of rows that are done.
+        A row of C tokens gives T = C - 1 inputs and targets, as in training. The cost is three
+        forward passes a row, and one for each position that is scored by its prefix.
 
-    Raises:
-      ConfigError: rows that the model cannot take, fewer than two of them, or a setting below 1.
-    """
-    learned = model.config.g_source == "learned"
-    check_rows(model.config, rows_RC, 2 if learned and calibration_RC is None else 1)
-    length = rows_RC.shape[1] - 1
-    stride = max(1, length // PREFIX_POSITIONS) if prefix_stride is None else prefix_stride
-    settings = {"batch_size": batch_size, "prefix_rows": prefix_rows, "prefix_stride": stride}
-    for name, value in settings.items():
-        check_at_least(name, value, 1)
-    if learned and calibration_RC is None:
-        aside = min(CALIBRATION_ROWS, max(1, len(rows_RC) // 4))
-        calibration_RC, rows_RC = rows_RC[:aside], rows_RC[aside:]
-        advance(aside)
-    positions_P = prefix_positions(length, stride)
-    with mesh_scope(model.mesh):
-        if not learned:
-            return _predefined(_score(model, rows_RC, None, batch_size, 0, positions_P, advance))
-        assert calibration_RC is not None
-        check_rows(model.config, calibration_RC)
-        calibration = _calibrate(model, calibration_RC, batch_size)
-        losses = _score(model, rows_RC, calibration, batch_size, prefix_rows, positions_P, advance)
-    numbers = _numbers(losses, positions_P, length)
-    numbers["calibration_rows"], numbers["dtype"] = len(calibration_RC), model.config.dtype
-    tensors = {
-        "prefix_positions": positions_P,
-        "logprob_difference": np.stack(losses.differences),
-        **{f"loss_{name}": means.by_position for name, means in losses.losses.items()},
-        **{f"gap_{name}": means.by_position for name, means in losses.gaps.items()},
-    }
-    return Section(
-        name="causality",
-        title="Causality",
-        words=_words(numbers),
-        tables=_tables(numbers),
-        pictures=pictures_of(tensors, KINDS),
-        numbers=numbers,
-        tensors=tensors,
-    )
+        Args:
+          calibration_RC: other rows, for the calibrated G_LM; None sets aside the first of
+            `rows_RC` (`split_calibration`), which are then not scored.
+          prefix_rows: how many of the scored rows are also scored prefix by prefix.
+          prefix_stride: the distance between the positions that are; None takes about
+            `PREFIX_POSITIONS` of them.
+
+        Raises:
+          ConfigError: rows that the model cannot take, fewer than two of them, a setting below 1,
+            or a loss that is not finite.
+        """
+        learned = model.config.g_source == "learned"
+        check_rows(model.config, rows_RC, 2 if learned and calibration_RC is None else 1)
+        length = rows_RC.shape[1] - 1
+        stride = max(1, length // PREFIX_POSITIONS) if prefix_stride is None else prefix_stride
+        check_at_least("batch_size", settings.batch_size, 1)
+        check_at_least("prefix_rows", prefix_rows, 1)
+        check_at_least("prefix_stride", stride, 1)
+        if learned and calibration_RC is None:
+            calibration_RC, rows_RC = split_calibration(rows_RC)
+            settings.advance(len(calibration_RC))
+        positions_P = prefix_positions(length, stride)
+        with mesh_scope(model.mesh):
+            if not learned:
+                losses = _score(model, rows_RC, None, 0, positions_P, settings)
+                return cls(**_predefined(losses))
+            assert calibration_RC is not None
+            check_rows(model.config, calibration_RC)
+            calibration = _calibrate(model, calibration_RC, settings.batch_size)
+            losses = _score(model, rows_RC, calibration, prefix_rows, positions_P, settings)
+        numbers = _numbers(losses, positions_P, length)
+        numbers["calibration_rows"], numbers["dtype"] = len(calibration_RC), model.config.dtype
+        tensors = {
+            "prefix_positions": positions_P,
+            "logprob_difference": np.stack(losses.differences),
+            **{f"loss_{name}": means.by_position for name, means in losses.losses.items()},
+            **{f"gap_{name}": means.by_position for name, means in losses.gaps.items()},
+        }
+        return cls(numbers=numbers, tensors=tensors)
+
+    def words(self) -> tuple[str, ...]:
+        return causality_words(self.numbers)
+
+    def tables(self) -> tuple[Table, ...]:
+        return causality_tables(self.numbers)
+
+    def figures(self) -> tuple[Picture, ...]:
+        return causality_figures(self.tensors)
 
 
 def _calibrate(
-    model: LanguageModel, rows_KC: np.ndarray, batch_size: int
+    model: LanguageModel, rows_RC: np.ndarray, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """G_LM [L,1,N,H,J] of the first row, and the mean over all of them, summed in float64."""
-    row_nats = jitted(model.config).row_nats
+    """G_LM [L,1,N,H,J] of the first row, and the mean over all of them."""
+    row_nats = jitted_losses(model.config).row_nats
     first: np.ndarray | None = None
-    total = np.zeros(())
-    for batch_BC, real in batches(rows_KC, batch_size):
-        g_lm = np.asarray(row_nats(model.params, batch_BC)[1])
-        first = g_lm[:, :1] if first is None else first
-        for b in range(real):
-            total = total + g_lm[:, b : b + 1].astype(np.float64)
+    mean = RunningStatistics()
+    for batch_BC, real in batches(rows_RC, batch_size):
+        g_lm_LBNHJ = np.asarray(row_nats(model.params, batch_BC)[1])[:, :real]
+        first = g_lm_LBNHJ[:, :1] if first is None else first
+        mean.add(np.moveaxis(g_lm_LBNHJ, 1, 0))
     assert first is not None
-    return first, (total / len(rows_KC)).astype(np.float32)
+    return first, mean.mean[:, None].astype(np.float32)
 
 
 def _score(
     model: LanguageModel,
     rows_RC: np.ndarray,
     calibration: tuple[np.ndarray, np.ndarray] | None,
-    batch_size: int,
     prefix_rows: int,
     positions_P: np.ndarray,
-    advance: Callable[[int], None],
+    settings: Settings,
 ) -> PositionLosses:
     """All rows; row r takes the G_LM of row r - 1 as that of another, the first row that of the
     first calibration row.
     """
-    row_nats, prefix_nats = jitted(model.config)
+    row_nats, prefix_nats = jitted_losses(model.config)
     losses, done = PositionLosses(), 0
     before: jax.Array | np.ndarray | None = None if calibration is None else calibration[0]
-    for batch_BC, real in batches(rows_RC, batch_size):
+    for batch_BC, real in batches(rows_RC, settings.batch_size):
         full_BT, g_lm = row_nats(model.params, batch_BC, model.g_lm)
-        made = {"full": full_BT}
+        nats = {"full": full_BT}
         if calibration is not None and before is not None:
             shifted = jnp.concatenate([before, g_lm[:, :-1]], axis=1)
             before = g_lm[:, real - 1 : real]
             everywhere = np.broadcast_to(calibration[1], shifted.shape)
-            made["other"] = row_nats(model.params, batch_BC, shifted)[0]
-            made["calibrated"] = row_nats(model.params, batch_BC, everywhere)[0]
-        nats = {name: np.asarray(x_BT)[:real] for name, x_BT in made.items()}
-        losses.add(nats)
+            nats["other"] = row_nats(model.params, batch_BC, shifted)[0]
+            nats["calibrated"] = row_nats(model.params, batch_BC, everywhere)[0]
+        on_host = {name: np.asarray(x_BT)[:real] for name, x_BT in nats.items()}
+        check_finite("losses of held-out rows", on_host["full"])
+        losses.add(on_host)
         for b in range(real):
             if done < prefix_rows:
-                parts = [
+                pieces = [
                     np.asarray(prefix_nats(model.params, batch_BC[b], chosen_B))[:n]
-                    for chosen_B, n in batches(positions_P, batch_size)
+                    for chosen_B, n in batches(positions_P, settings.batch_size)
                 ]
-                losses.add_prefix(nats["full"][b, positions_P], np.concatenate(parts))
+                losses.add_prefix(on_host["full"][b, positions_P], np.concatenate(pieces))
             done += 1
-            advance(1)
+            settings.advance(1)
     return losses
 
 
-def _predefined(losses: PositionLosses) -> Section:
+def _predefined(losses: PositionLosses) -> dict[str, Any]:
+    """Numbers and tensors of a model whose G_LM is not learned."""
     full = losses.losses["full"]
-    words = (
-        "Causal by construction: G_LM is the same whatever the input, so nothing of a row's "
-        "future can reach a position through it, and the gap is 0. "
-        f"The held-out loss is {full.mean:.4f} nats a token.",
-    )
     numbers: dict[str, Any] = {
         "verdict": "causal by construction",
         "rows": full.rows,
@@ -188,9 +175,7 @@ def _predefined(losses: PositionLosses) -> Section:
         "loss": {"full": full.mean},
         "gap": {name: {"mean": 0.0} for name in ("prefix", "other", "calibrated")},
     }
-    tensors = {"loss_full": full.by_position}
-    pictures = pictures_of(tensors, KINDS)
-    return Section("causality", "Causality", words, (), pictures, numbers, tensors)
+    return {"numbers": numbers, "tensors": {"loss_full": full.by_position}}
 
 
 def _numbers(losses: PositionLosses, positions_P: np.ndarray, length: int) -> dict[str, Any]:
@@ -207,7 +192,8 @@ def _numbers(losses: PositionLosses, positions_P: np.ndarray, length: int) -> di
             "first_half_share": first_half / total if total else None,
         }
     quantiles = np.quantile(differences, QUANTILES)
-    numbers: dict[str, Any] = {
+    return {
+        "verdict": causality_verdict(gaps["prefix"]["mean"]),
         "rows": losses.losses["full"].rows,
         "positions": length,
         "prefix_rows": losses.losses["prefix"].rows,
@@ -221,78 +207,3 @@ def _numbers(losses: PositionLosses, positions_P: np.ndarray, length: int) -> di
             "quantiles": dict(zip(map(str, QUANTILES), quantiles.tolist(), strict=True)),
         },
     }
-    return {"verdict": verdict(gaps["prefix"]["mean"]), **numbers}
-
-
-def verdict(gap: float) -> str:
-    """In words, of a gap in nats a token; by its size, whatever its sign."""
-    if not math.isfinite(gap):
-        return "not finite"
-    if abs(gap) <= NO_GAP:
-        return "causal"
-    return "nearly causal" if abs(gap) <= SMALL_GAP else "not causal"
-
-
-def _words(numbers: dict[str, Any]) -> tuple[str, ...]:
-    gap, loss, difference = numbers["gap"], numbers["loss"], numbers["logprob_difference"]
-    prefix = gap["prefix"]
-    meaning = {
-        "causal": "the ordinary held-out loss is the loss of next-token prediction.",
-        "nearly causal": "the ordinary held-out loss is off by a little.",
-        "not causal": "the ordinary held-out loss is not that of next-token prediction; quote the "
-        "loss with G_LM of the prefix.",
-        "not finite": "nothing can be said of such a loss.",
-    }[numbers["verdict"]]
-    first = (
-        f"{numbers['verdict'].capitalize()}: {meaning} With G_LM of the prefix alone the loss is "
-        f"{loss['prefix']:.4f} nats a token, in one pass over the same tokens "
-        f"{loss['full_at_prefix']:.4f}: a gap of {_with_error(prefix)}. Up to {NO_GAP:g} in "
-        f"magnitude counts as causal, up to {SMALL_GAP:g} as nearly causal."
-    )
-    if abs(prefix["mean"]) > NO_GAP and prefix["first_half_share"] is not None:
-        first += f" {prefix['first_half_share']:.0%} of it arises in the first half of a row."
-    second = (
-        f"Log-probabilities of single tokens differ between the two by {difference['mean']:.1e} in "
-        f"the mean and {difference['max']:.1e} at most ({difference['tokens']} tokens of "
-        f"{numbers['prefix_rows']} rows, {numbers['dtype']})."
-    )
-    if numbers["verdict"] == "causal" and difference["max"] > TOKEN_DIFFERENCE:
-        second += " The gap is nothing only in the mean: single tokens differ."
-    third = (
-        f"Over {numbers['rows']} rows the loss is {loss['full']:.4f} nats a token with G_LM of the "
-        f"whole row. With G_LM of another row the gap to it is {_with_error(gap['other'])}, with "
-        f"the mean of {numbers['calibration_rows']} calibration rows "
-        f"{_with_error(gap['calibrated'])}."
-    )
-    return first, second, third
-
-
-def _tables(numbers: dict[str, Any]) -> tuple[Table, ...]:
-    loss, gap, difference = numbers["loss"], numbers["gap"], numbers["logprob_difference"]
-    rows: list[tuple[Cell, ...]] = [("whole row", numbers["rows"], loss["full"], None, None, None)]
-    for name in list(KINDS)[1:]:
-        of = gap[name]
-        scored = numbers["prefix_rows"] if name == "prefix" else numbers["rows"]
-        share = of["first_half_share"] if abs(of["mean"]) > NO_GAP else None
-        rows.append((KINDS[name], scored, loss[name], of["mean"], of["standard_error"], share))
-    columns = (
-        "G_LM of",
-        "rows",
-        "loss, nats a token",
-        "gap to the whole row",
-        "standard error",
-        "share of the gap in the first half",
-    )
-    quantiles = [(f"quantile {q}", value) for q, value in difference["quantiles"].items()]
-    spread = (("mean", difference["mean"]), *quantiles, ("max", difference["max"]))
-    title = "|Difference| of a token's log-probability, whole row and prefix"
-    return (
-        Table("Held-out loss by where G_LM comes from", columns, tuple(rows)),
-        Table(title, ("", "nats"), spread),
-    )
-
-
-def _with_error(gap: dict[str, Any]) -> str:
-    error = gap["standard_error"]
-    mean = f"{gap['mean']:.2g}"
-    return mean if error is None else f"{mean} (standard error {error:.1g})"

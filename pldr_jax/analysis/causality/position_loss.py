@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pldr_jax.analysis.held_out import quick_to_compile
+from pldr_jax.analysis.batches import quick_to_compile
+from pldr_jax.analysis.statistics import RunningStatistics
 from pldr_jax.config import ModelConfig
 from pldr_jax.inference.decode import full_step
 from pldr_jax.model.decoder import Params, forward
@@ -56,7 +57,7 @@ def prefix_positions(length: int, stride: int) -> np.ndarray:
     return np.arange(min(stride // 2, length - 1), length, stride, dtype=np.int32)
 
 
-class Jitted(NamedTuple):
+class JittedLosses(NamedTuple):
     """The pure functions above, compiled once a model config and shape."""
 
     row_nats: Callable[..., tuple[jax.Array, jax.Array]]
@@ -64,53 +65,49 @@ class Jitted(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def jitted(config: ModelConfig) -> Jitted:
+def jitted_losses(config: ModelConfig) -> JittedLosses:
     """`row_nats` and `prefix_nats` of a model."""
     config = quick_to_compile(config)
     rows, prefix = (jax.jit(functools.partial(f, config)) for f in (row_nats, prefix_nats))
-    return Jitted(rows, prefix)
+    return JittedLosses(rows, prefix)
 
 
 class RowMeans:
-    """Running mean over rows of a value at each position, in float64, and the spread of the rows'
-    own means: memory does not grow with rows.
-    """
+    """Mean over rows of a value at each position, and the spread of the means of the rows."""
 
     def __init__(self) -> None:
-        self._sum: np.ndarray | float = 0.0
-        self._row_sum, self._row_squares, self.rows = 0.0, 0.0, 0
+        self._positions, self._rows = RunningStatistics(), RunningStatistics()
 
     def add(self, x_RT: np.ndarray) -> None:
         """Adds rows."""
         x = np.asarray(x_RT, np.float64)
-        means = x.mean(1)
-        self._sum = self._sum + x.sum(0)
-        self._row_sum += float(means.sum())
-        self._row_squares += float(np.square(means).sum())
-        self.rows += len(x)
+        self._positions.add(x)
+        self._rows.add(x.mean(1))
+
+    @property
+    def rows(self) -> int:
+        """Added so far."""
+        return self._rows.rows
 
     @property
     def by_position(self) -> np.ndarray:
         """Mean over rows [T]."""
-        return np.asarray(self._sum) / self.rows
+        return self._positions.mean
 
     @property
     def mean(self) -> float:
         """Over rows and positions."""
-        return self._row_sum / self.rows
+        return float(self._rows.mean)
 
     @property
     def standard_error(self) -> float | None:
         """Of `mean`, rows being independent; None for a single row."""
-        if self.rows < 2:
-            return None
-        variance = self._row_squares / self.rows - self.mean**2
-        return float(np.sqrt(max(variance, 0.0) / (self.rows - 1)))
+        return self._rows.standard_error
 
 
 @dataclasses.dataclass
 class PositionLosses:
-    """What all rows gave so far.
+    """Losses of the rows so far.
 
     Attributes:
       losses: nats of `full`, `other`, `calibrated`, and at the prefix positions `prefix` and

@@ -1,12 +1,13 @@
 """Determinants of G_LM: how large they are, and in how many decimals those of two runs agree.
 
-All of it is done on logarithms: a matrix of 64 x 64 that is nearly singular has a determinant that
-no float can hold.
+Computed on logarithms: no float can hold the determinant of a nearly singular 64 x 64 matrix.
 """
 
 from typing import Any
 
 import numpy as np
+
+from pldr_jax.analysis.statistics import RunningStatistics
 
 _LN10 = np.log(10.0)
 
@@ -15,29 +16,22 @@ class Determinants:
     """Running statistics of the determinants of sequences, by layer and head."""
 
     def __init__(self) -> None:
-        self._count = 0
-        self._positive_LN = self._mean_LN = self._squares_LN = np.zeros(())
+        self._logs, self._positive = RunningStatistics(), RunningStatistics()
 
     def add(self, x_LBNHJ: np.ndarray) -> None:
         """Adds the sequences of one batch."""
-        signs, logs = log_determinants(x_LBNHJ)
-        for sign_LN, log_LN in zip(np.moveaxis(signs, 1, 0), np.moveaxis(logs, 1, 0), strict=True):
-            self._count += 1
-            with np.errstate(invalid="ignore"):  # of a singular matrix the logarithm is -inf
-                delta_LN = log_LN - self._mean_LN
-                self._mean_LN = self._mean_LN + delta_LN / self._count
-                self._squares_LN = self._squares_LN + delta_LN * (log_LN - self._mean_LN)
-            self._positive_LN = self._positive_LN + (sign_LN > 0)
+        sign_LBN, log_LBN = log_determinants(x_LBNHJ)
+        self._logs.add(np.moveaxis(log_LBN, 1, 0))
+        self._positive.add(np.moveaxis(sign_LBN > 0, 1, 0))
 
     def results(self) -> dict[str, Any]:
         """`log10_abs` (mean of log10 |det|), `log10_std` (its standard deviation between sequences)
         and `positive` (share of determinants above 0), each [L][N].
         """
-        std_LN = np.sqrt(self._squares_LN / max(self._count, 1))
         return {
-            "log10_abs": (self._mean_LN / _LN10).tolist(),
-            "log10_std": (std_LN / _LN10).tolist(),
-            "positive": (self._positive_LN / max(self._count, 1)).tolist(),
+            "log10_abs": (self._logs.mean / _LN10).tolist(),
+            "log10_std": (self._logs.std / _LN10).tolist(),
+            "positive": self._positive.mean.tolist(),
         }
 
 
@@ -61,12 +55,13 @@ class DeterminantAgreement:
         if not x_LBNHJ.shape[1]:
             return
         absolute, relative = log10_difference(x_LBNHJ, y_LBNHJ)
-        self._absolute_LN = np.fmax(self._absolute_LN, absolute.max(1))
-        self._relative_LN = np.fmax(self._relative_LN, relative.max(1))
+        self._absolute_LN = np.maximum(self._absolute_LN, absolute.max(1))
+        self._relative_LN = np.maximum(self._relative_LN, relative.max(1))
 
     def results(self) -> dict[str, Any]:
         """`decimals` after the point in which all pairs agree, and `digits`: the same of the ratio
-        of the two, each [L][N]; infinite where they are the same number.
+        of the two, each [L][N]; infinite where they are the same number, NaN where one is not
+        finite.
         """
         decimals, digits = -self._absolute_LN, -self._relative_LN
         return {"decimals": decimals.tolist(), "digits": digits.tolist()}
@@ -83,6 +78,6 @@ def log10_difference(x_LBNHJ: np.ndarray, y_LBNHJ: np.ndarray) -> tuple[np.ndarr
     (x_sign, x_log), (y_sign, y_log) = log_determinants(x_LBNHJ), log_determinants(y_LBNHJ)
     largest = np.maximum(x_log, y_log)
     scale = np.where(np.isfinite(largest), largest, 0.0)  # both are 0: so is the difference
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         relative = np.log(np.abs(x_sign * np.exp(x_log - scale) - y_sign * np.exp(y_log - scale)))
     return (relative + scale) / _LN10, relative / _LN10

@@ -1,13 +1,13 @@
-"""The measured invariance in words, tables and pictures; `numbers` are those of `invariance.py`."""
+"""Invariance in words, tables and figures; `numbers` are those of the section."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from pldr_jax.analysis.figures import OUTPUT_COLORS, heat_map, new_figure, png
+from pldr_jax.analysis.figures import SMALLEST_ORDER, heat_map, picture
 from pldr_jax.analysis.section import Picture, Table
-from pldr_jax.config import ModelConfig
+from pldr_jax.plots import OUTPUT_COLORS, new_figure
 
 INVARIANT = 1e-3
 """RMSE of G_LM over its size, up to which it counts as the same tensor for every text.
@@ -17,24 +17,22 @@ divides by the mean alone, which can be far smaller: in a published G_LM of a ne
 model the mean is 1/2400 of the standard deviation.
 """
 NEARLY_INVARIANT = 1e-2
-"""The same, up to which it counts as nearly the same tensor; models that are drawn at random and
-not trained are above."""
+"""The same, up to which it counts as nearly the same tensor; untrained models are above."""
 COMPARISONS = {
     "runs": "run 1 and run 2, G_LM recomputed",
     "cached": "run 1 and the cached run",
     "samples": "a text and the next one",
 }
-_FLOOR = 1e-12
 
 
-def verdict(value: float) -> str:
+def invariance_verdict(value: float) -> str:
     """`value` is a `relative_rmse` of G_LM; NaN is not invariant."""
     if value <= INVARIANT:
         return "invariant"
     return "nearly invariant" if value <= NEARLY_INVARIANT else "not invariant"
 
 
-def words(config: ModelConfig, numbers: dict[str, Any]) -> Iterator[str]:
+def invariance_words(numbers: dict[str, Any]) -> Iterator[str]:
     """The verdict first."""
     found = numbers["float32"]
     parameters = {name: found[name]["G_LM"]["order_parameter"] for name in COMPARISONS}
@@ -57,9 +55,9 @@ def words(config: ModelConfig, numbers: dict[str, Any]) -> Iterator[str]:
             "the order parameter divides by it and is large for that reason too. The verdict "
             "divides by the larger of the two."
         )
-    if config.dtype != "float32":
+    if numbers["dtype"] != "float32":
         yield (
-            f"This model computes in {config.dtype}; what is upstream of Q^T Q is rounded to "
+            f"This model computes in {numbers['dtype']}; what is upstream of Q^T Q is rounded to "
             "that, and differences below its precision are no sign of dependence on the text."
         )
     if "float64" in numbers:
@@ -70,7 +68,7 @@ def words(config: ModelConfig, numbers: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def tables(numbers: dict[str, Any]) -> Iterator[Table]:
+def invariance_tables(numbers: dict[str, Any]) -> Iterator[Table]:
     """In both precisions, where there are two."""
     for precision in ("float32", "float64"):
         if precision not in numbers:
@@ -128,13 +126,12 @@ def determinant_table(found: dict[str, Any], precision: str) -> Table:
     )
 
 
-def pictures(numbers: dict[str, Any]) -> Iterator[Picture]:
-    """In float32."""
-    found = numbers["float32"]
+def order_parameter_figure(found: dict[str, Any]) -> Picture:
+    """By layer, in one precision; a panel a comparison."""
     figure, axes = new_figure(1, len(COMPARISONS), width=9.0, height=3.4, sharey=True)
     for axis, (name, words) in zip(axes.flat, COMPARISONS.items(), strict=True):
         for output, entry in found[name].items():
-            values = np.maximum(entry["by_layer"]["order_parameter"], _FLOOR)
+            values = np.maximum(entry["by_layer"]["order_parameter"], SMALLEST_ORDER)
             color = OUTPUT_COLORS[output]
             axis.plot(range(len(values)), values, "o-", color=color, markersize=4, label=output)
         axis.set_yscale("log")
@@ -143,29 +140,23 @@ def pictures(numbers: dict[str, Any]) -> Iterator[Picture]:
         axis.set_xlabel("layer")
     axes[0, 0].set_ylabel("order parameter")
     axes[0, 0].legend(fontsize=8)
-    yield Picture(
-        "invariance_order_parameter",
-        f"RMSE over the magnitude of the mean, by layer. Values below {_FLOOR:g} are drawn there.",
-        png(figure),
+    caption = (
+        "RMSE over the magnitude of the mean, by layer. Values below "
+        f"{SMALLEST_ORDER:g} are drawn there."
     )
-    yield determinant_picture(found["determinants"])
+    return picture("invariance_order_parameter", caption, figure)
 
 
-def determinant_picture(found: dict[str, Any]) -> Picture:
+def determinant_figure(found: dict[str, Any]) -> Picture:
     """Size and agreement by layer and head; `found` may lack comparisons."""
-    shown = {"log10 |det|, mean": np.asarray(found["log10_abs"])}
+    panels = {"log10 |det|, mean": np.asarray(found["log10_abs"])}
     if "samples" in found:
-        digits = np.clip(found["samples"]["digits"], 0, 16)
-        shown["digits in which two texts agree"] = digits
-    figure, axes = new_figure(1, len(shown), width=8.0, height=3.0)
-    for axis, (title, x_LN) in zip(axes.flat, shown.items(), strict=True):
-        finite = np.where(np.isfinite(x_LN), x_LN, np.nan)
-        if np.isfinite(finite).any():
-            figure.colorbar(heat_map(axis, finite, title, center=False), ax=axis)
+        panels["digits in which two texts agree"] = np.clip(found["samples"]["digits"], 0, 16)
+    figure, axes = new_figure(1, len(panels), width=8.0, height=3.0)
+    for axis, (title, x_LN) in zip(axes.flat, panels.items(), strict=True):
+        if np.isfinite(x_LN).any():
+            figure.colorbar(heat_map(axis, x_LN, title, center=False), ax=axis)
         axis.set_xlabel("head")
         axis.set_ylabel("layer")
-    return Picture(
-        "invariance_determinants",
-        "Determinants of G_LM by layer and head; white: singular.",
-        png(figure),
-    )
+    caption = "Determinants of G_LM by layer and head; white: singular or not finite."
+    return picture("invariance_determinants", caption, figure)

@@ -1,14 +1,14 @@
-"""A report as one HTML file: pictures inside it, nothing from elsewhere, light and dark."""
+"""A report as one HTML file that contains its figures and loads nothing; light and dark."""
 
 import base64
 import html
 import math
 from collections.abc import Iterator, Sequence
 
-from pldr_jax.analysis.section import Cell, Picture, Section, Table
+from pldr_jax.analysis.section import Cell, Picture, RenderedSection, Table
 
-Part = tuple[str, Sequence[Section]]
-"""A heading and what stands below it."""
+Chapter = tuple[str, Sequence[RenderedSection]]
+"""A heading and the sections below it."""
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1d2329; --back: #ffffff; --line: #d5dae0;
@@ -33,12 +33,12 @@ figcaption { font-size: 0.85rem; }
 """
 
 
-def page(title: str, head: Table, parts: Sequence[Part]) -> str:
+def page(title: str, head: Table, chapters: Sequence[Chapter]) -> str:
     """The whole file.
 
     Args:
       head: what was measured.
-      parts: runs and comparisons.
+      chapters: runs and comparisons.
     """
     lines = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -46,16 +46,16 @@ def page(title: str, head: Table, parts: Sequence[Part]) -> str:
         f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
         f"<h1>{html.escape(title)}</h1>",
         *_table(head),
-        *_contents(parts),
+        *_contents(chapters),
     ]
-    for i, (heading, sections) in enumerate(parts):
-        lines.append(f'<h2 id="part{i}">{html.escape(heading)}</h2>')
+    for i, (heading, sections) in enumerate(chapters):
+        lines.append(f'<h2 id="chapter{i}">{html.escape(heading)}</h2>')
         for section in sections:
-            lines += _section(section, f"part{i}_{section.name}")
+            lines += _section(section, f"chapter{i}_{section.key}")
     return "\n".join([*lines, "</body>\n</html>\n"])
 
 
-def shown(value: Cell) -> str:
+def cell_text(value: Cell) -> str:
     """A cell as text: numbers with four digits."""
     if value is None:
         return ""
@@ -68,23 +68,23 @@ def shown(value: Cell) -> str:
     return f"{value:.4g}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.2e}"
 
 
-def _contents(parts: Sequence[Part]) -> Iterator[str]:
+def _contents(chapters: Sequence[Chapter]) -> Iterator[str]:
     yield "<nav><ul>"
-    for i, (heading, sections) in enumerate(parts):
+    for i, (heading, sections) in enumerate(chapters):
         links = "".join(
-            f'<li><a href="#{html.escape(f"part{i}_{section.name}")}">'
+            f'<li><a href="#{html.escape(f"chapter{i}_{section.key}")}">'
             f"{html.escape(section.title)}</a></li>"
             for section in sections
         )
-        yield f'<li><a href="#part{i}">{html.escape(heading)}</a><ul>{links}</ul></li>'
+        yield f'<li><a href="#chapter{i}">{html.escape(heading)}</a><ul>{links}</ul></li>'
     yield "</ul></nav>"
 
 
-def _section(section: Section, anchor: str) -> Iterator[str]:
+def _section(section: RenderedSection, anchor: str) -> Iterator[str]:
     yield f'<h3 id="{html.escape(anchor)}">{html.escape(section.title)}</h3>'
     for paragraph in section.words:
         yield f"<p>{html.escape(paragraph)}</p>"
-    for picture in section.pictures:
+    for picture in section.figures:
         yield from _picture(picture)
     for table in section.tables:
         yield from _table(table)
@@ -108,4 +108,4 @@ def _table(table: Table) -> Iterator[str]:
 
 def _cell(cell: Cell) -> str:
     kind = ' class="text"' if isinstance(cell, str) else ""
-    return f"<td{kind}>{html.escape(shown(cell))}</td>"
+    return f"<td{kind}>{html.escape(cell_text(cell))}</td>"

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pldr_jax.analysis.held_out import quick_to_compile
+from pldr_jax.analysis.batches import quick_to_compile
 from pldr_jax.api import LanguageModel
 from pldr_jax.config import ModelConfig
 from pldr_jax.model.attention import attention_weights
@@ -14,13 +14,13 @@ from pldr_jax.model.decoder import Decoder, Params
 from pldr_jax.partition import mesh_scope
 
 
-def prompt_weights(
+def attention_of_tokens(
     config: ModelConfig, params: Params, tokens_BT: jax.Array, g_lm: jax.Array | None = None
 ) -> jax.Array:
     """Attention weights [L,B,N,T,S], float32, of a forward pass; a pure function.
 
-    They come from the queries and keys of that pass through the function that the model's own
-    attention takes its weights from; only a fused kernel rounds differently.
+    Computed from the queries and keys of that pass by the function that the attention of the model
+    uses; only a fused kernel rounds differently.
 
     Args:
       g_lm: G_LM to use instead of PLGA's, [L,1,N,H,J] or [L,B,N,H,J].
@@ -34,17 +34,17 @@ def prompt_weights(
 
 @functools.lru_cache(maxsize=8)
 def _jitted(config: ModelConfig) -> jax.stages.Wrapped:
-    return jax.jit(functools.partial(prompt_weights, quick_to_compile(config)))
+    return jax.jit(functools.partial(attention_of_tokens, quick_to_compile(config)))
 
 
-def weights_of(model: LanguageModel, prompt_T: np.ndarray) -> np.ndarray:
+def prompt_attention(model: LanguageModel, prompt_T: np.ndarray) -> np.ndarray:
     """Attention weights [L,N,T,S] of one prompt."""
     with mesh_scope(model.mesh):
         weights = _jitted(model.config)(model.params, prompt_T[None], model.g_lm)
     return np.asarray(weights)[:, 0]
 
 
-def describe_weights(weights_LNTS: np.ndarray) -> dict[str, np.ndarray]:
+def describe_attention(weights_LNTS: np.ndarray) -> dict[str, np.ndarray]:
     """What the heads look at, [L,N] each, means over the queries but the first, which sees itself
     alone.
 

@@ -1,36 +1,39 @@
-"""Figures of the measurement of structure."""
+"""The figures of structure."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from pldr_jax.analysis.figures import COLORS, heat_map, new_figure, png
+from pldr_jax.analysis.figures import (
+    SMALLEST_SHARE,
+    heat_map,
+    legend_above,
+    picture,
+    shares_of_largest,
+)
 from pldr_jax.analysis.section import Picture
 from pldr_jax.analysis.structure.distributions import EntryHistograms
+from pldr_jax.plots import COLORS, new_figure
 
-MOST_LAYERS, MOST_HEADS = 8, 8
-"""Shown in a grid; of more, this many at even distances, and the caption says so."""
-
-SMALLEST = 1e-9
-"""Singular values are drawn down to this share of the largest."""
+LAYERS_SHOWN, HEADS_SHOWN = 8, 8
+"""In a grid, at most; of more, this many at even distances, and the caption says so."""
 
 CLIPPED = 0.995
 """Heat maps with a sign saturate at this quantile of the magnitudes of their matrix: a few entries
-are far larger than all others.
-"""
+are far larger than all others."""
 
 DIM_WEIGHT = 1e-3
 """Attention weights below it are drawn like it."""
 
 
-def pictures_of(
+def structure_figures(
     tensors: dict[str, np.ndarray],
     histograms: Mapping[str, EntryHistograms],
     parameters: Mapping[str, Any],
     weights_LNTS: np.ndarray,
 ) -> tuple[Picture, ...]:
-    """The pictures.
+    """The figures.
 
     Args:
       tensors: of the section, `mean_<output>` and `singular_values_<output>`.
@@ -62,7 +65,7 @@ def pictures_of(
 
 def _spectra(values: dict[str, np.ndarray]) -> Picture:
     """One panel an output and layer, a line a head."""
-    layers = shown(len(next(iter(values.values()))), MOST_LAYERS)
+    layers = evenly_spaced(len(next(iter(values.values()))), LAYERS_SHOWN)
     figure, axes = new_figure(
         len(values),
         len(layers),
@@ -73,21 +76,21 @@ def _spectra(values: dict[str, np.ndarray]) -> Picture:
     )
     for row, (name, x_LNH) in zip(axes, values.items(), strict=True):
         for axis, layer in zip(row, layers, strict=True):
-            for k, x_H in enumerate(x_LNH[layer]):
-                share = np.maximum(x_H / (x_H[0] or 1.0), SMALLEST)
+            for k, share_H in enumerate(shares_of_largest(x_LNH[layer])):
                 color = COLORS[k % len(COLORS)]
-                axis.semilogy(np.arange(1, len(x_H) + 1), share, color=color, linewidth=1.2)
+                axis.semilogy(np.arange(1, len(share_H) + 1), share_H, color=color, linewidth=1.2)
             axis.axhline(1e-3, color="black", linestyle=":", linewidth=0.8)
-            axis.set_ylim(SMALLEST, 2)
+            axis.set_ylim(SMALLEST_SHARE, 2)
             axis.set_title(f"{name}, layer {layer}", fontsize=9)
         row[0].set_ylabel("share of the largest")
     for axis in axes[-1]:
         axis.set_xlabel("singular value")
     caption = (
         "Singular values of the mean tensors, over the largest of each, a line a head; dotted: "
-        f"1e-3. Values below {SMALLEST:g} are drawn there.{_which(len(x_LNH), layers, 'layers')}"
+        f"1e-3. Values below {SMALLEST_SHARE:g} are drawn there."
+        f"{_which(len(x_LNH), layers, 'layers')}"
     )
-    return Picture("structure_spectra", caption, png(figure))
+    return picture("structure_spectra", caption, figure)
 
 
 def _distributions(name: str, caption: str, histograms: Mapping[str, EntryHistograms]) -> Picture:
@@ -95,7 +98,7 @@ def _distributions(name: str, caption: str, histograms: Mapping[str, EntryHistog
     figure, axes = new_figure(2, len(histograms), 0.8 + 2.8 * len(histograms), 5.4)
     for (above, below), (output, entries) in zip(axes.T, histograms.items(), strict=True):
         linear_LE, log_LE = entries.densities()
-        layers = shown(len(linear_LE), MOST_LAYERS)
+        layers = evenly_spaced(len(linear_LE), LAYERS_SHOWN)
         centers = 10 ** ((entries.log_edges[1:] + entries.log_edges[:-1]) / 2)
         for k, layer in enumerate(layers):
             style: dict[str, Any] = {
@@ -115,14 +118,13 @@ def _distributions(name: str, caption: str, histograms: Mapping[str, EntryHistog
         below.set_xlabel("magnitude")
     axes[0, 0].set_ylabel("density")
     axes[1, 0].set_ylabel("density per decade")
-    lines, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    legend_above(figure, axes[0, 0])
     caption = (
         f"{caption}: density of the middle 99%, above, and per decade of all magnitudes, below; "
         "densities are on a logarithmic scale."
         f"{_which(len(linear_LE), layers, 'layers')}"
     )
-    return Picture(name, caption, png(figure))
+    return picture(name, caption, figure)
 
 
 Draw = Callable[[Any, np.ndarray], str]
@@ -130,8 +132,11 @@ Draw = Callable[[Any, np.ndarray], str]
 
 
 def _grid(name: str, what: str, x_LNHJ: np.ndarray, draw: Draw) -> Picture:
-    layers, heads = shown(len(x_LNHJ), MOST_LAYERS), shown(x_LNHJ.shape[1], MOST_HEADS)
-    # A lone row or column would else be a strip too narrow for its titles.
+    layers, heads = (
+        evenly_spaced(len(x_LNHJ), LAYERS_SHOWN),
+        evenly_spaced(x_LNHJ.shape[1], HEADS_SHOWN),
+    )
+    # A single row or column needs a width that its titles fit in.
     size = 1.6 if len(layers) * len(heads) > 12 else 2.2
     figure, axes = new_figure(
         len(layers), len(heads), max(size * len(heads), 3.4), (size + 0.25) * len(layers)
@@ -144,11 +149,14 @@ def _grid(name: str, what: str, x_LNHJ: np.ndarray, draw: Draw) -> Picture:
         f"{what[0].upper()}{what[1:]}; {SCALES[draw]}"
         f"{_which(len(x_LNHJ), layers, 'layers')}{_which(x_LNHJ.shape[1], heads, 'heads')}"
     )
-    return Picture(name, caption, png(figure))
+    return picture(name, caption, figure)
 
 
 def _signed(axis: Any, x_HJ: np.ndarray) -> str:
-    magnitudes = np.abs(np.nan_to_num(x_HJ))
+    magnitudes = np.abs(x_HJ[np.isfinite(x_HJ)])
+    if not len(magnitudes):
+        heat_map(axis, x_HJ)
+        return "not finite"
     limit = float(np.quantile(magnitudes, CLIPPED)) or float(magnitudes.max()) or 1.0
     heat_map(axis, np.clip(x_HJ, -limit, limit))
     return f"± {limit:.2g}"
@@ -156,7 +164,8 @@ def _signed(axis: Any, x_HJ: np.ndarray) -> str:
 
 def _logarithmic(axis: Any, x_HJ: np.ndarray) -> str:
     heat_map(axis, np.log10(np.maximum(x_HJ, 1e-30)), center=False)
-    return f"{np.nanmin(x_HJ):.0e} … {np.nanmax(x_HJ):.0e}"
+    finite = x_HJ[np.isfinite(x_HJ)]
+    return f"{finite.min():.0e} … {finite.max():.0e}" if len(finite) else "not finite"
 
 
 def _weights(axis: Any, x_TS: np.ndarray) -> str:
@@ -176,7 +185,7 @@ SCALES: dict[Draw, str] = {
 }
 
 
-def shown(count: int, most: int) -> list[int]:
+def evenly_spaced(count: int, most: int) -> list[int]:
     """At most `most` of `count` indices, at even distances, the first and the last among them."""
     return sorted({int(k) for k in np.linspace(0, count - 1, min(count, most)).round()})
 

@@ -1,4 +1,4 @@
-"""Tables of the measurement of structure."""
+"""The tables of structure."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ import numpy as np
 
 from pldr_jax.analysis.section import Cell, Table
 
-MOST_HEADS = 32
-"""Heads of all layers, up to which each has a row of its own; above, each layer has one."""
+HEADS_IN_A_TABLE = 32
+"""Up to this many heads, of all layers together, each has a row; with more, each layer has one."""
 
 MATRIX_COLUMNS = {
     "rank_0.1": "rank at 1e-1",
@@ -35,25 +35,26 @@ ENTRY_COLUMNS = {
     "min": "smallest",
     "max": "largest",
     "negative": "share negative",
+    "not_finite": "share not finite",
 }
 
 
-def tables_of(numbers: dict[str, Any]) -> tuple[Table, ...]:
+def structure_tables(numbers: dict[str, Any]) -> tuple[Table, ...]:
     """Matrices by layer and head, G_LM first; then entries by layer, and attention."""
     outputs = numbers["outputs"]
     tables = []
     for name in [name for name in ("G_LM", "A_LM", "A_P", "A") if name in outputs]:
-        of = dict(outputs[name]["mean_tensor"])
+        values = dict(outputs[name]["mean_tensor"])
         columns = dict(MATRIX_COLUMNS)
         rows = outputs[name]["of_rows"]
         if numbers["rows"]:
-            of["rank_of_rows"] = rows["rank_0.001"]["mean"]
+            values["rank_of_rows"] = rows["rank_0.001"]["mean"]
             columns["rank_of_rows"] = "rank at 1e-3, mean over rows"
         if "dag_loss" in rows:
-            of["dag_loss"] = rows["dag_loss"]["mean"]
+            values["dag_loss"] = rows["dag_loss"]["mean"]
             columns["dag_loss"] = "DAG loss"
         what = f"mean over {numbers['rows']} rows" if numbers["rows"] else "predefined"
-        tables.append(_by_head(f"{name}, {what}", of, columns))
+        tables.append(_by_head(f"{name}, {what}", values, columns))
     entries = {name: output["entries"] for name, output in outputs.items()}
     title = "Entries of the deductive outputs, and of the learned powers P and couplings a"
     tables.append(_by_layer(title, entries | numbers["parameters"]))
@@ -61,11 +62,11 @@ def tables_of(numbers: dict[str, Any]) -> tuple[Table, ...]:
     return tuple(tables)
 
 
-def _by_head(title: str, of: dict[str, Any], columns: dict[str, str]) -> Table:
-    arrays = {name: np.array(of[name]) for name in columns}
+def _by_head(title: str, values: dict[str, Any], columns: dict[str, str]) -> Table:
+    arrays = {name: np.array(values[name]) for name in columns}
     layers, heads = next(iter(arrays.values())).shape
     rows: list[tuple[Cell, ...]] = []
-    if layers * heads <= MOST_HEADS:
+    if layers * heads <= HEADS_IN_A_TABLE:
         for layer in range(layers):
             for head in range(heads):
                 rows.append((layer, head, *(x[layer, head].item() for x in arrays.values())))
@@ -78,9 +79,9 @@ def _by_head(title: str, of: dict[str, Any], columns: dict[str, str]) -> Table:
 
 def _by_layer(title: str, entries: dict[str, Any]) -> Table:
     rows = [
-        (name, layer, *(of[column][layer] for column in ENTRY_COLUMNS))
-        for name, of in entries.items()
-        for layer in range(len(of["mean"]))
+        (name, layer, *(results[column][layer] for column in ENTRY_COLUMNS))
+        for name, results in entries.items()
+        for layer in range(len(results["mean"]))
     ]
     return Table(title, ("", "layer", *ENTRY_COLUMNS.values()), tuple(rows))
 

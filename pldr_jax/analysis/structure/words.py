@@ -1,11 +1,11 @@
-"""The measurement of structure in words."""
+"""Structure in words."""
 
 from typing import Any
 
 import numpy as np
 
 SINGULAR = 1e6
-"""A condition number from here on is called singular: solving with such a matrix in float32 leaves
+"""Condition numbers from here on are called singular: solving with such a matrix in float32 leaves
 less than one certain digit.
 """
 
@@ -24,7 +24,7 @@ SPARSE = 0.5
 """Share of entries below 1e-3 of the largest magnitude from which a tensor is called sparse."""
 
 
-def words_of(numbers: dict[str, Any]) -> tuple[str, ...]:
+def structure_words(numbers: dict[str, Any]) -> tuple[str, ...]:
     """Paragraphs, the verdict on G_LM first."""
     first = _matrix_words("G_LM", numbers)
     if not numbers["rows"]:
@@ -34,15 +34,15 @@ def words_of(numbers: dict[str, Any]) -> tuple[str, ...]:
     return first, _row_words(numbers), *others, _power_words(numbers)
 
 
-def kind(name: str, numbers: dict[str, Any]) -> tuple[str, ...]:
+def matrix_kind(name: str, numbers: dict[str, Any]) -> tuple[str, ...]:
     """The words for the rank, symmetry and sparsity of a mean tensor; "not finite" alone of one
     that holds NaN or infinity.
     """
-    of = numbers["outputs"][name]["mean_tensor"]
-    if not np.isfinite(of["norm"]).all():
+    mean = numbers["outputs"][name]["mean_tensor"]
+    if not np.isfinite(mean["norm"]).all():
         return ("not finite",)
-    rank = np.median(of[RANK]) / numbers["head_dim"]
-    asymmetry, small = np.median(of["asymmetry"]), np.median(of["small_0.001"])
+    rank = np.median(mean[RANK]) / numbers["head_dim"]
+    asymmetry, small = np.median(mean["asymmetry"]), np.median(mean["small_0.001"])
     low, full = rank <= LOW_RANK, rank >= FULL_RANK
     symmetric, unrelated = asymmetry <= SYMMETRIC, asymmetry >= UNRELATED
     return (
@@ -53,33 +53,36 @@ def kind(name: str, numbers: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _matrix_words(name: str, numbers: dict[str, Any]) -> str:
-    of = numbers["outputs"][name]["mean_tensor"]
-    if (words := kind(name, numbers)) == ("not finite",):
-        finite = np.isfinite(of["norm"])
+    mean = numbers["outputs"][name]["mean_tensor"]
+    if (words := matrix_kind(name, numbers)) == ("not finite",):
+        finite = np.isfinite(mean["norm"])
         return f"{name} is not finite in {int((~finite).sum())} of {finite.size} heads."
-    ranks_LN, condition_LN = np.array(of[RANK]), np.array(of["condition"])
+    ranks_LN, condition_LN = np.array(mean[RANK]), np.array(mean["condition"])
     by_layer = ", ".join(f"{value:g}" for value in np.median(ranks_LN, axis=1))
     singular = int((condition_LN >= SINGULAR).sum())
     return (
         f"{name} is {', '.join(words)}. Median rank of the heads of each layer at a "
         f"relative 1e-3: {by_layer}, of {numbers['head_dim']}; {int((ranks_LN == 1).sum())} of "
         f"{ranks_LN.size} heads have rank 1, and {singular} are singular (condition number "
-        f"{SINGULAR:.0e} or more). Effective rank {np.median(of['effective_rank']):.1f}, "
-        f"||X - X^T|| / ||X|| {np.median(of['asymmetry']):.2f}, share of entries below 1e-3 of the "
-        f"largest {np.median(of['small_0.001']):.0%} (medians over heads)."
+        f"{SINGULAR:.0e} or more). Effective rank {np.median(mean['effective_rank']):.1f}, "
+        f"||X - X^T|| / ||X|| {np.median(mean['asymmetry']):.2f}, share of entries below 1e-3 of "
+        f"the largest {np.median(mean['small_0.001']):.0%} (medians over heads)."
     )
 
 
 def _row_words(numbers: dict[str, Any]) -> str:
-    of = numbers["outputs"]["G_LM"]["of_rows"][RANK]
-    spread = np.array(of["max"]) - np.array(of["min"])
-    changed = int((spread > 0).sum())
-    mean = np.abs(np.array(of["mean"]) - numbers["outputs"]["G_LM"]["mean_tensor"][RANK]).max()
+    rank = numbers["outputs"]["G_LM"]["of_rows"][RANK]
+    spread_LN = np.array(rank["max"]) - np.array(rank["min"])
+    off_LN = np.array(rank["mean"]) - numbers["outputs"]["G_LM"]["mean_tensor"][RANK]
+    if not np.isfinite(spread_LN).all():
+        broken = int((~np.isfinite(spread_LN)).sum())
+        return f"G_LM of single rows is not finite in {broken} of {spread_LN.size} heads."
     return (
         f"These are of the mean over {numbers['rows']} rows. Of {numbers['decomposed_rows']} rows "
-        f"decomposed one by one, the rank of G_LM changes with the row in {changed} of "
-        f"{spread.size} heads, by {spread.max():.0f} at most; on average over rows it is off that "
-        f"of the mean tensor by {mean:.1f} at most."
+        "decomposed one by one, the rank of G_LM changes with the row in "
+        f"{int((spread_LN > 0).sum())} of {spread_LN.size} heads, by {spread_LN.max():.0f} at "
+        "most; on average over rows it is off that of the mean tensor by "
+        f"{np.abs(off_LN).max():.1f} at most."
     )
 
 

@@ -14,12 +14,10 @@ import numpy as np
 from pldr_jax.config import ModelConfig
 from pldr_jax.model.decoder import Params
 from pldr_jax.model.reductions import most_probable
+from pldr_jax.model.spectra import RANK_TOLERANCE, numerical_rank, singular_values
 from pldr_jax.training.freeze.calibrate import CalibratedG, Calibration, RowSet, without_plga
 from pldr_jax.training.losses import PAD_ID, TokenLoss, token_loss
 from pldr_jax.training.rows import forward_rows
-
-RANK_TOLERANCE = 1e-3
-"""Singular values above this share of the largest one count for the rank of a G_LM."""
 
 
 class Difference(flax.struct.PyTreeNode):
@@ -152,16 +150,15 @@ def measure(
 
 def spectrum(g_lm_L1NHJ: jax.Array | np.ndarray) -> dict[str, Any]:
     """Numerical rank and condition number of G_LM by layer and head, [L][N]; a condition number is
-    None where a singular value is 0.
+    None where a singular value is 0, both are where G_LM is not finite.
     """
-    g_lm_LNHJ = np.asarray(g_lm_L1NHJ, np.float64)[:, 0]
-    values_LNH = np.linalg.svd(g_lm_LNHJ, compute_uv=False)
-    rank_LN = (values_LNH > RANK_TOLERANCE * values_LNH[..., :1]).sum(-1)
+    values_LNH = singular_values(np.asarray(g_lm_L1NHJ)[:, 0])
+    rank_LN = numerical_rank(values_LNH)
     with np.errstate(divide="ignore", invalid="ignore"):
         condition_LN = values_LNH[..., 0] / values_LNH[..., -1]
     return {
         "rank_tolerance": RANK_TOLERANCE,
-        "rank": rank_LN.tolist(),
+        "rank": [[None if np.isnan(rank) else int(rank) for rank in row] for row in rank_LN],
         "condition": [[_number(value) for value in row] for row in condition_LN],
     }
 

@@ -13,6 +13,7 @@ import numpy as np
 from pldr_jax.config import ModelConfig
 from pldr_jax.model.decoder import Params
 from pldr_jax.model.low_rank import LowRankG, factorize, smallest_ranks
+from pldr_jax.model.spectra import singular_values
 from pldr_jax.training.freeze.certificate import Totals, difference
 from pldr_jax.training.rows import forward_rows
 
@@ -20,17 +21,11 @@ BUDGETS = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
 """Relative errors of G_LM that are tried where none are named."""
 
 
-def singular_values(g_lm: jax.Array | np.ndarray) -> np.ndarray:
-    """Of every head, falling, float64, [L,N,H]; G_LM is [L,1,N,H,J] or [L,N,H,J]."""
-    g_lm = np.asarray(jax.device_get(g_lm), np.float64)
-    return np.linalg.svd(g_lm[:, 0] if g_lm.ndim == 5 else g_lm, compute_uv=False)
-
-
 def savings(values_LNH: np.ndarray, low_rank: LowRankG, budget: float) -> dict[str, Any]:
     """Ranks and how many times smaller a budget makes the cache, plain values for JSON.
 
     Args:
-      values_LNH: `singular_values` of the whole G_LM.
+      values_LNH: singular values of the whole G_LM.
       low_rank: its factors within the budget.
 
     Returns:
@@ -71,7 +66,7 @@ def measure_budgets(
       batches: rows of tokens, [B,C] or [B,3,T], all of one shape; padding is not counted.
       done: called after each batch.
     """
-    values_LNH = singular_values(g_lm)
+    values_LNH = singular_values(np.asarray(g_lm)[:, 0])
     truncated = [factorize(g_lm, budget) for budget in budgets]
     totals = [Totals() for _ in budgets]
 

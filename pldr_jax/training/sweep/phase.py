@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize, SymLogNorm, TwoSlopeNorm
-from matplotlib.figure import Figure
 
-from pldr_jax.files import whole_file
+from pldr_jax.files import write_whole
+from pldr_jax.plots import (
+    GREY,
+    Axes,
+    Figure,
+    Normalize,
+    ScalarMappable,
+    SymLogNorm,
+    TwoSlopeNorm,
+    new_figure,
+    png,
+)
 from pldr_jax.runs.curves import CONDENSED
 from pldr_jax.training.sweep.runs import SEED_FIELDS, Outcome, label
 
@@ -60,17 +66,15 @@ def write_phase_diagram(folder: Path, outcomes: Sequence[Outcome]) -> Path | Non
         values = (f"{label(key, keys)} = {one.run.settings[key]}" for key in others)
         groups.setdefault(", ".join(values), []).append(one)
     width, height = 2.0 + 1.1 * len(warmups), 1.5 + 0.75 * len(rates)
-    figure = Figure(figsize=(3 * max(width, 3.6), len(groups) * height), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(groups), len(PANELS), squeeze=False)
+    size = (3 * max(width, 3.6), len(groups) * height)
+    figure, grid = new_figure(len(groups), len(PANELS), *size)
     for row, (name, members) in zip(grid, groups.items(), strict=True):
         for axis, panel in zip(row, PANELS, strict=True):
             _draw(axis, figure, panel, members, outcomes, rates, warmups)
             axis.set_title(panel.title, fontsize=12, fontweight="bold")
         row[0].set_ylabel(f"{name}\nlearning rate" if name else "learning rate", fontsize=11)
     path = folder / FILE_NAME
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+    write_whole(path, png(figure, dpi=130))
     return path
 
 
@@ -100,9 +104,9 @@ def _draw(
                     text += f"\n{min(values):{panel.form}} to\n{max(values):{panel.form}}"
                 axis.text(x, y, text, ha="center", va="center", color=ink, fontsize=10)
             elif any(one.status == "failed" for one in here):
-                axis.text(x, y, "failed", ha="center", va="center", color="#777777", fontsize=10)
+                axis.text(x, y, "failed", ha="center", va="center", color=GREY, fontsize=10)
             elif here:
-                axis.text(x, y, "-", ha="center", va="center", color="#777777", fontsize=10)
+                axis.text(x, y, "-", ha="center", va="center", color=GREY, fontsize=10)
     axis.set_xlim(-0.5, len(warmups) - 0.5)
     axis.set_ylim(-0.5, len(rates) - 0.5)
     axis.set_xticks(range(len(warmups)), [str(warmup) for warmup in warmups])
@@ -110,6 +114,7 @@ def _draw(
     axis.set_xlabel("warm-up (steps)", fontsize=11)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
+    axis.grid(False)
     bar = figure.colorbar(colors, ax=axis, shrink=0.9)
     if panel.logarithmic:
         bar.set_ticks(ticks := list(range(int(_DECADES[0]), int(_DECADES[2]) + 1, 2)))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pldr_jax.analysis.report.html import page
-from pldr_jax.analysis.section import Section, Table
+from pldr_jax.analysis.section import RenderedSection, Table
 
 HTML, JSON, FIGURES, TENSORS = "report.html", "report.json", "figures", "tensors"
 G_LM = "G_LM"
@@ -20,46 +20,46 @@ G_LM = "G_LM"
 
 @dataclasses.dataclass(frozen=True)
 class RunReport:
-    """What was measured of one checkpoint.
+    """The report on one checkpoint.
 
     Attributes:
       label: names it in the report and in names of files; see `labels`.
-      facts: of checkpoint and text, for people and programs.
+      facts: about the checkpoint and the text, for people and programs.
       sections: in the order of the report.
       g_lm: mean over the rows, [L,N,H,J]; None where it was not computed.
     """
 
     label: str
     facts: dict[str, Any]
-    sections: tuple[Section, ...]
+    sections: tuple[RenderedSection, ...]
     g_lm: np.ndarray | None = None
 
 
 def write_report(
     folder: Path,
     runs: Sequence[RunReport],
-    across: Sequence[Section] = (),
+    across: Sequence[RenderedSection] = (),
     tensors: bool = False,
 ) -> None:
     """Writes all files into a folder.
 
     Args:
-      runs: one at least.
+      runs: at least one.
       across: sections about all of them together.
       tensors: also writes `tensors.npz` (`tensors_LABEL.npz` where there are several runs): `G_LM`,
-        [L,N,H,J], is the mean over the rows in float32; tensors of a section are `section.name`.
+        [L,N,H,J], is the mean over the rows in float32; tensors of a section are `section.key`.
     """
     several = len(runs) > 1
-    pictures = folder / FIGURES
-    pictures.mkdir()
+    figures = folder / FIGURES
+    figures.mkdir()
     for run in runs:
         for section in run.sections:
-            _write_pictures(pictures, section, _prefix(run, several))
+            _write_figures(figures, section, _prefix(run, several))
         if tensors:
             name = f"{TENSORS}_{run.label}.npz" if several else f"{TENSORS}.npz"
             _write_tensors(folder / name, run)
     for section in across:
-        _write_pictures(pictures, section, "")
+        _write_figures(figures, section, "")
     content = {
         "format": 1,
         "runs": {
@@ -68,15 +68,15 @@ def write_report(
         },
         "across": _sections(across),
     }
-    text = json.dumps(strict(content), indent=1, allow_nan=False)
+    text = json.dumps(json_values(content), indent=1, allow_nan=False)
     (folder / JSON).write_text(text + "\n", encoding="utf-8")
-    parts = [("All runs" if several else "Across checkpoints", across)] if across else []
-    parts += [(run.label, run.sections) for run in runs]
+    chapters = [("All runs", across)] if across else []
+    chapters += [(run.label, run.sections) for run in runs]
     title = "Deductive outputs of " + ", ".join(run.label for run in runs)
-    (folder / HTML).write_text(page(title, _facts(runs), parts), encoding="utf-8")
+    (folder / HTML).write_text(page(title, _facts(runs), chapters), encoding="utf-8")
 
 
-def strict(value: Any) -> Any:
+def json_values(value: Any) -> Any:
     """Plain values for JSON, which knows no NumPy and no infinities: numbers that are not finite
     become the strings "NaN", "Infinity" and "-Infinity".
 
@@ -84,11 +84,11 @@ def strict(value: Any) -> Any:
       TypeError: something that JSON cannot hold.
     """
     if isinstance(value, Mapping):
-        return {str(key): strict(entry) for key, entry in value.items()}
+        return {str(key): json_values(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [strict(entry) for entry in value]
+        return [json_values(entry) for entry in value]
     if isinstance(value, (np.ndarray, np.generic)):
-        return strict(value.tolist())
+        return json_values(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if value is None or isinstance(value, (str, bool, int, float)):
@@ -96,14 +96,14 @@ def strict(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} in a report")
 
 
-def labels(paths: Sequence[str | Path]) -> list[str]:
+def run_labels(paths: Sequence[str | Path]) -> list[str]:
     """A short name of each path that files can be named by, no two the same."""
-    found: list[str] = []
+    labels: list[str] = []
     for path in paths:
         name = re.sub(r"[^A-Za-z0-9.=-]+", "_", Path(path).resolve().name) or "run"
         numbered = (f"{name}_{k}" for k in range(2, len(paths) + 2))
-        found.append(name if name not in found else next(n for n in numbered if n not in found))
-    return found
+        labels.append(name if name not in labels else next(n for n in numbered if n not in labels))
+    return labels
 
 
 def _prefix(run: RunReport, several: bool) -> str:
@@ -111,8 +111,8 @@ def _prefix(run: RunReport, several: bool) -> str:
     return f"{run.label}_" if several else ""
 
 
-def _write_pictures(folder: Path, section: Section, prefix: str) -> None:
-    for picture in section.pictures:
+def _write_figures(folder: Path, section: RenderedSection, prefix: str) -> None:
+    for picture in section.figures:
         (folder / f"{prefix}{picture.name}.png").write_bytes(picture.png)
 
 
@@ -120,17 +120,17 @@ def _write_tensors(path: Path, run: RunReport) -> None:
     assert run.g_lm is not None
     tensors = {G_LM: np.asarray(run.g_lm, np.float32)}
     for section in run.sections:
-        tensors |= {f"{section.name}.{name}": x for name, x in section.tensors.items()}
+        tensors |= {f"{section.key}.{name}": x for name, x in section.tensors.items()}
     np.savez_compressed(path, **tensors)  # type: ignore[arg-type]
 
 
-def _sections(sections: Sequence[Section], prefix: str = "") -> dict[str, Any]:
+def _sections(sections: Sequence[RenderedSection], prefix: str = "") -> dict[str, Any]:
     return {
-        section.name: {
+        section.key: {
             "title": section.title,
             "words": section.words,
             "numbers": section.numbers,
-            "figures": [f"{FIGURES}/{prefix}{picture.name}.png" for picture in section.pictures],
+            "figures": [f"{FIGURES}/{prefix}{picture.name}.png" for picture in section.figures],
         }
         for section in sections
     }
