@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from helpers import contents, run_here, untrained_run
 
+from pldr_jax.analysis.report.analyze import ReportProgress
 from pldr_jax.analysis.report.comparison import Comparison
 from pldr_jax.analysis.report.files import RunReport, json_values, run_labels, write_report
 from pldr_jax.analysis.report.html import cell_text
-from pldr_jax.analysis.report.progress import ReportProgress
 from pldr_jax.analysis.section import Picture, RenderedSection, Table
 from pldr_jax.analysis.sections import SECTIONS, chosen_sections
 from pldr_jax.analysis.texts import rows_of_file
@@ -21,6 +21,7 @@ from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.files import new_folder
 from pldr_jax.model.deductive import read_g_lm
 from pldr_jax.plots import new_figure, png
+from pldr_jax.terminal import Display
 
 CONFIG = ModelConfig(num_layers=2, num_heads=2, head_dim=8)
 VOID = {"meta", "img", "br", "link"}
@@ -166,7 +167,8 @@ def test_cells(value, text) -> None:
 def test_progress_on_and_off_a_terminal(capsys) -> None:
     for terminal in (False, True):
         now = [0.0]
-        with ReportProgress(2, terminal, clock=lambda now=now: now[0]) as progress:
+        display = Display(terminal=terminal, clock=lambda now=now: now[0])
+        with ReportProgress(2, display) as progress:
             progress.start("one", 4)
             progress.advance(2)
             now[0] = 11.0
@@ -174,7 +176,7 @@ def test_progress_on_and_off_a_terminal(capsys) -> None:
             progress.print("[note]")
         err = capsys.readouterr().err
         assert "[1/2] one" in err and "[note]" in err
-        assert ("[1/2] one: 4 rows" in err and "[1/2] one: 3/4" in err) is not terminal
+        assert ("rows 0/4  [1/2] one" in err and "rows 3/4  [1/2] one" in err) is not terminal
 
 
 def test_sections_are_chosen_in_the_order_of_the_report() -> None:

@@ -176,7 +176,7 @@ def test_the_program_gives_the_same_on_a_mesh_in_other_batches(
     assert status == 0, err
     assert f"report: {out / 'report.html'}" in printed
     assert "untrained, invariance: G_LM is not invariant" in printed
-    assert "[1/2] untrained: invariance: 3 rows" in err
+    assert "rows 0/3  [1/2] untrained: invariance" in err
     assert not (out / "old").exists() and not list(tmp_path.glob(".out*"))
     assert contents(run_dir) == before
     run = json.loads((out / "report.json").read_text())["runs"]["untrained"]

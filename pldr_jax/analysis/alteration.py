@@ -90,20 +90,7 @@ class Alteration(ModelSection):
         }
         tried = alterations(model, calibration_RC, seed, others)
         settings.advance(len(calibration_RC))
-        sums = {name: np.zeros(4) for name in (OWN, *(altered.name for altered in tried))}
-        for start in range(0, len(scored_RC), settings.batch_size):
-            rows = scored_RC[start : start + settings.batch_size]
-            tokens_BT, targets_BT = rows[:, :-1], rows[:, 1:]
-            outputs = model(tokens_BT)
-            check_finite("logits of held-out rows", outputs.logits)
-            deductive = outputs.deductive
-            if deductive.G_LM is None:
-                deductive = DeductiveOutputs(G_LM=predefined_or_identity(model))
-            sums[OWN] += _sums(outputs.logits, outputs.logits, targets_BT)
-            for altered in tried:
-                logits = model(tokens_BT, g_lm=altered.alter(deductive)).logits
-                sums[altered.name] += _sums(outputs.logits, logits, targets_BT)
-            settings.advance(len(tokens_BT))
+        sums = _score(model, scored_RC, tried, settings)
         values = {
             name: {
                 "loss": float(loss / count),
@@ -261,6 +248,27 @@ def _constant(g_lm: jax.Array) -> Alter:
 def _g_lm(own: DeductiveOutputs) -> jax.Array:
     assert own.G_LM is not None
     return own.G_LM
+
+
+def _score(
+    model: LanguageModel, rows_RC: np.ndarray, tried: list[AlteredG], settings: Settings
+) -> dict[str, np.ndarray]:
+    """`_sums` over all rows, of each G_LM by name."""
+    sums = {name: np.zeros(4) for name in (OWN, *(altered.name for altered in tried))}
+    for start in range(0, len(rows_RC), settings.batch_size):
+        rows = rows_RC[start : start + settings.batch_size]
+        tokens_BT, targets_BT = rows[:, :-1], rows[:, 1:]
+        outputs = model(tokens_BT)
+        check_finite("logits of held-out rows", outputs.logits)
+        deductive = outputs.deductive
+        if deductive.G_LM is None:
+            deductive = DeductiveOutputs(G_LM=predefined_or_identity(model))
+        sums[OWN] += _sums(outputs.logits, outputs.logits, targets_BT)
+        for altered in tried:
+            logits = model(tokens_BT, g_lm=altered.alter(deductive)).logits
+            sums[altered.name] += _sums(outputs.logits, logits, targets_BT)
+        settings.advance(len(tokens_BT))
+    return sums
 
 
 @jax.jit

@@ -1,10 +1,9 @@
 """`pldr-analyze`: a report on the deductive outputs of one checkpoint or several."""
 
-import sys
-
 from pldr_jax.cli.common import FAILURE, STEP, keep_compiled_programs, run
 from pldr_jax.cli.options import Option, parse_args
 from pldr_jax.config.load import load_config
+from pldr_jax.terminal import print_line
 
 DESCRIPTION = (
     "Measures the deductive outputs A, A_LM, A_P and G_LM of trained models, and writes a report: "
@@ -79,9 +78,9 @@ def analyze_main(argv: list[str]) -> None:
         for section in measured.sections:
             broken = "error" in section.numbers
             text = f"{measured.label}, {section.key}: {section.words[0]}"
-            print(f"error: {text}" if broken else text, file=sys.stderr if broken else sys.stdout)
+            print_line(f"error: {text}" if broken else text, to_stderr=broken)
             failed |= broken
-    print(f"report: {report}")
+    print_line(f"report: {report}")
     if failed:
         raise SystemExit(FAILURE)
 

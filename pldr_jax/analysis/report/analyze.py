@@ -13,7 +13,6 @@ from pldr_jax.analysis.batches import mean_g_lm
 from pldr_jax.analysis.emergence import Emergence
 from pldr_jax.analysis.report.comparison import Comparison
 from pldr_jax.analysis.report.files import HTML, JSON, RunReport, run_labels, write_report
-from pldr_jax.analysis.report.progress import ReportProgress
 from pldr_jax.analysis.section import RenderedSection, Section, Settings
 from pldr_jax.analysis.sections import chosen_sections
 from pldr_jax.analysis.texts import rows_of_file, rows_of_stores
@@ -21,12 +20,13 @@ from pldr_jax.api import LanguageModel
 from pldr_jax.config import ConfigError, ExperimentConfig, MeshConfig
 from pldr_jax.config.load import config_to_dict
 from pldr_jax.data.text.tokenizer import Tokenizer
-from pldr_jax.files import new_folder
+from pldr_jax.files import new_folder, user_path
 from pldr_jax.interop.weights import held_out_text, read_any
 from pldr_jax.model.deductive import read_g_lm
 from pldr_jax.partition import build_mesh
 from pldr_jax.runs.checksums import complete_steps
 from pldr_jax.runs.metrics import FILE_NAME, read_metrics
+from pldr_jax.terminal import Display, LiveBar
 
 DEFAULT_FOLDER = "analysis"
 
@@ -73,9 +73,9 @@ class ReportOptions:
         if self.rows == 1:
             raise ConfigError("--rows=1: texts are compared with each other; give 2 or more")
         for folder in self.runs:
-            if not Path(folder).is_dir():
+            if not user_path(folder, "RUN").is_dir():
                 raise ConfigError(f"{folder!r}: no such folder; give a run folder")
-        if self.prompts is not None and not Path(self.prompts).is_file():
+        if self.prompts is not None and not user_path(self.prompts, "--prompts").is_file():
             raise ConfigError(f"--prompts={self.prompts}: no such file")
         if self.over_checkpoints and self.step is not None:
             raise ConfigError(
@@ -94,19 +94,38 @@ def analyze(options: ReportOptions) -> tuple[Path, list[RunReport]]:
       ConfigError, CheckpointError: one line, for what cannot be read or written.
     """
     sections = chosen_sections(options.sections)
-    output = Path(options.output or Path(options.runs[0]) / DEFAULT_FOLDER)
-    steps = [_steps(folder) if options.over_checkpoints else [] for folder in options.runs]
-    total = len(options.runs) * len(sections) + sum(map(bool, steps))
+    folders = [user_path(run, "RUN") for run in options.runs]
+    output = user_path(options.output or folders[0] / DEFAULT_FOLDER, "--out")
+    steps = [_steps(folder) if options.over_checkpoints else [] for folder in folders]
+    total = len(folders) * len(sections) + sum(map(bool, steps))
     with new_folder(output, "--out", JSON) as folder, ReportProgress(total) as progress:
         runs = []
-        for path, label, kept in zip(options.runs, run_labels(options.runs), steps, strict=True):
+        for run, label, kept in zip(folders, run_labels(folders), steps, strict=True):
             try:
-                runs.append(_RunAnalysis(Path(path), label, options, progress).report(kept))
+                runs.append(_RunAnalysis(run, label, options, progress).report(kept))
             except OSError as error:  # of the run, not of the output
-                raise ConfigError(f"{path}: cannot be read ({error})") from None
+                raise ConfigError(f"{run}: cannot be read ({error})") from None
         across = [Comparison.of_runs(runs).rendered()] if len(runs) > 1 else []
         write_report(folder, runs, across, options.tensors)
     return output / HTML, runs
+
+
+class ReportProgress(LiveBar):
+    """Counts the rows of one section after another, of `sections` in all."""
+
+    def __init__(self, sections: int, display: Display | None = None) -> None:
+        super().__init__("rows", total=0, display=display)
+        self._sections, self._number, self._text = sections, 0, ""
+
+    def start(self, name: str, rows: int) -> None:
+        """The next section begins."""
+        self._number += 1
+        self._text = f"[{self._number}/{self._sections}] {name}"
+        self.show(self._text, 0, rows, now=True)
+
+    def advance(self, rows: int) -> None:
+        """More rows are done."""
+        self.show(self._text, self._completed + rows)
 
 
 class _RunAnalysis:
@@ -170,11 +189,11 @@ class _RunAnalysis:
 
     def _other_g(self) -> dict[str, Any]:
         """The G_LMs that `--other_g` names, by the names of the files and folders."""
-        paths = self._options.other_g
+        paths = [user_path(path, "--other_g") for path in self._options.other_g]
         labels = run_labels([*ALTERED_NAMES, *paths])[len(ALTERED_NAMES) :]
         return {
-            label: _open(Path(path), None, self._options.mesh)[2]
-            if Path(path).is_dir()
+            label: _open(path, None, self._options.mesh)[2]
+            if path.is_dir()
             else read_g_lm(path, self._model.config, "--other_g")[:, 0]
             for path, label in zip(paths, labels, strict=True)
         }
@@ -211,9 +230,9 @@ def attempt(section: type[Section], measure: Any) -> RenderedSection:
     return rendered
 
 
-def _steps(folder: str) -> list[int]:
+def _steps(folder: Path) -> list[int]:
     """The checkpoints of a run folder."""
-    steps = complete_steps(Path(folder) / "checkpoints")
+    steps = complete_steps(folder / "checkpoints")
     if not steps:
         raise ConfigError(f"--over_checkpoints: {folder} holds no checkpoints of a training run")
     return steps
