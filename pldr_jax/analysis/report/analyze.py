@@ -17,11 +17,10 @@ from pldr_jax.analysis.section import RenderedSection, Section, Settings
 from pldr_jax.analysis.sections import chosen_sections
 from pldr_jax.analysis.texts import rows_of_file, rows_of_stores
 from pldr_jax.api import LanguageModel
-from pldr_jax.config import ConfigError, ExperimentConfig, MeshConfig
+from pldr_jax.config import ConfigError, MeshConfig
 from pldr_jax.config.load import config_to_dict
-from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.files import new_folder, user_path
-from pldr_jax.interop.weights import held_out_text, read_any
+from pldr_jax.interop.weights import Checkpoint, held_out_text, open_checkpoint
 from pldr_jax.model.deductive import read_g_lm
 from pldr_jax.partition import build_mesh
 from pldr_jax.runs.checksums import complete_steps
@@ -136,7 +135,8 @@ class _RunAnalysis:
     ) -> None:
         self._folder, self._label = folder, label
         self._options, self._progress = options, progress
-        self._stored, self._step, self._model = _open(folder, options.step, options.mesh)
+        opened, self._model = _open(folder, options.step, options.mesh)
+        self._config, self._step = opened.config, opened.step or 0
         self._rows_RC = self._read_rows()
 
     def report(self, steps: list[int]) -> RunReport:
@@ -169,7 +169,7 @@ class _RunAnalysis:
 
     def _checkpoints(self, steps: list[int]) -> Iterator[tuple[int, LanguageModel]]:
         for step in steps:
-            yield step, _open(self._folder, step, self._options.mesh)[2]
+            yield step, _open(self._folder, step, self._options.mesh)[1]
 
     def _read_rows(self) -> np.ndarray:
         """The text to measure on, int32 [R,C]."""
@@ -183,7 +183,7 @@ class _RunAnalysis:
             if model.tokenizer is None:
                 raise ConfigError(f"--prompts: {folder} has no tokenizer.model to read text with")
             return rows_of_file(options.prompts, model.tokenizer, options.rows, length)
-        text = held_out_text(folder, self._stored, "--prompts", self._progress.print)
+        text = held_out_text(folder, self._config, "--prompts", self._progress.print)
         stores = [part.validation for part in text.parts]
         return rows_of_stores(stores, options.rows, length, f"the held-out text of {folder}")
 
@@ -192,7 +192,7 @@ class _RunAnalysis:
         paths = [user_path(path, "--other_g") for path in self._options.other_g]
         labels = run_labels([*ALTERED_NAMES, *paths])[len(ALTERED_NAMES) :]
         return {
-            label: _open(path, None, self._options.mesh)[2]
+            label: _open(path, None, self._options.mesh)[1]
             if path.is_dir()
             else read_g_lm(path, self._model.config, "--other_g")[:, 0]
             for path, label in zip(paths, labels, strict=True)
@@ -209,7 +209,7 @@ class _RunAnalysis:
             "rows": len(self._rows_RC),
             "tokens_of_a_row": self._rows_RC.shape[1],
             "text": self._options.prompts or "held-out text of the run",
-            "model": config_to_dict(self._stored)["Model"],
+            "model": config_to_dict(self._config)["Model"],
         }
 
 
@@ -240,16 +240,10 @@ def _steps(folder: Path) -> list[int]:
 
 def _open(
     folder: Path, step: int | None, mesh_config: MeshConfig
-) -> tuple[ExperimentConfig, int, LanguageModel]:
-    """The config a checkpoint was trained by, its step, and the model on the mesh."""
-    stored, weights = read_any(folder, step)
-    path = folder / "tokenizer.model"
-    tokenizer = Tokenizer.load(path) if path.is_file() else None
+) -> tuple[Checkpoint, LanguageModel]:
+    """A checkpoint, and its model on the mesh."""
+    opened = open_checkpoint(folder, step)
     mesh = build_mesh(mesh_config) if jax.device_count() > 1 else None
     # The same numbers, and a fraction of the time to compile.
-    model = dataclasses.replace(stored.model, unroll=False)
-    return (
-        stored,
-        weights.step,
-        LanguageModel(model, weights.params, weights.g_lm, tokenizer, mesh=mesh),
-    )
+    model = dataclasses.replace(opened.config.model, unroll=False)
+    return opened, LanguageModel(model, opened.params, opened.g_lm, opened.tokenizer, mesh=mesh)
