@@ -58,17 +58,20 @@ def read_regular_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def file_in(folder: Path, name: object) -> Path:
+def file_in(folder: Path, name: object, where: str) -> Path:
     """The file of a plain name in a folder, for names that were read from a file.
 
+    Args:
+      where: the file, or the field, that names it; for errors.
+
     Raises:
-      ValueError: the name leads elsewhere, or the file is a link to elsewhere.
+      ConfigError: the name leads elsewhere, or the file is a link to elsewhere.
     """
     if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
-        raise ValueError(f"{name!r} is not a plain file name")
+        raise ConfigError(f"{where}: names {name!r}, which is not a plain file name")
     file = folder / name
     if file.is_symlink() and file.resolve().parent != folder.resolve():
-        raise ValueError(f"{file} is a link to elsewhere")
+        raise ConfigError(f"{where}: {file} is a link to elsewhere; put the file itself there")
     return file
 
 
@@ -201,7 +204,10 @@ def _locked_file(folder: Path, flag: str, wait: bool) -> TextIO:
     """The lock file, held."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("a+")
+        try:
+            file = (folder / LOCK).open("a+")
+        except FileNotFoundError:  # another process has just removed the folder
+            continue
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

@@ -21,8 +21,10 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from pldr_jax.cli.common import keep_compiled_programs, run
 from pldr_jax.config import ConfigError, ExperimentConfig, MeshConfig
 from pldr_jax.config.load import config_from_dict, config_to_dict, load_config
-from pldr_jax.data.corpus import prepare
+from pldr_jax.data.mixture import open_training_text
 from pldr_jax.data.pipeline import TrainIterator
+from pldr_jax.data.shards.prepared import Manifest, ShardedTokens
+from pldr_jax.data.shards.records import ShardWriter
 from pldr_jax.model.decoder import init_params
 from pldr_jax.model.deductive import predefined_g_lm
 from pldr_jax.partition import build_mesh
@@ -82,6 +84,20 @@ def overrides(source: Path, fields: dict[str, Any] | None = None) -> list[str]:
 def flags(source: Path, fields: dict[str, Any] | None = None) -> list[str]:
     """The same as flags of the programs."""
     return [f"--gin.{override}" for override in overrides(source, fields)]
+
+
+def shard_of(
+    folder: Path, tokens: np.ndarray, lengths: np.ndarray | None = None, vocab_size: int = 1 << 17
+) -> ShardedTokens:
+    """A prepared folder that holds these tokens, of documents of these lengths or of one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    writer = ShardWriter(folder, "train-000000", dtype)
+    writer.add(tokens, np.asarray([len(tokens)]) if lengths is None else lengths, 2 * len(tokens))
+    splits = {"train": (writer.close(),)}
+    manifest = Manifest(folder, {}, "", "", vocab_size, 3, dtype, {}, {}, splits)
+    (folder / "manifest.json").write_bytes(manifest.dump())
+    return ShardedTokens(manifest, "train")
 
 
 def tiny_config(source: Path, fields: dict[str, Any] | None = None) -> ExperimentConfig:
@@ -164,8 +180,8 @@ def untrained_run(session: Path) -> Path:
             plga["a"] = scale * plga["a"]
             state = {"params": params, "g_lm": None}
             checkpointer.save(step, state, {}, config_to_dict(config), {}, wait=True)
-    corpus = prepare(config.data, config.model.vocab_size)
-    (run_dir / "tokenizer.model").write_bytes(corpus.tokenizer.model_bytes)
+    text = open_training_text(config.data, config.model.vocab_size)
+    (run_dir / "tokenizer.model").write_bytes(text.tokenizer.model_bytes)
     return run_dir
 
 

@@ -1,6 +1,7 @@
 """Prepared text: the same for any number of processes, resumable, whole or not there; pldr-data."""
 
 import concurrent.futures
+import dataclasses
 import json
 import multiprocessing
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +17,10 @@ from helpers import REPOSITORY, WORDS, contents, run_here
 
 from pldr_jax.cli.data import data_main
 from pldr_jax.config import ConfigError
-from pldr_jax.data.shards import build as building
+from pldr_jax.data.shards import parallel
 from pldr_jax.data.shards import records as shards
-from pldr_jax.data.shards.build import BuildSettings, build
-from pldr_jax.data.shards.prepared import SPLITS, ShardedTokens, read_manifest
+from pldr_jax.data.shards.build import BuildSettings, build, work_folder
+from pldr_jax.data.shards.prepared import SPLITS, Manifest, ShardedTokens, read_prepared
 from pldr_jax.data.shards.progress import BuildProgress
 from pldr_jax.data.shards.records import (
     KEPT_RECORDS,
@@ -29,7 +31,9 @@ from pldr_jax.data.shards.records import (
     read_tokens,
 )
 from pldr_jax.data.shards.units import UnitSettings, split_of, tokenize
+from pldr_jax.data.text.inputs import find_inputs
 from pldr_jax.data.text.tokenizer import Tokenizer
+from pldr_jax.terminal import Display
 
 LOG: list[str] = []
 
@@ -53,27 +57,29 @@ def text(tmp_path_factory) -> str:
     return str(folder)
 
 
-def settings(text: str, output: object, **changed: object) -> BuildSettings:
-    chosen = {
-        "inputs": (f"{text}/a.jsonl",),
-        "output": str(output),
-        "tokenizer": f"{text}/tok.model",
-        "units": UnitSettings(validation_fraction=0.1, test_fraction=0.05),
-        "unit_bytes": 10_000,
-        **changed,
-    }
-    return BuildSettings(**chosen)  # type: ignore[arg-type]
+UNITS = UnitSettings(validation_fraction=0.1, test_fraction=0.05)
+
+
+def prepare(text: str, output: object, log=LOG.append, **changed: object) -> Manifest:
+    settings = BuildSettings(UNITS, unit_bytes=10_000, workers=1)
+    return build(
+        find_inputs([f"{text}/a.jsonl"]),
+        Tokenizer.load(f"{text}/tok.model"),
+        Path(str(output)),
+        dataclasses.replace(settings, **changed),  # type: ignore[arg-type]
+        log,
+    )
 
 
 @pytest.fixture(scope="module")
 def prepared(text, tmp_path_factory) -> str:
     output = tmp_path_factory.mktemp("prepared") / "out"
-    build(settings(text, output), LOG.append)
+    prepare(text, output)
     return str(output)
 
 
 def test_every_document_is_there_once_in_its_split(text, prepared) -> None:
-    manifest = read_manifest(prepared)
+    manifest = read_prepared(prepared)
     found = {split: [] for split in SPLITS}
     for split in SPLITS:
         tokens = ShardedTokens(manifest, split)
@@ -85,9 +91,8 @@ def test_every_document_is_there_once_in_its_split(text, prepared) -> None:
         assert manifest.count(split, "n_bytes") == sum(len(t.encode()) for t in found[split])
         assert manifest.count(split, "n_documents") == len(found[split]) > 5
         assert manifest.count(split, "n_tokens") == tokens.n_tokens == ends[-1]
-    units = settings(text, "").units
     for split in SPLITS:
-        assert found[split] == [d for d in DOCUMENTS if split_of(d, units) == split]
+        assert found[split] == [d for d in DOCUMENTS if split_of(d, UNITS) == split]
     assert manifest.problems == {"broken_line": 1, "empty": 1}
     assert len(manifest.splits["train"]) > 3
 
@@ -101,40 +106,40 @@ def test_copies_of_a_document_are_in_one_split_and_the_seed_chooses() -> None:
 
 
 def test_the_result_does_not_depend_on_the_processes(text, prepared, tmp_path) -> None:
-    build(settings(text, tmp_path / "out", workers=2), LOG.append)
+    prepare(text, tmp_path / "out", workers=2)
     assert contents(tmp_path / "out") == contents(prepared_path(prepared))
     assert multiprocessing.active_children() == []
 
 
 def prepared_path(prepared: str):
-    return read_manifest(prepared).folder
+    return read_prepared(prepared).folder
 
 
 def test_interrupted_work_goes_on_and_done_shards_are_kept(
     text, prepared, tmp_path, monkeypatch
 ) -> None:
-    whole, done = building.write_unit, []
+    whole, done = parallel.write_unit, []
 
     def fails_at_the_third(unit, *rest):
         if len(done) == 2:
-            (rest[0] / ".train-000002.array_record.tmp").write_bytes(b"half a shard")
+            (rest[0] / ".train-000002.1.tmp.array_record").write_bytes(b"half a shard")
             raise KeyboardInterrupt
         done.append(unit.number)
         return whole(unit, *rest)
 
-    monkeypatch.setattr(building, "write_unit", fails_at_the_third)
+    monkeypatch.setattr(parallel, "write_unit", fails_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        build(settings(text, tmp_path / "out"), LOG.append)
+        prepare(text, tmp_path / "out")
     assert not (tmp_path / "out").exists() and done == [0, 1]
 
     def records(unit, *rest):
         done.append(unit.number)
         return whole(unit, *rest)
 
-    monkeypatch.setattr(building, "write_unit", records)
+    monkeypatch.setattr(parallel, "write_unit", records)
     with pytest.raises(ConfigError, match="holds unfinished work on other inputs or settings"):
-        build(settings(text, tmp_path / "out", unit_bytes=9_000), LOG.append)
-    build(settings(text, tmp_path / "out"), LOG.append)
+        prepare(text, tmp_path / "out", unit_bytes=9_000)
+    prepare(text, tmp_path / "out")
     assert done == list(range(len(done))) and len(done) > 3
     assert contents(tmp_path / "out") == contents(prepared_path(prepared))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -151,16 +156,16 @@ def test_killed_work_goes_on(text, prepared, tmp_path) -> None:
         time.sleep(0.01)
     process.kill()
     process.wait()
-    build(settings(text, tmp_path / "out"), LOG.append)
+    prepare(text, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(prepared_path(prepared))
 
 
 def test_an_output_that_is_there_is_not_touched(text, prepared) -> None:
     before, lines = contents(prepared_path(prepared)), []
-    build(settings(text, prepared), lines.append)
+    prepare(text, prepared, lines.append)
     assert "already there" in lines[0]
     with pytest.raises(ConfigError, match=r"^--output=.*something else; name another"):
-        build(settings(text, prepared, unit_bytes=5_000), LOG.append)
+        prepare(text, prepared, unit_bytes=5_000)
     assert contents(prepared_path(prepared)) == before
 
 
@@ -168,16 +173,21 @@ def test_an_output_that_is_there_is_not_touched(text, prepared) -> None:
 def test_on_error_fail_names_the_place(text, tmp_path, workers: int) -> None:
     units = UnitSettings(on_error="fail")
     with pytest.raises(DataError, match=r"a\.jsonl: byte \d+: not a JSON object.*--on_error=skip"):
-        build(settings(text, tmp_path / "out", units=units, workers=workers), LOG.append)
+        prepare(text, tmp_path / "out", units=units, workers=workers)
     assert not (tmp_path / "out").exists()
 
 
 def test_two_processes_do_not_work_on_one_output(text, tmp_path) -> None:
     with (
-        building._locked(tmp_path / "out.building"),
-        pytest.raises(ConfigError, match="another process is at work"),
+        work_folder(tmp_path / "out", "--output"),
+        pytest.raises(ConfigError, match=r"^--output=.*is in use by process"),
     ):
-        build(settings(text, tmp_path / "out"), LOG.append)
+        prepare(text, tmp_path / "out")
+
+
+def read(folder: Path, dtype: str, start: int, stop: int) -> np.ndarray:
+    """Tokens of the shard "a" of a folder."""
+    return read_tokens(f"{folder}/a.array_record", np.dtype(dtype), start, stop)
 
 
 def test_shards_give_any_range_of_their_tokens(tmp_path) -> None:
@@ -189,9 +199,7 @@ def test_shards_give_any_range_of_their_tokens(tmp_path) -> None:
     shard, whole = writer.close(), np.concatenate(documents)
     np.testing.assert_array_equal(read_lengths(tmp_path, shard), [len(d) for d in documents])
     for start, stop in [(0, len(whole)), (3, 4), (8190, 8195), (len(whole) - 1, len(whole))]:
-        np.testing.assert_array_equal(
-            read_tokens(tmp_path, shard, "uint16", start, stop), whole[start:stop]
-        )
+        np.testing.assert_array_equal(read(tmp_path, "uint16", start, stop), whole[start:stop])
     assert {path.name for path in tmp_path.iterdir()} == {"a.array_record", "a.lengths"}
 
 
@@ -200,7 +208,8 @@ def test_a_shard_is_the_same_however_documents_come_to_it(tmp_path) -> None:
     lengths = rng.integers(1, 4_000, 200)
     whole, ends = rng.integers(0, 60_000, lengths.sum()), np.cumsum(lengths)
     for name, steps in (("one", [200]), ("few", [3, 100, 200]), ("each", range(1, 201))):
-        writer, done = ShardWriter(tmp_path, name, "uint16"), 0
+        (tmp_path / name).mkdir()
+        writer, done = ShardWriter(tmp_path / name, "a", "uint16"), 0
         for k in steps:
             start = ends[done - 1] if done else 0
             writer.add(whole[start : ends[k - 1]], lengths[done:k], 7 * (k - done))
@@ -208,7 +217,8 @@ def test_a_shard_is_the_same_however_documents_come_to_it(tmp_path) -> None:
         assert writer.close().n_bytes == 7 * 200
     files = contents(tmp_path)
     for ending in (".array_record", ".lengths"):
-        assert files[f"one{ending}"] == files[f"few{ending}"] == files[f"each{ending}"]
+        one, few, each = (files[f"{name}/a{ending}"] for name in ("one", "few", "each"))
+        assert one == few == each
 
 
 def test_records_are_kept_up_to_a_bound(tmp_path, monkeypatch) -> None:
@@ -217,19 +227,19 @@ def test_records_are_kept_up_to_a_bound(tmp_path, monkeypatch) -> None:
     writer = ShardWriter(tmp_path, "a", "uint32")
     tokens = np.repeat(np.arange(n), RECORD_TOKENS)
     writer.add(tokens, np.asarray([len(tokens)]), 1)
-    shard = writer.close()
+    writer.close()
     del tokens, writer
     monkeypatch.setattr(shards, "_reader", lambda path: opened.append(path) or reader(path))
 
-    def read(k: int) -> None:
+    def check(k: int) -> None:
         start, stop = k * RECORD_TOKENS, (k + 1) * RECORD_TOKENS
-        found = read_tokens(tmp_path, shard, "uint32", start + 5, stop)
+        found = read(tmp_path, "uint32", start + 5, stop)
         assert found[0] == found[-1] == k
 
     shards._record.cache_clear()
     tracemalloc.start()
     for k in range(n):
-        read(k)
+        check(k)
     here = tracemalloc.Filter(True, shards.__file__)
     held = tracemalloc.take_snapshot().filter_traces([here]).statistics("filename")[0].size
     tracemalloc.stop()
@@ -237,7 +247,7 @@ def test_records_are_kept_up_to_a_bound(tmp_path, monkeypatch) -> None:
     assert len(opened) == n
     for k, reads in ((n - 1, 0), (n - KEPT_RECORDS, 0), (0, 1), (0, 0), (n - KEPT_RECORDS + 1, 1)):
         opened.clear()
-        read(k)
+        check(k)
         assert len(opened) == reads
     shards._record.cache_clear()
 
@@ -247,13 +257,12 @@ def test_threads_read_the_same_tokens(tmp_path) -> None:
     whole = rng.integers(0, 60_000, 50 * RECORD_TOKENS + 7)
     writer = ShardWriter(tmp_path, "a", "uint16")
     writer.add(whole, np.asarray([len(whole)]), 1)
-    shard = writer.close()
+    writer.close()
 
     def reads(seed: int) -> bool:
         starts = np.random.default_rng(seed).integers(0, len(whole) - 5_000, 300)
         return all(
-            (read_tokens(tmp_path, shard, "uint16", k, k + 5_000) == whole[k : k + 5_000]).all()
-            for k in starts
+            (read(tmp_path, "uint16", k, k + 5_000) == whole[k : k + 5_000]).all() for k in starts
         )
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -265,9 +274,9 @@ def test_a_corrupted_record_is_named_with_its_file(tmp_path, damage, monkeypatch
     writer = ShardWriter(tmp_path, "a", "uint16")
     tokens = np.random.default_rng(0).integers(0, 60_000, 10 * RECORD_TOKENS)
     if damage == "checksum":  # damaged before it came to the library, which then knows nothing
-        monkeypatch.setattr("pldr_jax.data.shards.records.zlib.crc32", lambda _: 0)
+        monkeypatch.setattr("pldr_jax.data.shards.records._checksum", lambda *_: 0)
     writer.add(tokens, np.asarray([len(tokens)]), 1)
-    shard = writer.close()
+    writer.close()
     monkeypatch.undo()
     path = tmp_path / "a.array_record"
     if damage == "flip":
@@ -278,7 +287,7 @@ def test_a_corrupted_record_is_named_with_its_file(tmp_path, damage, monkeypatch
         bad = []
         for k in range(10):
             try:
-                read_tokens(tmp_path, shard, "uint16", k * RECORD_TOKENS, (k + 1) * RECORD_TOKENS)
+                read(tmp_path, "uint16", k * RECORD_TOKENS, (k + 1) * RECORD_TOKENS)
             except DataError as error:
                 assert str(error).startswith(f"{path}: record {k}: ") and "\n" not in str(error)
                 bad.append(k)
@@ -291,13 +300,13 @@ def test_a_missing_or_cut_shard_is_refused_at_once(prepared, tmp_path) -> None:
     shard = copy / "train-000001.array_record"
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(ConfigError, match=r"train-000001\.array_record is cut or changed"):
-        read_manifest(copy)
+        read_prepared(copy)
     shard.unlink()
     with pytest.raises(ConfigError, match=r"train-000001\.array_record is missing"):
-        read_manifest(copy)
+        read_prepared(copy)
     (copy / "manifest.json").write_text("{}")
     with pytest.raises(ConfigError, match="is not a manifest"):
-        read_manifest(copy)
+        read_prepared(copy)
 
 
 def test_long_texts_give_the_tokens_of_the_whole(text, monkeypatch) -> None:
@@ -316,9 +325,8 @@ def test_long_texts_give_the_tokens_of_the_whole(text, monkeypatch) -> None:
 
 def test_progress_tells_speed_and_time_left(capsys) -> None:
     now = [0.0]
-    progress = BuildProgress(
-        40_000_000, 10_000_000, terminal=False, interval=5.0, clock=lambda: now[0]
-    )
+    display = Display(terminal=False, interval=5.0, clock=lambda: now[0])
+    progress = BuildProgress(40_000_000, 10_000_000, display)
     with progress:
         now[0] = 10.0
         progress.add(10_000_000, 3, 2_000_000)
@@ -334,7 +342,7 @@ def test_the_program_builds_and_inspects(text, tmp_path, capsys) -> None:
     assert f"--gin.Data.source={tmp_path}/out --gin.Model.vocab_size=300" in out
     status, out, _ = run_here(capsys, data_main, "inspect", f"--path={tmp_path}/out", "--samples=2")
     assert status == 0 and out.count("'document ") == 4
-    manifest = read_manifest(tmp_path / "out")
+    manifest = read_prepared(tmp_path / "out")
     assert f"train: {manifest.count('train', 'n_documents')} documents" in out
     histogram = [line for line in out.splitlines() if " - " in line]
     assert sum(int(line.split()[3].replace(",", "")) for line in histogram) == len(DOCUMENTS)

@@ -29,7 +29,7 @@ from pldr_jax.cli.finetune import start_from
 from pldr_jax.cli.train import train_main
 from pldr_jax.config import ExperimentConfig
 from pldr_jax.config.load import config_from_dict, config_to_dict, load_config
-from pldr_jax.data.corpus import prepare
+from pldr_jax.data.mixture import open_training_text
 from pldr_jax.interop.convert import export_run
 from pldr_jax.model.decoder import init_params
 from pldr_jax.runs.checkpoint import read_weights
@@ -63,7 +63,7 @@ def make_base(folder: Path, config: ExperimentConfig) -> None:
     if config.model.g_source == "external":
         params = without_plga(params)
         g_lm = jax.random.normal(jax.random.key(8), (1, 1, 2, 8, 8))
-    tokenizer = prepare(config.data, config.model.vocab_size).tokenizer
+    tokenizer = open_training_text(config.data, config.model.vocab_size).tokenizer
     files = {"tokenizer.model": tokenizer.model_bytes}
     write_run(folder, 33, params, g_lm, config_to_dict(config), files)
 
@@ -134,7 +134,8 @@ def test_what_does_not_fit_is_one_line(
     run_dir, bare = tmp_path / "run", tmp_path / "bare"
     shutil.copytree(base, bare)
     (bare / "tokenizer.model").unlink()
-    other = prepare(tiny_config(source, {"Model.vocab_size": 310}).data, 310).tokenizer
+    data = tiny_config(source, {"Model.vocab_size": 310}).data
+    other = open_training_text(data, 310).tokenizer
     other.save(tmp_path / "other.model")
     cases = [
         (

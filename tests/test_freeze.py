@@ -19,7 +19,7 @@ from pldr_jax.cli.freeze import freeze, freeze_main
 from pldr_jax.cli.infer import infer_main
 from pldr_jax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig, TrainingConfig
 from pldr_jax.config.load import config_to_dict, load_config
-from pldr_jax.data.corpus import prepare
+from pldr_jax.data.mixture import open_training_text
 from pldr_jax.data.pipeline import validation_rows
 from pldr_jax.data.rows import TokenRows
 from pldr_jax.model.decoder import forward, init_params
@@ -55,9 +55,9 @@ def write_run(folder, config: ExperimentConfig, scale: float = 20.0):
     with Checkpointer(folder, config.checkpoint) as checkpointer:
         state = {"params": params, "g_lm": predefined_g_lm(config.model)}
         checkpointer.save(7, state, {}, config_to_dict(config), {}, wait=True)
-    corpus = prepare(config.data, config.model.vocab_size)
-    (folder / "tokenizer.model").write_bytes(corpus.tokenizer.model_bytes)
-    return corpus
+    text = open_training_text(config.data, config.model.vocab_size)
+    (folder / "tokenizer.model").write_bytes(text.tokenizer.model_bytes)
+    return text
 
 
 def experiment(source, model: ModelConfig = MODEL) -> ExperimentConfig:
@@ -77,27 +77,27 @@ def frozen(text, tmp_path_factory):
     """
     folder, lines = tmp_path_factory.mktemp("runs"), []
     run_dir, output = folder / "run", folder / "frozen"
-    corpus = write_run(run_dir, experiment(text))
+    held_out = write_run(run_dir, experiment(text)).texts[0].validation
     full = pldr_jax.load(run_dir)
     saved = folder / "g_lm.npz"
     certificate = freeze(
         run_dir, output, rows=ROWS, rank_budgets=BUDGETS, log=lines.append, save_g=saved
     )
     shutil.rmtree(run_dir)
-    rows = validation_rows([TokenRows(corpus.validation, MODEL.context_length)], EVAL_ROWS, ROWS)
+    rows = validation_rows([TokenRows(held_out, MODEL.context_length)], EVAL_ROWS, ROWS)
     return full, rows, certificate, output, lines
 
 
 def test_frozen_checkpoint_is_the_model_with_that_g_lm(frozen) -> None:
     full, rows, _, output, _ = frozen
     lm = pldr_jax.load(output)
-    calibrated = full(rows.calibration_RC[:, :-1]).deductive.G_LM
+    calibrated = full(rows.calibration_BC[:, :-1]).deductive.G_LM
     mean = np.asarray(calibrated, np.float64).mean(1, keepdims=True)
     # A_LM ** P is steep where A_LM is near 0: rounding is amplified.
     size = mean.std()
     np.testing.assert_allclose(np.asarray(lm.g_lm), mean, atol=1e-3 * size)
     assert np.abs(np.asarray(calibrated)[:, :1] - mean).max() > 1e-2 * size
-    tokens = rows.rows_RC[:2]
+    tokens = rows.rows_BC[:2]
     expected = full(tokens, lm.g_lm).logits
     np.testing.assert_allclose(lm(tokens).logits, expected, atol=1e-5)
     assert np.abs(np.asarray(full(tokens).logits - expected)).max() > 1e-3
@@ -166,7 +166,7 @@ def test_published_model_loses_as_many_parameters_as_its_predefined_twin() -> No
 def test_certificate_by_hand(frozen) -> None:
     full, rows, certificate, output, _ = frozen
     g_lm = pldr_jax.load(output).g_lm
-    inputs, targets = rows.rows_RC[:, :-1], rows.rows_RC[:, 1:]
+    inputs, targets = rows.rows_BC[:, :-1], rows.rows_BC[:, 1:]
     p, q = (
         np.asarray(forward(MODEL, full.params, inputs, g).logits, np.float64) for g in (None, g_lm)
     )
@@ -187,7 +187,7 @@ def test_certificate_by_hand(frozen) -> None:
     difference = np.abs(p - q)
     assert certificate["logit_difference"]["mean"] == pytest.approx(difference.mean(), **close)
     assert certificate["logit_difference"]["max"] == pytest.approx(difference.max(), **close)
-    tensors = np.asarray(full(rows.calibration_RC[:, :-1]).deductive.G_LM, np.float64)
+    tensors = np.asarray(full(rows.calibration_BC[:, :-1]).deductive.G_LM, np.float64)
     rmse = math.sqrt(np.square(np.diff(tensors, axis=1)).mean())
     assert certificate["g_lm"]["rmse"] == pytest.approx(rmse, **close)
     order = rmse / abs(tensors.mean())
@@ -198,7 +198,7 @@ def test_certificate_of_low_rank(frozen, capsys) -> None:
     """What it says of a budget is true of the checkpoint, opened with that budget."""
     _, rows, certificate, output, lines = frozen
     whole, low = pldr_jax.load(output), pldr_jax.load(output, rank_budget=BUDGETS[1])
-    inputs = rows.rows_RC[:, :-1]
+    inputs = rows.rows_BC[:, :-1]
     p, q = (np.asarray(lm(inputs).logits, np.float64) for lm in (whole, low))
     exact, rough = certificate["low_rank"]
     assert [exact["budget"], rough["budget"]] == list(BUDGETS)
@@ -253,8 +253,8 @@ def test_kl_divergence_far_and_near() -> None:
 
 
 def test_calibration_and_evaluation_rows_are_disjoint(frozen, text) -> None:
-    corpus = prepare(experiment(text).data, MODEL.vocab_size)
-    rows = TokenRows(corpus.validation, MODEL.context_length)
+    (prepared,) = open_training_text(experiment(text).data, MODEL.vocab_size).texts
+    rows = TokenRows(prepared.validation, MODEL.context_length)
     for calibration_rows, eval_rows in ((1, 3), (ROWS, EVAL_ROWS), (10**6, 0), (3, 0)):
         calibration, evaluation = split_rows(rows, calibration_rows, eval_rows)
         chosen = [*calibration.order, *evaluation.order]
@@ -262,12 +262,10 @@ def test_calibration_and_evaluation_rows_are_disjoint(frozen, text) -> None:
         assert eval_rows or len(chosen) == len(rows)
     # The evaluated rows are those of a training run, batches lose none of them.
     calibration, evaluation = split_rows(rows, ROWS, EVAL_ROWS)
-    held_out = validation_rows(
-        [TokenRows(corpus.validation, MODEL.context_length)], EVAL_ROWS, ROWS
-    )
+    held_out = validation_rows([rows], EVAL_ROWS, ROWS)
     for row_set, expected in (
-        (evaluation, held_out.rows_RC),
-        (calibration, held_out.calibration_RC),
+        (evaluation, held_out.rows_BC),
+        (calibration, held_out.calibration_BC),
     ):
         for size in (1, 4, 64):
             read = [batch[:real] for batch, real in row_set.batches(size)]

@@ -8,13 +8,14 @@ import pytest
 from helpers import WORDS, rows_of, stored, tiny_config, train_here
 
 from pldr_jax.config import ConfigError, DataConfig
-from pldr_jax.data.mixture import open_text
+from pldr_jax.data.mixture import open_training_text
 from pldr_jax.data.pipeline import train_iterator
 from pldr_jax.data.rows import TokenRows, make_rows
 from pldr_jax.data.shards.build import BuildSettings, build
-from pldr_jax.data.shards.prepared import ShardedTokens, read_manifest
+from pldr_jax.data.shards.prepared import ShardedTokens, read_prepared
 from pldr_jax.data.shards.records import DataError
 from pldr_jax.data.shards.units import UnitSettings
+from pldr_jax.data.text.inputs import find_inputs
 from pldr_jax.data.text.tokenizer import Tokenizer
 
 VOCAB = 300
@@ -27,6 +28,17 @@ def write_text(folder, name: str, seed: int, documents: int = 200) -> None:
     (folder / f"{name}.jsonl").write_text("\n".join(lines))
 
 
+def prepare(folder, name: str, output, tokenizer: str = "t", **settings) -> None:
+    units = UnitSettings(**{"validation_fraction": 0.2, **settings})
+    build(
+        find_inputs([f"{folder}/{name}.jsonl"]),
+        Tokenizer.load(folder / f"{tokenizer}.model"),
+        output,
+        BuildSettings(units, unit_bytes=8_000),
+        lambda line: None,
+    )
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Prepared texts `a` and `b` of one tokenizer, and `c` of another."""
@@ -37,21 +49,12 @@ def folder(tmp_path_factory):
         texts = [line for line in (folder / "a.jsonl").read_text().splitlines() if name != line[0]]
         Tokenizer.train(texts[:150] if name == "t" else texts, VOCAB).save(folder / f"{name}.model")
     for name, tokenizer in (("a", "t"), ("b", "t"), ("c", "u")):
-        build(
-            BuildSettings(
-                (f"{folder}/{name}.jsonl",),
-                f"{folder}/{name}",
-                f"{folder}/{tokenizer}.model",
-                UnitSettings(validation_fraction=0.2),
-                unit_bytes=8_000,
-            ),
-            lambda line: None,
-        )
+        prepare(folder, name, folder / name, tokenizer)
     return folder
 
 
 def test_rows_of_shards_are_those_of_one_flat_text(folder) -> None:
-    manifest = read_manifest(folder / "a")
+    manifest = read_prepared(folder / "a")
     tokens = ShardedTokens(manifest, "train")
     assert len(manifest.splits["train"]) > 3
     whole = tokens.read(0, tokens.n_tokens)
@@ -63,19 +66,19 @@ def test_rows_of_shards_are_those_of_one_flat_text(folder) -> None:
 
 def test_one_text_or_several_by_weight(folder) -> None:
     lines: list[str] = []
-    one = open_text(DataConfig(source=str(folder / "a")), VOCAB, lines.append)
+    one = open_training_text(DataConfig(source=str(folder / "a")), VOCAB, lines.append)
     assert one.weights == (1.0,) and "100.0% of the rows" in lines[0]
     manifest = DataConfig(source=str(folder / "a" / "manifest.json"))
-    assert open_text(manifest, VOCAB, lines.append).digest == one.digest
+    assert open_training_text(manifest, VOCAB, lines.append).digest == one.digest
     paths = tuple(str(folder / name) for name in "ab")
-    by_size = open_text(DataConfig(mixture=paths), VOCAB, lines.append)
-    sizes = [part.train.n_tokens for part in by_size.parts]
+    by_size = open_training_text(DataConfig(mixture=paths), VOCAB, lines.append)
+    sizes = [part.train.n_tokens for part in by_size.texts]
     assert by_size.weights == pytest.approx(np.divide(sizes, sum(sizes)))
     config = DataConfig(mixture=paths, mixture_weights=(3.0, 1.0))
-    weighted = open_text(config, VOCAB, lines.append)
+    weighted = open_training_text(config, VOCAB, lines.append)
     assert weighted.weights == (0.75, 0.25)
     assert len({one.digest, by_size.digest, weighted.digest}) == 3
-    assert weighted.digest == open_text(config, VOCAB, lines.append).digest
+    assert weighted.digest == open_training_text(config, VOCAB, lines.append).digest
 
 
 @pytest.mark.parametrize(
@@ -99,19 +102,13 @@ def test_refusals_name_the_field(folder, fields, message) -> None:
     }
     vocab = 301 if list(fields) == ["source"] else VOCAB
     with pytest.raises(ConfigError, match=message):
-        open_text(DataConfig(**fields), vocab, lambda line: None)
+        open_training_text(DataConfig(**fields), vocab, lambda line: None)
 
 
 def test_without_held_out_documents_there_is_nothing_to_evaluate(folder, tmp_path) -> None:
-    settings = BuildSettings(
-        (f"{folder}/a.jsonl",),
-        f"{tmp_path}/a",
-        f"{folder}/t.model",
-        UnitSettings(validation_fraction=0.0),
-    )
-    build(settings, lambda line: None)
+    prepare(folder, "a", tmp_path / "a", validation_fraction=0.0)
     with pytest.raises(ConfigError, match="has no validation documents; prepare it anew"):
-        open_text(DataConfig(source=f"{tmp_path}/a"), VOCAB, lambda line: None)
+        open_training_text(DataConfig(source=f"{tmp_path}/a"), VOCAB, lambda line: None)
 
 
 @pytest.mark.parametrize("packing", ["concat", "packed"])
@@ -125,7 +122,7 @@ def test_a_corrupted_shard_is_named_with_its_record_while_training(
     content[1_000] ^= 255
     shard.write_bytes(content)
     config = DataConfig(packing=packing, max_segments=4)  # type: ignore[arg-type]
-    rows = make_rows(ShardedTokens(read_manifest(copy), "train"), 16, config)
+    rows = make_rows(ShardedTokens(read_prepared(copy), "train"), 16, config)
     with (
         train_iterator([rows], 8, 0) as iterator,
         pytest.raises(DataError, match=r"train-000001\.array_record: record \d+: ") as error,
@@ -155,12 +152,12 @@ def test_a_run_on_a_mixture_in_segments(folder, tmp_path) -> None:
     assert {"eval/loss", "eval/causal_gap", "eval/order_parameter/G_LM"} <= metrics.keys()
     assert [row["step"] for row in rows_of(tmp_path / "run")][-1] == 3
     _, data, _ = stored(tmp_path / "run")
-    text = open_text(config.data, VOCAB, lambda line: None)
-    assert (data["next_index"], data["text"]) == (3, text.digest)
+    text = open_training_text(config.data, VOCAB, lambda line: None)
+    assert (data["next_row"], data["text"]) == (3 * 8, text.digest)
     for name, value, message in (
         ("Data.packing", "document", r"^Data\.packing = 'document': the run in .* has 'packed'"),
         ("Data.max_segments", 2, r"^Data\.max_segments = 2: the run in .* has 3"),
-        ("Data.mixture_weights", "(0.5, 0.5)", "not the text, or not the weights"),
+        ("Data.mixture_weights", "(0.5, 0.5)", "or the weights that the checkpoint"),
     ):
         with pytest.raises(ConfigError, match=message):
             train_here(tiny_config(folder, {**fields, name: value}), tmp_path / "run")

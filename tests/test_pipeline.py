@@ -7,32 +7,36 @@ import pickle
 import grain
 import numpy as np
 import pytest
+from helpers import shard_of
 
 from pldr_jax.config import ConfigError
-from pldr_jax.data.corpus import TokenFile
 from pldr_jax.data.pipeline import TrainIterator, _Shuffled, train_iterator, validation_rows
 from pldr_jax.data.rows import TokenRows
+from pldr_jax.data.shards.prepared import ShardedTokens
 
 C, B, ROWS = 4, 8, 50
 
 
 @pytest.fixture
-def token_file(tmp_path) -> TokenFile:
+def token_file(tmp_path) -> ShardedTokens:
     """Token k is the number k, so a row says where it comes from; 3 tokens fill no row."""
     return numbered(tmp_path, ROWS * C + 3)
 
 
-def numbered(folder: pathlib.Path, n_tokens: int) -> TokenFile:
-    path = folder / f"{n_tokens}.bin"
-    np.arange(n_tokens, dtype=np.uint16).tofile(path)
-    return TokenFile(path, "uint16", n_documents=1, n_tokens=n_tokens, n_bytes=2 * n_tokens)
+def numbered(folder: pathlib.Path, n_tokens: int) -> ShardedTokens:
+    return shard_of(folder / f"{n_tokens}", np.arange(n_tokens))
+
+
+def at_row(row: int, text: str = "", seed: int = 0) -> dict[str, object]:
+    """The state of an iterator that has taken so many rows."""
+    return {"next_row": row, "text": text, "seed": seed}
 
 
 def take(iterator: TrainIterator, n: int) -> np.ndarray:
     return np.stack([next(iterator) for _ in range(n)])
 
 
-def batches(token_file: TokenFile, n: int, seed: int = 0, process=(0, 1)) -> np.ndarray:
+def batches(token_file: ShardedTokens, n: int, seed: int = 0, process=(0, 1)) -> np.ndarray:
     with train_iterator([TokenRows(token_file, C)], B, seed, *process) as iterator:
         return take(iterator, n)
 
@@ -101,7 +105,7 @@ def test_resumed_stream_equals_the_uninterrupted_one(token_file, taken: int) -> 
         for _ in range(taken):
             next(first)
         state = json.loads(json.dumps(first.state))
-    assert state == {"next_index": taken}
+    assert state == {"next_row": taken * B, "text": "", "seed": 0}
     with train_iterator([TokenRows(token_file, C)], B, 0) as second:
         next(second)  # whatever was read ahead must be dropped
         second.state = state
@@ -113,9 +117,9 @@ def test_worker_processes_give_the_same_stream_from_any_position(token_file) -> 
     expected = batches(token_file, 9)
     with train_iterator([TokenRows(token_file, C)], B, 0, workers=2) as iterator:
         np.testing.assert_array_equal(take(iterator, 3), expected[:3])
-        iterator.state = {"next_index": 5}
+        iterator.state = at_row(5 * B)
         np.testing.assert_array_equal(take(iterator, 4), expected[5:])
-        assert iterator.state == {"next_index": 9}
+        assert iterator.state == at_row(9 * B)
 
 
 def test_state_moves_to_another_number_of_processes(token_file) -> None:
@@ -123,14 +127,14 @@ def test_state_moves_to_another_number_of_processes(token_file) -> None:
     parts = []
     for p in range(2):
         with train_iterator([TokenRows(token_file, C)], B, 0, p, 2) as iterator:
-            iterator.state = {"next_index": 5}
+            iterator.state = at_row(5 * B)
             parts.append(take(iterator, 4))
     for k in range(4):
         together = np.concatenate([row_numbers(part[k]) for part in parts])
         assert sorted(together) == sorted(row_numbers(expected[k]))
 
 
-@pytest.mark.parametrize("state", [{}, {"next_index": -1}, {"next_index": "5"}])
+@pytest.mark.parametrize("state", [{}, {"next_row": -1}, {"next_row": "5"}])
 def test_bad_state_is_refused(token_file, state) -> None:
     with (
         train_iterator([TokenRows(token_file, C)], B, 0) as iterator,
@@ -162,37 +166,37 @@ def test_processes_must_divide_the_batch(token_file) -> None:
 
 def test_validation_rows_spread_and_never_overlap_calibration(token_file) -> None:
     chosen = validation_rows([TokenRows(token_file, C)], 20, calibration_rows=10)
-    rows, calibration = row_numbers(chosen.rows_RC), row_numbers(chosen.calibration_RC)
+    rows, calibration = row_numbers(chosen.rows_BC), row_numbers(chosen.calibration_BC)
     assert (len(rows), len(calibration)) == (20, 10)
     assert len({*rows, *calibration}) == 30
     assert rows.min() < ROWS // 4 and rows.max() >= ROWS - ROWS // 4
-    assert chosen.rows_RC.dtype == np.int32
+    assert chosen.rows_BC.dtype == np.int32
 
 
 def test_validation_rows_are_repeatable_and_nested(token_file) -> None:
     few, more = (validation_rows([TokenRows(token_file, C)], n) for n in (5, 20))
-    np.testing.assert_array_equal(few.rows_RC, more.rows_RC[:5])
-    np.testing.assert_array_equal(few.calibration_RC, more.calibration_RC)
+    np.testing.assert_array_equal(few.rows_BC, more.rows_BC[:5])
+    np.testing.assert_array_equal(few.calibration_BC, more.calibration_BC)
     other = validation_rows([TokenRows(token_file, C)], 20, seed=1)
-    assert (other.rows_RC != more.rows_RC).any()
+    assert (other.rows_BC != more.rows_BC).any()
 
 
 @pytest.mark.parametrize("rows", [0, 1000])
 def test_all_validation_rows(token_file, rows: int) -> None:
     chosen = validation_rows([TokenRows(token_file, C)], rows, calibration_rows=10)
-    both = [*row_numbers(chosen.rows_RC), *row_numbers(chosen.calibration_RC)]
+    both = [*row_numbers(chosen.rows_BC), *row_numbers(chosen.calibration_BC)]
     assert sorted(both) == list(range(ROWS))
-    assert len(chosen.calibration_RC) == 10
+    assert len(chosen.calibration_BC) == 10
 
 
 def test_no_calibration_rows(token_file) -> None:
     chosen = validation_rows([TokenRows(token_file, C)], 0, calibration_rows=0)
-    assert chosen.calibration_RC.shape == (0, C) and chosen.rows_RC.shape == (ROWS, C)
+    assert chosen.calibration_BC.shape == (0, C) and chosen.rows_BC.shape == (ROWS, C)
 
 
 def test_short_held_out_text(tmp_path) -> None:
     chosen = validation_rows([TokenRows(numbered(tmp_path, 2 * C), C)], 0)
-    assert (len(chosen.rows_RC), len(chosen.calibration_RC)) == (1, 1)
+    assert (len(chosen.rows_BC), len(chosen.calibration_BC)) == (1, 1)
     with pytest.raises(ConfigError, match=r"^Data\.source: .*only 1 rows.*validation_fraction"):
         validation_rows([TokenRows(numbered(tmp_path, 2 * C - 1), C)], 0)
 
@@ -204,7 +208,7 @@ def test_the_stream_is_the_one_it_always_was(token_file) -> None:
     part = row_numbers(batches(token_file, 2, seed=3, process=(1, 2))).reshape(2, B // 2)
     assert part.tolist() == [[30, 7, 3, 19], [0, 23, 49, 41]]
     held_out = validation_rows([TokenRows(token_file, C)], 5)
-    assert row_numbers(held_out.rows_RC).tolist() == [47, 22, 10, 45, 30]
+    assert row_numbers(held_out.rows_BC).tolist() == [47, 22, 10, 45, 30]
 
 
 @pytest.mark.parametrize("epochs", [None, 3])
@@ -219,9 +223,8 @@ def test_numbers_are_shuffled_as_grain_shuffles_them(epochs: int | None) -> None
 @pytest.fixture
 def two(tmp_path, token_file) -> list[TokenRows]:
     """Two texts of 50 and 20 rows; the second's numbers start at 1000."""
-    path = tmp_path / "second.bin"
-    np.arange(1000, 1000 + 20 * C, dtype=np.uint16).tofile(path)
-    return [TokenRows(token_file, C), TokenRows(TokenFile(path, "uint16", 1, 80, 80), C)]
+    second = shard_of(tmp_path / "second", np.arange(1000, 1000 + 20 * C))
+    return [TokenRows(token_file, C), TokenRows(second, C)]
 
 
 def mixed(two: list[TokenRows], n: int, process=(0, 1), **settings) -> np.ndarray:
@@ -256,22 +259,22 @@ def test_a_mixture_is_shared_and_resumed_like_one_text(two) -> None:
         together = np.concatenate([row_numbers(part[k]) for part in parts])
         assert sorted(together) == sorted(row_numbers(whole[k]))
     with train_iterator(two, B, 0, weights=(0.75, 0.25), digest="d") as iterator:
-        iterator.state = {"next_index": 5, "text": "d"}
+        iterator.state = at_row(5 * B, text="d")
         np.testing.assert_array_equal(take(iterator, 7), whole[5:])
-        assert iterator.state == {"next_index": 12, "text": "d"}
+        assert iterator.state == at_row(12 * B, text="d")
         with pytest.raises(ConfigError, match="not the text"):
-            iterator.state = {"next_index": 5, "text": "other"}
+            iterator.state = at_row(5 * B, text="other")
 
 
 def test_epochs_end_the_stream(token_file) -> None:
     with train_iterator([TokenRows(token_file, C)], B, 0, epochs=2) as iterator:
         rows = row_numbers(np.stack(list(iterator)))
-        assert iterator.n_batches == 2 * ROWS // B == len(rows) // B
+        assert len(rows) // B == 2 * ROWS // B and iterator.batches_left == 0
     assert np.bincount(rows).max() == 2
 
 
 def test_held_out_rows_of_a_mixture_by_weight(two) -> None:
     chosen = validation_rows(two, 12, 4, weights=(0.75, 0.25))
-    rows = row_numbers(chosen.rows_RC)
+    rows = row_numbers(chosen.rows_BC)
     assert (rows >= 250).sum() == 3 and len(rows) == 12
-    assert len(chosen.calibration_RC) == 4 and row_numbers(chosen.calibration_RC).max() < 250
+    assert len(chosen.calibration_BC) == 4 and row_numbers(chosen.calibration_BC).max() < 250

@@ -83,7 +83,7 @@ def test_signal_saves_and_the_rest_is_bit_for_bit(
     assert f"{name}: saved step {at} of {STEPS} in {run_dir}" in output
     assert len(batches) == at and signal.getsignal(number) is handler
     state, data, step = stored(run_dir)
-    assert (step, int(state.step), data["next_index"]) == (at, at, at)
+    assert (step, int(state.step), data["next_row"]) == (at, at, 8 * at)
     train_here(tiny_config(source), run_dir, resume="required")
     assert f"continuing at step {at}" in capsys.readouterr().out
     assert [batch.tobytes() for batch in batches] == [batch.tobytes() for batch in expected]

@@ -4,32 +4,31 @@ import pickle
 
 import numpy as np
 import pytest
+from helpers import shard_of
 
 from pldr_jax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig
-from pldr_jax.data.corpus import TokenFile
 from pldr_jax.data.rows import (
     INPUTS,
     SEGMENTS,
     TARGETS,
     SegmentRows,
     TokenRows,
-    fill,
-    fit,
-    joined,
+    filled_share,
+    join_rows,
     make_rows,
-    stack,
+    pack_segments,
+    stack_rows,
 )
+from pldr_jax.data.shards.prepared import ShardedTokens
 
 EOS = 3
 
 
-def store(folder, lengths: np.ndarray) -> TokenFile:
+def store(folder, lengths: np.ndarray) -> ShardedTokens:
     """Documents of these lengths: every token a number of its own, but for the end piece."""
     tokens = np.arange(10, 10 + lengths.sum(), dtype=np.uint32)
     tokens[np.cumsum(lengths) - 1] = EOS
-    tokens.tofile(folder / "train.bin")
-    lengths.astype("<u4").tofile(folder / "train.lengths")
-    return TokenFile(folder / "train.bin", "uint32", len(lengths), len(tokens), len(tokens))
+    return shard_of(folder, tokens, lengths)
 
 
 def all_rows(rows) -> np.ndarray:
@@ -57,7 +56,7 @@ def test_every_token_is_an_input_and_a_target_once(tmp_path, seed: int) -> None:
     assert sorted(inputs) == sorted(whole[is_input])
     assert sorted(targets) == sorted(whole[is_target])
     assert rows.n_targets == real.sum()
-    assert fill(rows) == pytest.approx(real.mean())
+    assert filled_share(rows) == pytest.approx(real.mean())
     assert not packed[:, :, :][np.broadcast_to(~real[:, None], packed.shape)].any()
 
     following = dict(zip(whole[:-1], whole[1:], strict=True))
@@ -82,11 +81,11 @@ def test_packing_wastes_little(seed: int) -> None:
     rng = np.random.default_rng(seed)
     counts = np.bincount(rng.geometric(1 / 30, 5000).clip(1, 126), minlength=127)
     total = int((counts * np.arange(127)).sum())
-    shapes = fit(counts, 127, 127)
+    shapes = pack_segments(counts, 127, 127)
     rows = sum(shape.count for shape in shapes)
     assert sum(shape.count * sum(shape.lengths) for shape in shapes) == total
     assert rows <= 1.01 * total / 127 + 1
-    few = fit(counts, 127, 2)
+    few = pack_segments(counts, 127, 2)
     assert max(len(shape.lengths) for shape in few) == 2
     assert len(few) < 1000  # shapes, not rows: the work does not grow with the documents
 
@@ -98,7 +97,7 @@ def test_rows_are_few_where_places_are_scarce(mean: int, segments: int) -> None:
     """
     rng = np.random.default_rng(0)
     counts = np.bincount(rng.geometric(1 / mean, 20_000).clip(1, 510), minlength=511)
-    shapes = fit(counts, 511, segments)
+    shapes = pack_segments(counts, 511, segments)
     assert sum(shape.count * len(shape.lengths) for shape in shapes) == counts.sum()
     assert max(len(shape.lengths) for shape in shapes) == segments
     needed = max(int((counts * np.arange(511)).sum()) / 511, counts.sum() / segments)
@@ -139,15 +138,15 @@ def test_many_rows_at_once_are_the_single_ones(tmp_path, packing: str) -> None:
     rng = np.random.default_rng(0)
     tokens = store(tmp_path, 1 + rng.geometric(1 / 20, 300))
     rows = make_rows(tokens, 12, DataConfig(packing=packing, max_segments=3))  # type: ignore[arg-type]
-    for many in (rows, joined([rows, rows])):
+    for many in (rows, join_rows([rows, rows])):
         numbers = rng.integers(0, len(many), 200)
-        found = stack(many, numbers)
+        found = stack_rows(many, numbers)
         assert found.dtype == np.int32 and found.shape == (200, *rows.row_shape)
         np.testing.assert_array_equal(found, np.stack([many[k] for k in numbers]))
         for k in (-1, len(many)):
             with pytest.raises(IndexError):
-                stack(many, [0, k])
-    assert stack(rows, []).shape == (0, *rows.row_shape)
+                stack_rows(many, [0, k])
+    assert stack_rows(rows, []).shape == (0, *rows.row_shape)
 
 
 def test_rows_pickle_by_path_and_join(tmp_path) -> None:
@@ -156,10 +155,10 @@ def test_rows_pickle_by_path_and_join(tmp_path) -> None:
     data = pickle.dumps(rows)
     assert len(data) < 1000
     np.testing.assert_array_equal(pickle.loads(data)[40], rows[40])
-    both = joined([rows, rows])
+    both = join_rows([rows, rows])
     assert len(both) == 2 * len(rows)
     np.testing.assert_array_equal(both[len(rows) + 3], rows[3])
-    assert isinstance(joined([TokenRows(tokens, 16)]), TokenRows)
+    assert isinstance(join_rows([TokenRows(tokens, 16)]), TokenRows)
     for k in (-1, len(rows)):
         with pytest.raises(IndexError):
             rows[k]

@@ -6,30 +6,38 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import QUICK, WORDS, rows_of, stored, tiny_config, train_here
+from helpers import QUICK, WORDS, rows_of, shard_of, stored, tiny_config, train_here
 
 from pldr_jax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig
 from pldr_jax.config.load import load_config
-from pldr_jax.data.corpus import TokenFile
-from pldr_jax.data.mixture import Part
-from pldr_jax.data.rows import SegmentRows, fill
-from pldr_jax.data.segment_count import MOST, NEAR, choose, row_cost, settled
+from pldr_jax.data.mixture import TrainingText, WeightedText
+from pldr_jax.data.rows import SegmentRows, filled_share
+from pldr_jax.data.segment_count import (
+    MOST_SEGMENTS,
+    NEAR,
+    SegmentCount,
+    choose_segment_count,
+    with_segment_count,
+)
+from pldr_jax.data.shards.prepared import ShardedTokens
 from pldr_jax.data.text.tokenizer import Tokenizer
+from pldr_jax.model.flops import row_flops
 
 NANO = ModelConfig(context_length=512)
 
 
-def store(folder: Path, lengths: np.ndarray) -> TokenFile:
-    folder.mkdir()
-    np.zeros(lengths.sum(), np.uint16).tofile(folder / "train.bin")
-    lengths.astype("<u4").tofile(folder / "train.lengths")
-    n_tokens = int(lengths.sum())
-    return TokenFile(folder / "train.bin", "uint16", len(lengths), n_tokens, n_tokens)
+def choose(lengths: list[np.ndarray], weights: list[float], model: ModelConfig) -> SegmentCount:
+    return choose_segment_count(lengths, weights, model.context_length, row_flops(model))
+
+
+def store(folder: Path, lengths: np.ndarray) -> ShardedTokens:
+    return shard_of(folder, np.zeros(lengths.sum(), np.uint16), lengths)
 
 
 def speed(folder: Path, lengths: np.ndarray, segments: int) -> float:
     """Targets over cost, from the rows themselves."""
-    return fill(SegmentRows(store(folder, lengths), 512, segments)) / row_cost(NANO, segments)
+    rows = SegmentRows(store(folder, lengths), 512, segments)
+    return filled_share(rows) / row_flops(NANO)(segments)
 
 
 def test_long_documents_have_rows_of_their_own() -> None:
@@ -43,12 +51,12 @@ def test_long_documents_have_rows_of_their_own() -> None:
 
 def test_tiny_documents_share_up_to_the_limit() -> None:
     chosen = choose([np.full(5000, 12)], [1.0], NANO)
-    assert MOST * 0.8 < chosen.max_segments <= MOST and chosen.gain > 4
+    assert MOST_SEGMENTS * 0.8 < chosen.max_segments <= MOST_SEGMENTS and chosen.gain > 4
     # Forty would fit and cost nothing.
     free = dataclasses.replace(NANO, g_source="random")
-    assert choose([np.full(5000, 12)], [1.0], free).max_segments == MOST
+    assert choose([np.full(5000, 12)], [1.0], free).max_segments == MOST_SEGMENTS
     half = choose([np.full(5000, 256)], [1.0], NANO)
-    assert half.max_segments == 2 and half.fill == pytest.approx(510 / 511, abs=1e-3)
+    assert half.max_segments == 2 and half.filled_share == pytest.approx(510 / 511, abs=1e-3)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -58,7 +66,7 @@ def test_no_other_number_is_much_faster(tmp_path: Path, seed: int) -> None:
     mean = float(rng.choice([40, 90, 200, 500, 3000]))
     lengths = 2 + rng.lognormal(np.log(mean), 0.8, 800).astype(np.int64)
     chosen = choose([lengths], [1.0], NANO)
-    speeds = [speed(tmp_path / f"{k}", lengths, k) for k in range(1, MOST + 1)]
+    speeds = [speed(tmp_path / f"{k}", lengths, k) for k in range(1, MOST_SEGMENTS + 1)]
     own = speeds[chosen.max_segments - 1]
     assert own >= NEAR * max(speeds)
     assert all(other < NEAR * max(speeds) for other in speeds[: chosen.max_segments - 1])
@@ -71,7 +79,8 @@ def test_the_model_decides_too() -> None:
     deep = choose(lengths, [1.0], dataclasses.replace(NANO, num_residual_layers=32)).max_segments
     free = choose(lengths, [1.0], dataclasses.replace(NANO, g_source="random")).max_segments
     assert 1 <= deep < plain <= free
-    assert row_cost(NANO, 3) > row_cost(NANO, 2) > row_cost(NANO, 1)
+    cost = row_flops(NANO)
+    assert cost(3) > cost(2) > cost(1)
 
 
 def test_texts_of_a_mixture_count_by_their_weights() -> None:
@@ -83,11 +92,12 @@ def test_texts_of_a_mixture_count_by_their_weights() -> None:
 
 def test_a_number_that_is_given_stays(tmp_path: Path) -> None:
     tiny = store(tmp_path / "tiny", np.full(900, 12))
-    parts, lines = [Part("tiny", 1.0, tiny, tiny)], []
+    text = TrainingText(Tokenizer(b""), (WeightedText("tiny", 1.0, tiny, tiny),), "")
+    lines: list[str] = []
 
     def data(**fields: Any) -> DataConfig:
         config = ExperimentConfig(model=NANO, data=DataConfig(**fields))
-        return settled(config, parts, lines.append).data
+        return with_segment_count(config, text, row_flops(NANO), lines.append).data
 
     assert data(packing="packed", max_segments=3).max_segments == 3
     assert data(packing="document").max_segments is None and not lines
@@ -112,7 +122,7 @@ def test_an_open_number_is_no_number() -> None:
 def test_a_run_goes_on_with_the_number_it_began_with(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also where the documents are others by then."""
+    """And does not choose it again."""
     rng = np.random.default_rng(0)
     for folder, documents, words in (("short", 300, 3), ("long", 12, 900)):
         (tmp_path / folder).mkdir()
@@ -141,9 +151,12 @@ def test_a_run_goes_on_with_the_number_it_began_with(
     assert count > 1
     assert f"Data.max_segments = {count}: rows " in capsys.readouterr().out
     assert run("long", "other") == 1
-    assert run("long", "run", **{"Training.steps": 3}) == count
+    with pytest.raises(ConfigError, match=r"^Data\.source.*: not the text"):
+        run("long", "run", **{"Training.steps": 3})
+    capsys.readouterr()
+    assert run("short", "run", **{"Training.steps": 3}) == count
     assert rows_of(tmp_path / "run")[-1]["step"] == 3
-    assert stored(tmp_path / "run")[1]["next_index"] == 3
+    assert stored(tmp_path / "run")[1]["next_row"] == 3 * 4
     assert "Data.max_segments =" not in capsys.readouterr().out.split("continuing")[-1]
     with pytest.raises(ConfigError, match=rf"^Data\.max_segments = {count + 1}: the run in"):
         run("short", "run", **{"Data.max_segments": count + 1, "Training.steps": 4})

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import shard_of
 
 from pldr_jax.config import DataConfig, ExperimentConfig, MeshConfig
-from pldr_jax.data.corpus import TokenFile
 from pldr_jax.data.rows import SEGMENTS, SegmentRows
 from pldr_jax.model.segments import Segments
 from pldr_jax.model.shapes import place_params
@@ -25,12 +25,10 @@ LENGTHS = np.asarray([12, 5, 40, 3, 9, 2, 7, 6, 17, 4, 2, 3, 2])
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> tuple[np.ndarray, np.ndarray]:
-    """The same documents in rows of their own, and packed; [R,3,T] each."""
+    """The same documents in rows of their own, and packed; [B,3,T] each."""
     folder = tmp_path_factory.mktemp("tokens")
     tokens = np.random.default_rng(1).integers(4, 40, LENGTHS.sum())
-    tokens.astype(np.uint16).tofile(folder / "train.bin")
-    LENGTHS.astype("<u4").tofile(folder / "train.lengths")
-    store = TokenFile(folder / "train.bin", "uint16", len(LENGTHS), len(tokens), 1)
+    store = shard_of(folder, tokens, LENGTHS)
     made = [SegmentRows(store, C, k) for k in (1, K)]
     document, segment = (np.stack([m[i] for i in range(len(m))]) for m in made)
     assert len(segment) < len(document) and segment[:, SEGMENTS].max() == K
@@ -38,7 +36,7 @@ def rows(tmp_path_factory) -> tuple[np.ndarray, np.ndarray]:
 
 
 def by_piece(rows: np.ndarray, values: np.ndarray) -> dict[tuple[int, ...], np.ndarray]:
-    """Values [R,T,...] of each segment, by its inputs."""
+    """Values [B,T,...] of each segment, by its inputs."""
     found = {}
     for row, value in zip(rows, np.asarray(values), strict=True):
         for number in range(1, row[SEGMENTS].max() + 1):

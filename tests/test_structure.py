@@ -46,7 +46,6 @@ EXTRA: dict[str, set[str]] = {
     "interop/__main__.py": {"cli"},  # nothing imports it
     "data/__main__.py": {"cli"},
     "analysis/__main__.py": {"cli"},
-    "data/segment_count.py": {"model"},  # until the rewrite of the segment count
     "inference/batch.py": {"api", "interop", "data"},  # until batch jobs are a library
 }
 

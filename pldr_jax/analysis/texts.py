@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pldr_jax.config import ConfigError
-from pldr_jax.data.rows import TokenRows, TokenStore, joined
+from pldr_jax.data.rows import TokenRows, TokenStore, join_rows
 from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.files import user_path
 
@@ -56,7 +56,7 @@ def rows_of_stores(
     Raises:
       ConfigError: the texts give fewer than two rows.
     """
-    found = joined([TokenRows(store, length) for store in stores])
+    found = join_rows([TokenRows(store, length) for store in stores])
     if len(found) < 2:
         raise _too_few(where, sum(store.n_tokens for store in stores), length)
     order = np.random.default_rng(seed).permutation(len(found))

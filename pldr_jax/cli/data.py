@@ -1,14 +1,12 @@
 """`pldr-data`: prepares text for training, trains tokenizers, shows what prepared text holds."""
 
-import os
-import pathlib
-import sys
 from typing import Any
 
 from pldr_jax.cli.common import run
 from pldr_jax.cli.options import Option, Options, parse_args
-from pldr_jax.config import ConfigError
-from pldr_jax.files import write_whole
+from pldr_jax.config import SEED_LIMIT, ConfigError
+from pldr_jax.files import user_path, write_whole
+from pldr_jax.terminal import print_line
 
 PROGRAM = "pldr-data"
 COMMANDS = {
@@ -27,7 +25,7 @@ INPUT_OPTIONS = (
     Option(
         "input",
         "text, JSONL, Parquet or Arrow file (text and JSONL also .gz, .bz2, .xz, .zst), folder, "
-        "glob, or hf:NAME[:CONFIG[:SPLIT]]",
+        "glob, hf:NAME[:CONFIG[:SPLIT]], or stdlib for Python's own sources",
         required=True,
         repeat=True,
         metavar="PATH",
@@ -35,9 +33,10 @@ INPUT_OPTIONS = (
     Option("text_field", "field or column with the text", default="text", metavar="NAME"),
     Option(
         "documents",
-        "what one document of a text file is; paragraphs are parted by empty lines",
+        "what one document of a text file is; paragraphs are parted by empty lines, and a block is "
+        "a file, or some 64 KiB of one above 256 KiB",
         default="file",
-        choices=("file", "line", "paragraph"),
+        choices=("file", "line", "paragraph", "block"),
     ),
     Option(
         "on_error",
@@ -68,7 +67,7 @@ BUILD_OPTIONS = (
     *INPUT_OPTIONS,
     Option("output", "folder to make", required=True, metavar="DIR"),
     Option("tokenizer", "SentencePiece model file", required=True, metavar="PATH"),
-    Option("workers", "processes; default: one a CPU core", type=int, metavar="N"),
+    Option("workers", "processes; default: as many as the text is worth", type=int, metavar="N"),
     Option(
         "shard_bytes", "input that becomes one shard", type=int, default=64 << 20, metavar="BYTES"
     ),
@@ -140,6 +139,8 @@ def _unit_settings(options: Options) -> Any:
 
     _at_least(options, 0, "validation_fraction", "test_fraction", "seed")
     _at_least(options, 1, "max_document_bytes")
+    if options.seed > SEED_LIMIT:
+        raise ConfigError(f"--seed={options.seed}: must be at most {SEED_LIMIT}")
     if options.validation_fraction + options.test_fraction >= 1:
         raise ConfigError("--validation_fraction, --test_fraction: leave nothing to train on")
     return UnitSettings(
@@ -153,52 +154,49 @@ def _unit_settings(options: Options) -> Any:
 
 def _build(argv: list[str]) -> None:
     from pldr_jax.data.shards.build import BuildSettings, build
+    from pldr_jax.data.shards.units import describe_problems
+    from pldr_jax.data.text.inputs import find_inputs
+    from pldr_jax.data.text.tokenizer import Tokenizer
 
     options = _parse(argv, "build", BUILD_OPTIONS)
     _at_least(options, 1, "workers", "shard_bytes")
+    settings = BuildSettings(_unit_settings(options), options.shard_bytes, options.workers)
+    tokenizer = Tokenizer.load(options.tokenizer)
+    output = user_path(options.output, "--output")
     manifest = build(
-        BuildSettings(
-            tuple(options.input),
-            options.output,
-            options.tokenizer,
-            _unit_settings(options),
-            options.shard_bytes,
-            options.workers or os.cpu_count() or 1,
-        ),
-        lambda line: print(line, file=sys.stderr),
+        find_inputs(options.input),
+        tokenizer,
+        output,
+        settings,
+        lambda line: print_line(line, to_stderr=True),
     )
     for split in manifest.splits:
         counts = (manifest.count(split, f"n_{what}") for what in ("documents", "tokens", "bytes"))
         print("{}: {:,} documents, {:,} tokens, {:,} bytes".format(split, *counts))
-    _print_problems(manifest.problems)
+    for line in describe_problems(manifest.problems, manifest.examples):
+        print(line)
     print(
         f"train on it with --gin.Data.source={manifest.folder} "
         f"--gin.Model.vocab_size={manifest.vocab_size}"
     )
 
 
-def _print_problems(problems: dict[str, int]) -> None:
-    from pldr_jax.data.text.readers import PROBLEMS
-
-    for kind, count in problems.items():
-        print(f"left out: {count:,} {PROBLEMS[kind]}")
-
-
 def _tokenizer(argv: list[str]) -> None:
-    from pldr_jax.data.text import inputs
+    from pldr_jax.data.shards.build import BuildSettings
+    from pldr_jax.data.shards.units import describe_problems
+    from pldr_jax.data.text.inputs import find_inputs
     from pldr_jax.data.text.tokenizer import Tokenizer
-    from pldr_jax.data.text.vocabulary import measure, take_sample
+    from pldr_jax.data.text.vocabulary import measure_tokenizer, take_sample
 
     options = _parse(argv, "tokenizer", TOKENIZER_OPTIONS)
     _at_least(options, 1000, "sample_bytes")
     if (options.output is None) == (options.tokenizer is None):
         raise ConfigError("--output: name the file to write, or a --tokenizer to measure instead")
     settings = _unit_settings(options)
-    pieces = inputs.find(options.input)
-    units = inputs.plan(pieces, 64 << 20, options.documents == "line")
-    given = None if options.tokenizer is None else Tokenizer.load(options.tokenizer)
+    loaded = None if options.tokenizer is None else Tokenizer.load(options.tokenizer)
+    units = BuildSettings(settings).plan(find_inputs(options.input))
     sample = take_sample(units, settings, options.sample_bytes)
-    tokenizer = given or Tokenizer.train(
+    tokenizer = loaded or Tokenizer.train(
         sample.training,
         options.vocab_size,
         allow_whitespace_only_pieces=options.space_pieces,
@@ -207,31 +205,33 @@ def _tokenizer(argv: list[str]) -> None:
         split_digits=not options.joined_digits,
         control_symbols=options.special,
     )
-    if given is None:
+    if loaded is None:
         _save(options.output, tokenizer.model_bytes)
         trained_on = sum(len(text.encode()) for text in sample.training)
         print(f"trained on {trained_on:,} bytes, written to {options.output}")
-    _print_problems(sample.problems)
+    for line in describe_problems(sample.problems.counts, sample.problems.examples):
+        print(line)
     if not sample.held_out:
         print("no held-out text to measure on: raise --validation_fraction or --sample_bytes")
         return
-    print("\n".join(measure(tokenizer, sample.held_out).lines()))
+    print("\n".join(measure_tokenizer(tokenizer, sample.held_out).lines()))
 
 
 def _save(path: str, content: bytes) -> None:
+    file = user_path(path, "--output")
     try:
-        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, content)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, content)
     except OSError as error:
         raise ConfigError(f"--output={path}: cannot be written ({error.strerror})") from None
 
 
 def _inspect(argv: list[str]) -> None:
-    from pldr_jax.data.shards.inspect import describe, open_text
+    from pldr_jax.data.shards.inspect import describe, open_shards
 
     options = _parse(argv, "inspect", INSPECT_OPTIONS)
     _at_least(options, 0, "samples")
-    manifest, names = open_text(options.path)
+    manifest, names = open_shards(options.path)
     for line in describe(manifest, names, options.samples, options.seed):
         print(line)
 

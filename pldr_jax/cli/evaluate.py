@@ -152,14 +152,15 @@ def _given_g_lm(options: Options, lm: "LanguageModel") -> Any:
     if options.g_text is None:
         return None
     from pldr_jax.config import DataConfig
-    from pldr_jax.data.corpus import prepare
-    from pldr_jax.data.rows import TokenRows
+    from pldr_jax.data.mixture import open_training_text
+    from pldr_jax.data.rows import join_rows
     from pldr_jax.training.freeze.calibrate import calibrate, check_learned, rows_at_once, some_rows
 
     check_learned(lm.config, options.run)
     path = Path(options.run) / TOKENIZER
     data = DataConfig(source=options.g_text, tokenizer=str(path))
-    rows = TokenRows(prepare(data, lm.config.vocab_size).train, lm.config.context_length)
+    text = open_training_text(data, lm.config.vocab_size)
+    rows = join_rows(text.rows("train", lm.config.context_length, data))
     some = some_rows(rows, CALIBRATION_ROWS)
     return calibrate(lm.config, lm.params, some, "mean", rows_at_once(lm.config)).g_lm
 

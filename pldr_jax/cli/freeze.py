@@ -186,19 +186,19 @@ def _row_sets(
     log: Callable[[str], None],
 ) -> tuple["RowSet", "RowSet"]:
     """Rows to calibrate on and rows to evaluate on, of different documents where text is given."""
-    from pldr_jax.data.corpus import prepare
-    from pldr_jax.data.mixture import Part
-    from pldr_jax.data.rows import joined, make_rows
-    from pldr_jax.data.segment_count import settled
+    from pldr_jax.data.mixture import open_training_text
+    from pldr_jax.data.rows import join_rows
+    from pldr_jax.data.segment_count import with_segment_count
     from pldr_jax.interop.weights import held_out_text
+    from pldr_jax.model.flops import row_flops
     from pldr_jax.training.freeze.calibrate import some_rows, split_rows
 
     model, path = config.model, folder / TOKENIZER
     if text is None:
         training_text = held_out_text(folder, config, "--text", log)
-        data = settled(config, training_text.parts, log).data
+        data = with_segment_count(config, training_text, row_flops(model), log).data
         held_out = training_text.rows("validation", model.context_length, data)
-        return split_rows(joined(held_out), rows, eval_rows)
+        return split_rows(join_rows(held_out), rows, eval_rows)
     if not path.is_file():
         raise ConfigError(f"--text={text}: {folder} has no {TOKENIZER} to read it with")
     cache_dir = config.data.cache_dir
@@ -210,11 +210,12 @@ def _row_sets(
         max_segments=config.data.max_segments,
         cache_dir=cache_dir,
     )
-    corpus = prepare(data, model.vocab_size, log)
-    part = Part(text, 1.0, corpus.train, corpus.validation)
-    data = settled(dataclasses.replace(config, data=data), [part], log).data
+    halves = open_training_text(data, model.vocab_size, log)
+    config = dataclasses.replace(config, data=data)
+    data = with_segment_count(config, halves, row_flops(model), log).data
     calibration, evaluation = (
-        make_rows(file, model.context_length, data) for file in (corpus.train, corpus.validation)
+        join_rows(halves.rows(split, model.context_length, data))
+        for split in ("train", "validation")
     )
     return some_rows(calibration, rows), some_rows(evaluation, eval_rows)
 

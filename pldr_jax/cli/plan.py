@@ -47,6 +47,7 @@ def plan(options: Options, config: ExperimentConfig) -> None:
     import jax
 
     from pldr_jax.runs.curves import summary_table
+    from pldr_jax.terminal import print_line
     from pldr_jax.training.plan import compile as plans
 
     chip = CHIPS[options.chip] if options.chip is not None else None
@@ -56,10 +57,12 @@ def plan(options: Options, config: ExperimentConfig) -> None:
     jax.config.update("jax_num_cpu_devices", size)
     mesh, compiler = plans.plan_mesh(config.mesh, size, chip)
     if config.data.packing == "packed" and config.data.max_segments is None:
-        from pldr_jax.data.mixture import open_text
-        from pldr_jax.data.segment_count import settled
+        from pldr_jax.data.mixture import open_training_text
+        from pldr_jax.data.segment_count import with_segment_count
+        from pldr_jax.model.flops import row_flops
 
-        config = settled(config, open_text(config.data, config.model.vocab_size).parts, print)
+        text = open_training_text(config.data, config.model.vocab_size)
+        config = with_segment_count(config, text, row_flops(config.model), print_line)
     made = plans.make_plan(config, mesh, compiler)
     predicts = chip is not None and config.model.dtype == "bfloat16"
     prediction = plans.predict(config, made, chip) if chip is not None and predicts else None

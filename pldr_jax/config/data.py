@@ -13,8 +13,8 @@ class DataConfig(Validated):
 
     source: str = field(
         "stdlib",
-        "'stdlib' (the interpreter's own sources), a text file, folder or glob, or a folder that "
-        "pldr-data build has made",
+        "'stdlib' (the interpreter's own sources), a file, folder or glob of text, JSONL, Parquet "
+        "or Arrow, or a folder that pldr-data build has made",
         path=True,
     )
     mixture: tuple[str, ...] = field(
@@ -35,7 +35,8 @@ class DataConfig(Validated):
     )
     validation_fraction: float = field(
         0.05,
-        "share of the documents held out, chosen by their names; prepared text has its own",
+        "share of the documents held out, chosen by a hash of their text; prepared text has its "
+        "own",
         above=0,
         high=0.5,
     )

@@ -5,21 +5,22 @@ import hashlib
 import json
 from collections.abc import Callable
 
-from pldr_jax.config import ConfigError, DataConfig
-from pldr_jax.data import corpus
-from pldr_jax.data.rows import Rows, TokenStore, make_rows
-from pldr_jax.data.shards.prepared import Manifest, ShardedTokens, is_prepared, read_manifest
+from pldr_jax.config import ConfigError, DataConfig, ExperimentConfig
+from pldr_jax.data.pipeline import TrainIterator, ValidationRows, train_iterator, validation_rows
+from pldr_jax.data.rows import Rows, make_rows
+from pldr_jax.data.shards.cached import cached_text
+from pldr_jax.data.shards.prepared import Manifest, ShardedTokens, is_prepared, read_prepared
 from pldr_jax.data.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class WeightedText:
     """One text of a mixture; `weight` is its share of the rows, the shares add up to 1."""
 
     name: str
     weight: float
-    train: TokenStore
-    validation: TokenStore
+    train: ShardedTokens
+    validation: ShardedTokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,44 +28,69 @@ class TrainingText:
     """Tokenizer and texts of a run.
 
     Attributes:
-      digest: names prepared texts and their weights; None for a source that is not prepared.
+      digest: of the tokens of all texts, both splits, and of their weights.
     """
 
     tokenizer: Tokenizer
-    parts: tuple[Part, ...]
-    digest: str | None = None
+    texts: tuple[WeightedText, ...]
+    digest: str
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Of the parts."""
-        return tuple(part.weight for part in self.parts)
+        """Of the texts."""
+        return tuple(text.weight for text in self.texts)
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of held-out text a token, the parts by their weights."""
-        return sum(part.weight * part.validation.bytes_per_token for part in self.parts)
+        """UTF-8 bytes of held-out text a token, the texts by their weights."""
+        return sum(text.weight * text.validation.bytes_per_token for text in self.texts)
 
     def rows(self, split: str, context_length: int, config: DataConfig) -> list[Rows]:
-        """Rows of every part; split is 'train' or 'validation'."""
-        return [make_rows(getattr(part, split), context_length, config) for part in self.parts]
+        """Rows of every text; split is 'train' or 'validation'."""
+        return [make_rows(getattr(text, split), context_length, config) for text in self.texts]
+
+    def train_batches(
+        self, config: ExperimentConfig, part: int = 0, parts: int = 1
+    ) -> TrainIterator:
+        """Shuffled batches without end, or of `Data.epochs`, as `train_iterator` makes them.
+
+        Args:
+          part, parts: which part of each batch this process takes, of how many.
+        """
+        return train_iterator(
+            self.rows("train", config.model.context_length, config.data),
+            config.data.batch_size,
+            config.data.seed,
+            part,
+            parts,
+            weights=self.weights,
+            epochs=config.data.epochs,
+            digest=self.digest,
+            workers=config.data.workers,
+        )
+
+    def held_out_rows(self, config: ExperimentConfig) -> ValidationRows:
+        """The rows that a run evaluates, and those for the G_LM of another row."""
+        rows = self.rows("validation", config.model.context_length, config.data)
+        return validation_rows(rows, config.training.eval_rows, weights=self.weights)
 
 
-def open_text(
+def open_training_text(
     config: DataConfig, vocab_size: int, log: Callable[[str], None] = print
 ) -> TrainingText:
     """The text of `Data.mixture`, or of `Data.source`.
 
-    vocab_size: Model.vocab_size; the tokenizer must have as many pieces. ConfigError for whatever
-    the user can put right.
+    Args:
+      vocab_size: Model.vocab_size; the tokenizer must have as many pieces.
+
+    Raises:
+      ConfigError: whatever the user can put right.
     """
-    if not config.mixture and not is_prepared(config.source):
-        text = corpus.prepare(config, vocab_size, log)
-        return TrainingText(
-            text.tokenizer, (Part(config.source, 1.0, text.train, text.validation),)
-        )
     field = "Data.mixture" if config.mixture else "Data.source"
     paths = config.mixture or (config.source,)
-    manifests = [read_manifest(path, field) for path in paths]
+    raw = not config.mixture and not is_prepared(config.source)
+    manifests = [cached_text(config, vocab_size, log)] if raw else []
+    manifests = manifests or [read_prepared(path, field) for path in paths]
     for path, manifest in zip(paths, manifests, strict=True):
         _check(f"{field} = {path!r}", manifest, manifests[0], vocab_size)
     tokenizer = manifests[0].tokenizer
@@ -73,17 +99,17 @@ def open_text(
     trains = [ShardedTokens(manifest, "train") for manifest in manifests]
     sizes = config.mixture_weights or tuple(float(train.n_tokens) for train in trains)
     weights = tuple(size / sum(sizes) for size in sizes)
-    key = [[train.digest for train in trains], weights]
-    parts = tuple(
-        Part(path, weight, train, ShardedTokens(manifest, "validation"))
+    key = [[manifest.digest("train", "validation") for manifest in manifests], weights]
+    texts = tuple(
+        WeightedText(path, weight, train, ShardedTokens(manifest, "validation"))
         for path, weight, train, manifest in zip(paths, weights, trains, manifests, strict=True)
     )
-    for part in parts:
+    for text in () if raw else texts:
         log(
-            f"{part.name}: {part.weight:.1%} of the rows; {part.train.n_documents:,} documents, "
-            f"{part.train.n_tokens:,} tokens, and {part.validation.n_tokens:,} held out"
+            f"{text.name}: {text.weight:.1%} of the rows; {text.train.n_documents:,} documents, "
+            f"{text.train.n_tokens:,} tokens, and {text.validation.n_tokens:,} held out"
         )
-    return TrainingText(tokenizer, parts, hashlib.sha256(json.dumps(key).encode()).hexdigest())
+    return TrainingText(tokenizer, texts, hashlib.sha256(json.dumps(key).encode()).hexdigest())
 
 
 def _check(where: str, manifest: Manifest, first: Manifest, vocab_size: int) -> None:
@@ -95,6 +121,12 @@ def _check(where: str, manifest: Manifest, first: Manifest, vocab_size: int) -> 
     if manifest.tokenizer_digest != first.tokenizer_digest:
         raise ConfigError(
             f"{where}: was made with another tokenizer than {first.folder}; prepare it anew"
+        )
+    if manifest.held_out_rule != first.held_out_rule:
+        raise ConfigError(
+            f"{where}: holds out other documents than {first.folder} (seed, validation_fraction "
+            f"and test_fraction {manifest.held_out_rule}, there {first.held_out_rule}), so that "
+            "one could train on what the other holds out; prepare it anew with those"
         )
     for split in ("train", "validation"):
         if not manifest.count(split, "n_tokens"):

@@ -1,7 +1,7 @@
 """Rows to batches, with Grain: shuffled over all of the text, mixed, shared by process.
 
-The position in the stream is one number, the index of the next global batch. That batch holds the
-same rows for any number of processes, so a run can be resumed on another number of them.
+The position in the stream is one number, the rows that were taken. The next batch begins there,
+whatever its size and for any number of processes, so a run can be resumed with others of both.
 """
 
 import dataclasses
@@ -17,7 +17,12 @@ from absl.flags import FLAGS
 from grain.experimental import index_shuffle
 
 from pldr_jax.config import ConfigError
-from pldr_jax.data.rows import Rows, joined, stack
+from pldr_jax.data.rows import Rows, filled_share, join_rows, stack_rows
+
+_READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
+_GO_ON_ANEW = (
+    "take that again, or begin another run with these weights: --init_from and another --run_dir"
+)
 
 
 class TrainIterator(Iterator[np.ndarray]):
@@ -25,35 +30,61 @@ class TrainIterator(Iterator[np.ndarray]):
 
     Call `close` at the end: it stops what reads ahead. Also a context manager.
 
-    Attributes:
-      n_batches: how many there are before the passes over the text are used up; None is no end.
+    Args:
+      stream: the numbers of the rows, in their order.
+      rows: what they are numbers of.
+      process: which part of each batch this process takes, of how many.
+      workers: processes that make batches ahead; 0 is threads of this one.
+      identity: text and seed, as `state` holds them; a position is valid for these alone.
+      filled_share: share of the places of rows that have a target.
     """
 
     def __init__(
         self,
-        batches: grain.MapDataset,
-        options: grain.ReadOptions,
-        workers: int = 0,
-        n_batches: int | None = None,
-        digest: str | None = None,
+        stream: grain.MapDataset,
+        rows: Rows,
+        batch_size: int,
+        process: tuple[int, int],
+        workers: int,
+        identity: dict[str, Any],
+        filled_share: float,
     ) -> None:
-        self._batches, self._options, self._workers = batches, options, workers
-        self.n_batches, self._digest = n_batches, digest
-        self._next_index, self._closed = 0, False
+        self._stream, self._rows, self._batch_size = stream, rows, batch_size
+        self._process, self._workers, self._identity = process, workers, identity
+        self.filled_share = filled_share
+        self._next_row, self._closed = 0, False
         self._iterator: Any = None  # from the first batch on
 
     def __next__(self) -> np.ndarray:
         if self._iterator is None:
             self._iterator = self._open()
         batch = np.array(next(self._iterator))  # a copy: workers hand over shared memory
-        self._next_index += 1
+        self._next_row += self._batch_size
         return batch
+
+    @property
+    def n_batches(self) -> int:
+        """As many batches of this size as rows were taken."""
+        return self._next_row // self._batch_size
+
+    @property
+    def batches_left(self) -> int:
+        """Before the passes over the text are used up; a huge number where they have no end."""
+        return (len(self._stream) - self._next_row) // self._batch_size
 
     def _open(self) -> Any:
         if self._closed:
             raise ValueError("the training data is closed")
+        part, parts = self._process
+        stop = self._next_row + self.batches_left * self._batch_size
+        # Sharing comes after the shuffle: before it, a process would only ever see its own rows.
+        numbers = self._stream[self._next_row + part : stop : parts]
+        # Grain carries numbers of rows, and a batch is made at once: to take every row through its
+        # stages costs more than to make it.
+        make = functools.partial(stack_rows, self._rows)
+        batches = numbers.batch(self._batch_size // parts, drop_remainder=True, batch_fn=make)
         # Its own position is of no use to another number of workers or processes: begin there.
-        stream = self._batches[self._next_index :].to_iter_dataset(self._options)
+        stream = batches.to_iter_dataset(_READ_AHEAD)
         if self._workers:
             FLAGS.mark_as_parsed()  # Grain asks them when it starts processes
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))
@@ -61,26 +92,35 @@ class TrainIterator(Iterator[np.ndarray]):
 
     @property
     def state(self) -> dict[str, Any]:
-        """{"next_index": k}: k global batches were taken. Fit for JSON; equal in all processes.
+        """{"next_row": k, "text": ..., "seed": ...}: k rows were taken by all processes together.
 
-        Valid for the same text, packing, context length, batch size and seed, on any number of
-        processes and workers. Of prepared text it also holds the digest, as "text".
+        Fit for JSON; equal in all processes. Valid for the same text, packing and context length,
+        with any batch size and any number of processes and workers.
         """
-        state: dict[str, Any] = {"next_index": self._next_index}
-        return state if self._digest is None else {**state, "text": self._digest}
+        return {"next_row": self._next_row, **self._identity}
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
-        next_index = state.get("next_index")
-        if not isinstance(next_index, int) or next_index < 0:
-            raise ValueError(f"state {state!r} of the training data: needs 'next_index', 0 or more")
-        if state.get("text") != self._digest:
+        if "next_row" not in state and "next_index" in state:
             raise ConfigError(
-                "Data.source, Data.mixture: not the text, or not the weights, that the checkpoint "
-                "was trained on; take those, or another --run_dir"
+                "--run_dir: its checkpoint is of a version that held out other documents; begin "
+                "another run with these weights: --init_from and another --run_dir"
+            )
+        next_row = state.get("next_row")
+        if not isinstance(next_row, int) or next_row < 0:
+            raise ValueError(f"state {state!r} of the training data: needs 'next_row', 0 or more")
+        if state.get("text") != self._identity["text"]:
+            raise ConfigError(
+                "Data.source, Data.mixture, Data.validation_fraction: not the text, the held-out "
+                f"documents or the weights that the checkpoint was trained with; {_GO_ON_ANEW}"
+            )
+        if state.get("seed") != self._identity["seed"]:
+            raise ConfigError(
+                f"Data.seed = {self._identity['seed']}: the run has {state.get('seed')}, and in "
+                f"another order rows would be lost and others repeated; {_GO_ON_ANEW}"
             )
         self._stop()
-        self._next_index = next_index
+        self._next_row = next_row
 
     def close(self) -> None:
         """Stops reading ahead; may be called twice."""
@@ -108,10 +148,8 @@ def train_iterator(
     *,
     weights: Sequence[float] = (1.0,),
     epochs: int | None = None,
-    digest: str | None = None,
+    digest: str = "",
     workers: int = 0,
-    num_threads: int = 2,
-    prefetch_batches: int = 16,
 ) -> TrainIterator:
     """This process's part of every global batch of `batch_size` rows, shuffled anew each epoch.
 
@@ -125,7 +163,7 @@ def train_iterator(
         the same part (`partition.process_part`).
       weights: their shares.
       epochs: passes over a text, after which the stream ends; None is no end.
-      digest: kept in the state, to know the text again.
+      digest: of the texts, kept in the state to know them again.
       workers: processes that make batches ahead; 0 is threads of this one.
 
     Raises:
@@ -142,21 +180,17 @@ def train_iterator(
         raise ConfigError(
             f"Data.batch_size = {batch_size}: must be a multiple of the {parts} processes"
         )
-    # Grain carries numbers of rows, and a batch is made at once: to take every row through its
-    # stages costs more than to make it.
     ends = itertools.accumulate(len(one) for one in rows)
     shuffled = [
         _Shuffled(end - len(one), end, seed + k, epochs)
         for k, (one, end) in enumerate(zip(rows, ends, strict=True))
     ]
     stream = shuffled[0] if len(rows) == 1 else grain.MapDataset.mix(shuffled, list(weights))
-    # Sharing comes after the shuffle: before it, a process would only ever see its own rows.
-    own = stream if parts == 1 else stream[part::parts]
-    make = functools.partial(stack, joined(rows))
-    batches = own.batch(batch_size // parts, drop_remainder=True, batch_fn=make)
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch_batches)
-    n_batches = None if epochs is None else len(stream) // batch_size
-    return TrainIterator(batches, options, workers, n_batches, digest)
+    identity = {"text": digest, "seed": seed}
+    filled = sum(weight * filled_share(one) for weight, one in zip(weights, rows, strict=True))
+    return TrainIterator(
+        stream, join_rows(rows), batch_size, (part, parts), workers, identity, filled
+    )
 
 
 class _Shuffled(grain.MapDataset):
@@ -185,29 +219,34 @@ class _Shuffled(grain.MapDataset):
 
 @dataclasses.dataclass(frozen=True)
 class ValidationRows:
-    """Held-out rows: `rows_RC` to evaluate and `calibration_RC` to fit on, without common rows."""
+    """Held-out rows, int32 [B,C] or [B,3,T]: `rows_BC` to evaluate and `calibration_BC` to fit on,
+    without common rows.
+    """
 
-    rows_RC: np.ndarray
-    calibration_RC: np.ndarray
+    rows_BC: np.ndarray
+    calibration_BC: np.ndarray
 
 
 def validation_rows(
-    parts: Sequence[Rows],
+    rows_of_texts: Sequence[Rows],
     count: int,
     calibration_rows: int = 16,
     seed: int = 0,
     weights: Sequence[float] = (1.0,),
 ) -> ValidationRows:
-    """Rows int32 [R,C] or [R,3,T] spread over the held-out text, the same for the same arguments.
+    """Rows spread over the held-out text, the same for the same arguments.
 
-    count: how many to evaluate, of several texts by their weights, at least one of each; 0 takes
-    all but the calibration rows, and where a text has fewer, all of these are taken too.
-    calibration_rows: of the first text, at most a quarter of it, at least one row unless 0; the
-    choice does not depend on `count`, and more rows begin with the fewer.
-    ConfigError if a text is too short for one row of each.
+    Args:
+      count: how many to evaluate, of several texts by their weights, at least one of each; 0 takes
+        all but the calibration rows, and where a text has fewer, all of these are taken too.
+      calibration_rows: of the first text, at most a quarter of it, at least one row unless 0; the
+        choice does not depend on `count`, and more rows begin with the fewer.
+
+    Raises:
+      ConfigError: a text is too short for one row of each.
     """
     evaluated, calibration = [], []
-    for k, (rows, weight) in enumerate(zip(parts, weights, strict=True)):
+    for k, (rows, weight) in enumerate(zip(rows_of_texts, weights, strict=True)):
         wanted = calibration_rows if k == 0 else 0
         n_calibration = min(wanted, max(1, len(rows) // 4))
         if len(rows) <= n_calibration:
@@ -217,8 +256,8 @@ def validation_rows(
                 "Data.validation_fraction or lower Model.context_length"
             )
         order = np.random.default_rng(seed).permutation(len(rows))
-        share = count if len(parts) == 1 else max(1, round(count * weight))
+        share = count if len(rows_of_texts) == 1 else max(1, round(count * weight))
         end = n_calibration + share if count else len(rows)
-        evaluated.append(stack(rows, order[n_calibration:end]))
-        calibration.append(stack(rows, order[:n_calibration]))
+        evaluated.append(stack_rows(rows, order[n_calibration:end]))
+        calibration.append(stack_rows(rows, order[:n_calibration]))
     return ValidationRows(np.concatenate(evaluated), np.concatenate(calibration))

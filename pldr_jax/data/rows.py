@@ -2,10 +2,10 @@
 
 The row is part of the model, because Q^T Q sums over it. With C = context_length and T = C - 1:
 
-    pack      [C]     C tokens of the text, documents joined by end pieces and cut: row k holds
+    concat    [C]     C tokens of the text, documents joined by end pieces and cut: row k holds
                       tokens k*C .. k*C + C, of which C - 1 are inputs and C - 1 are targets
     document  [3,T]   a document, or T inputs of one, then padding
-    segment   [3,T]   up to `max_segments` of those side by side, then padding
+    packed    [3,T]   up to `max_segments` of those side by side, then padding
 
 The three planes of the last two are inputs, targets, and segment numbers: 1, 2, ... and 0 for
 padding. In them every token of a document but the last is an input once, and every one but the
@@ -33,22 +33,6 @@ class TokenStore(Protocol):
     @property
     def n_tokens(self) -> int:
         """End pieces included."""
-
-    @property
-    def n_documents(self) -> int:
-        """Documents."""
-
-    @property
-    def n_bytes(self) -> int:
-        """UTF-8 bytes of the text."""
-
-    @property
-    def digest(self) -> str:
-        """Names the tokens."""
-
-    @property
-    def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text a token."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -85,12 +69,12 @@ class Rows(abc.ABC):
         return row
 
 
-def stack(rows: Rows, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Rows of the given numbers, one array [n,C] or [n,3,T]."""
-    found = np.zeros((len(numbers), *rows.row_shape), np.int32)
+def stack_rows(rows: Rows, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Rows of the given numbers, one array [B,C] or [B,3,T]."""
+    batch_BC = np.zeros((len(numbers), *rows.row_shape), np.int32)
     for place, k in enumerate(numbers):
-        rows.write(int(k), found[place])
-    return found
+        rows.write(int(k), batch_BC[place])
+    return batch_BC
 
 
 def make_rows(store: TokenStore, context_length: int, config: DataConfig) -> Rows:
@@ -105,31 +89,31 @@ def row_shape(packing: str, context_length: int) -> tuple[int, ...]:
     return (context_length,) if packing == "concat" else (3, context_length - 1)
 
 
-def fill(rows: Rows) -> float:
+def filled_share(rows: Rows) -> float:
     """Share of the places for targets that have one."""
     places = len(rows) * (rows.row_shape[-1] - (len(rows.row_shape) == 1))
     return rows.n_targets / max(places, 1)
 
 
-class _Joined(Rows):
+class _JoinedRows(Rows):
     """The rows of several texts, one after another."""
 
-    def __init__(self, parts: Sequence[Rows]) -> None:
-        self._parts, self._ends = parts, list(itertools.accumulate(len(part) for part in parts))
-        self.row_shape, self.max_segments = parts[0].row_shape, parts[0].max_segments
-        self.n_targets = sum(part.n_targets for part in parts)
+    def __init__(self, texts: Sequence[Rows]) -> None:
+        self._texts, self._ends = texts, list(itertools.accumulate(map(len, texts)))
+        self.row_shape, self.max_segments = texts[0].row_shape, texts[0].max_segments
+        self.n_targets = sum(rows.n_targets for rows in texts)
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def write(self, k: int, row: np.ndarray) -> None:
-        part = bisect.bisect_right(self._ends, k)
-        self._parts[part].write(k - (self._ends[part - 1] if part else 0), row)
+        text = bisect.bisect_right(self._ends, k)
+        self._texts[text].write(k - (self._ends[text - 1] if text else 0), row)
 
 
-def joined(parts: Sequence[Rows]) -> Rows:
+def join_rows(texts: Sequence[Rows]) -> Rows:
     """The rows of several texts as those of one."""
-    return parts[0] if len(parts) == 1 else _Joined(parts)
+    return texts[0] if len(texts) == 1 else _JoinedRows(texts)
 
 
 class TokenRows(Rows):
@@ -164,10 +148,10 @@ class TokenRows(Rows):
 class SegmentRows(Rows):
     """`packed`, and with one segment a row `document`: int32 [3,T].
 
-    A piece of T inputs fills a row. What is left of every document is packed by `fit`, which needs
-    only to know how many remainders there are of each length; which documents share a row is then
-    counted off, so that the index takes 24 bytes a document, and no row is ever stored. Pickles as
-    its store.
+    A piece of T inputs fills a row. What is left of every document is packed by `pack_segments`,
+    which needs only to know how many remainders there are of each length; which documents share a
+    row is then counted off, so that the index takes 24 bytes a document, and no row is ever stored.
+    Pickles as its store.
     """
 
     def __init__(self, store: TokenStore, context_length: int, max_segments: int) -> None:
@@ -181,9 +165,9 @@ class SegmentRows(Rows):
         remainders = inputs % self._length
         counts = np.bincount(remainders, minlength=self._length)
         self._first_of = (np.cumsum(counts) - counts).tolist()
-        self._shapes = fit(counts, self._length, max_segments)
-        self._shape_ends = list(itertools.accumulate(shape.count for shape in self._shapes))
-        self._n_rows = self._n_whole + (self._shape_ends[-1] if self._shapes else 0)
+        self._patterns = pack_segments(counts, self._length, max_segments)
+        self._pattern_ends = list(itertools.accumulate(pattern.count for pattern in self._patterns))
+        self._n_rows = self._n_whole + (self._pattern_ends[-1] if self._patterns else 0)
         starts = np.cumsum(lengths) - lengths
         tails = (starts + inputs - remainders)[np.argsort(remainders, kind="stable")]
         # Single numbers of an array are read twice as fast through a memoryview.
@@ -212,12 +196,12 @@ class SegmentRows(Rows):
             before = int(self._whole_ends[document - 1]) if document else 0
             return [(self._starts[document] + (k - before) * self._length, self._length)]
         k -= self._n_whole
-        which = bisect.bisect_right(self._shape_ends, k)
-        shape = self._shapes[which]
-        place = k - (self._shape_ends[which] - shape.count)
+        which = bisect.bisect_right(self._pattern_ends, k)
+        pattern = self._patterns[which]
+        place = k - (self._pattern_ends[which] - pattern.count)
         return [
             (self._tails[self._first_of[length] + taken + place], length)
-            for length, taken in zip(shape.lengths, shape.taken, strict=True)
+            for length, taken in zip(pattern.lengths, pattern.taken, strict=True)
         ]
 
     def __reduce__(self) -> tuple[type["SegmentRows"], tuple[TokenStore, int, int]]:
@@ -225,12 +209,12 @@ class SegmentRows(Rows):
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class RowPattern:
     """`count` rows that hold segments of the same lengths.
 
     Attributes:
       lengths: of the segments.
-      taken: how many remainders of that length other rows have before; row j of the shape takes
+      taken: how many remainders of that length other rows have before; row j of the pattern takes
         number `taken + j`.
     """
 
@@ -239,13 +223,13 @@ class Shape:
     count: int
 
 
-def fit(counts: np.ndarray, length: int, max_segments: int) -> list[Shape]:
+def pack_segments(counts: np.ndarray, length: int, max_segments: int) -> list[RowPattern]:
     """Packs counts[n] segments of n tokens into rows of `length`, `max_segments` in each at most.
 
-    The longest that is left opens a row. Each further place takes the longest that leaves room for
-    the shortest in every place after it, and where there is none, the longest that fits: long ones
-    meet short ones, so that both tokens and places are used. Rows of the same lengths are made
-    together, so that the time depends on the number of lengths, not of documents.
+    The longest that is left opens a row. Each further place takes the longest that leaves enough
+    for the shortest in every place after it, and where there is none, the longest that fits: long
+    ones meet short ones, so that both tokens and places are used. Rows of the same lengths are
+    made together, so that the time depends on the number of lengths, not of documents.
     """
     left = {int(n): int(counts[n]) for n in np.flatnonzero(counts) if n}
     lengths = sorted(left)
@@ -277,5 +261,5 @@ def fit(counts: np.ndarray, length: int, max_segments: int) -> list[Shape]:
         for n in shape:
             before.append(int(taken[n]))
             taken[n] += count
-        result.append(Shape(shape, tuple(before), count))
+        result.append(RowPattern(shape, tuple(before), count))
     return result

@@ -8,7 +8,7 @@ import jax
 
 from pldr_jax.config import ConfigError, ExperimentConfig
 from pldr_jax.config.load import config_from_dict
-from pldr_jax.data.mixture import TrainingText, open_text
+from pldr_jax.data.mixture import TrainingText, open_training_text
 from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.files import TOKENIZER
 from pldr_jax.interop.transformers import CONFIG, open_transformers
@@ -78,7 +78,7 @@ def held_out_text(
     """
     if (folder / CONFIG).is_file():
         raise ConfigError(f"{flag}: none was given, and {folder} does not say what is held out")
-    text = open_text(config.data, config.model.vocab_size, log)
+    text = open_training_text(config.data, config.model.vocab_size, log)
     path = folder / TOKENIZER
     if path.is_file() and path.read_bytes() != text.tokenizer.model_bytes:
         raise ConfigError(

@@ -6,6 +6,8 @@ scanned layers; unrolled, it agrees with this one (`tests/test_plan.py`). A prod
 is usual for model FLOP utilisation.
 """
 
+from collections.abc import Callable
+
 from pldr_jax.config import ModelConfig
 
 BACKWARD = 2
@@ -61,19 +63,8 @@ def repeated_flops(config: ModelConfig, rows: int, length: int, segments: int = 
     return rows * (sum(parts[name] for name in names) + always)
 
 
-def forward_entries(
-    config: ModelConfig, length: int, segments: int = 1, scores: bool = True
-) -> float:
-    """Numbers that the forward pass of one such row writes, about: what its element-wise work,
-    which no operation above counts, goes with.
-
-    A GLU writes four arrays of its width, a layer some twelve of the model's; logits are written
-    three times, and so are `scores`, which fused kernels do not write.
+def row_flops(config: ModelConfig) -> Callable[[int], float]:
+    """What a training row of `context_length` tokens with places for K segments costs, as a
+    function of K: operations of its forward pass.
     """
-    L, N, H, D = config.num_layers, config.num_heads, config.head_dim, config.model_dim
-    M, R, U = config.metric_width, config.num_residual_layers, config.num_gated_units
-    layer = length * (12 * D + 4 * config.ffn_width + 3 * N * length * scores)
-    if config.g_source == "learned":
-        layer += segments * N * H * (R * (U * (4 * M + 2 * H) + 4 * H) + 8 * H)
-        layer += 2 * length * D * segments if segments > 1 else 0  # q, a place for each segment
-    return float(L * layer + 3 * length * config.vocab_size)
+    return lambda segments: sum(forward_flops(config, config.context_length - 1, segments).values())

@@ -21,10 +21,8 @@ from jax.sharding import Mesh
 
 from pldr_jax.config import ConfigError, ExperimentConfig, ModelConfig
 from pldr_jax.config.load import config_from_dict, config_to_dict
-from pldr_jax.data.mixture import TrainingText, open_text
-from pldr_jax.data.pipeline import TrainIterator, train_iterator, validation_rows
-from pldr_jax.data.rows import fill
-from pldr_jax.data.segment_count import settled
+from pldr_jax.data.mixture import TrainingText, open_training_text
+from pldr_jax.data.segment_count import with_segment_count
 from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.files import locked
 from pldr_jax.hosts import any_process
@@ -32,6 +30,7 @@ from pldr_jax.inference.engine import Engine
 from pldr_jax.inference.request import Request
 from pldr_jax.model.decoder import Params
 from pldr_jax.model.deductive import g_lm_shape, predefined_g_lm
+from pldr_jax.model.flops import row_flops
 from pldr_jax.model.shapes import count_params
 from pldr_jax.partition import batch_sharding, build_mesh, process_part
 from pldr_jax.runs.checkpoint import Checkpointer
@@ -44,7 +43,7 @@ from pldr_jax.runs.files import (
     write_run_files,
 )
 from pldr_jax.runs.metrics import MetricWriter
-from pldr_jax.terminal import Display
+from pldr_jax.terminal import Display, print_line
 from pldr_jax.training.evaluate import Evaluator
 from pldr_jax.training.health import NONFINITE, Health
 from pldr_jax.training.initial import InitialWeights, state_from
@@ -111,11 +110,12 @@ def train(
                 "batch_size",
                 f"must be a multiple of the {shards} devices of Mesh.data x Mesh.fsdp{also}",
             )
-        text = open_text(config.data, config.model.vocab_size)
+        text = open_training_text(config.data, config.model.vocab_size)
         stored = checkpointer.read_config() if latest is not None else None
         if stored is not None:
             config = with_its_segments(config, config_from_dict(stored, str(run_dir)))
-        config = settled(config, text.parts, print if jax.process_index() == 0 else _silent)
+        log = print_line if jax.process_index() == 0 else _silent
+        config = with_segment_count(config, text, row_flops(config.model), log)
         # From here on there is something to save; a signal before this ends the program at once.
         with (
             locked(run_dir, enabled=jax.process_index() == 0),
@@ -152,39 +152,22 @@ class _Run:
         self._initial, self._task_metrics = initial, task_metrics
         self._is_main = jax.process_index() == 0
         self._health = Health(run_dir, config.training, self._is_main)
-        rows = text.rows("train", config.model.context_length, config.data)
-        shares = zip(text.weights, rows, strict=True)
-        self._fill = sum(weight * fill(part) for weight, part in shares)
-        self._data: TrainIterator = train_iterator(
-            rows,
-            config.data.batch_size,
-            config.data.seed,
-            *process_part(mesh, config.data.batch_size),
-            weights=text.weights,
-            epochs=config.data.epochs,
-            digest=text.digest,
-            workers=config.data.workers,
-        )
-        self._check_epochs()
-        held_out = validation_rows(
-            text.rows("validation", config.model.context_length, config.data),
-            config.training.eval_rows,
-            weights=text.weights,
-        )
+        self._data = text.train_batches(config, *process_part(mesh, config.data.batch_size))
+        held_out = text.held_out_rows(config)
         self._evaluator = Evaluator(
             config.model,
             mesh,
-            held_out.rows_RC,
-            held_out.calibration_RC,
+            held_out.rows_BC,
+            held_out.calibration_BC,
             config.data.batch_size,
             text.bytes_per_token,
             config.data.segments_per_row,
             config.training.eval_prefix_g,
         )
 
-    def _check_epochs(self) -> None:
-        steps, most = self._config.training.steps, self._data.n_batches
-        if most is not None and steps > most:
+    def _check_epochs(self, start: int) -> None:
+        steps, most = self._config.training.steps, start + self._data.batches_left
+        if steps > most:
             self._data.close()
             self._config.training.fail(
                 "steps",
@@ -195,6 +178,7 @@ class _Run:
     def go(self, restore: bool) -> dict[str, float]:
         config = self._config
         state, start = self._restored() if restore else (self._fresh(), 0)
+        self._check_epochs(start)
         if self._is_main:
             tokenizer = self._text.tokenizer.model_bytes
             write_run_files(self._run_dir, self._config, tokenizer, start)
@@ -205,9 +189,11 @@ class _Run:
             enabled=self._is_main,
             wandb_project=config.training.wandb_project,
         )
-        row_tokens = round(config.data.batch_size * config.model.context_length * self._fill)
+        step_tokens = round(
+            config.data.batch_size * config.model.context_length * self._data.filled_share
+        )
         progress = Progress(
-            config.training.steps, start, row_tokens, Display(enabled=self._is_main)
+            config.training.steps, start, step_tokens, Display(enabled=self._is_main)
         )
         try:
             with progress, writer:
@@ -264,7 +250,7 @@ class _Run:
             # waits for the host.
             if pending is not None:
                 self._read(*pending, writer, progress)
-            pending = (step, metrics, self._data.state["next_index"] - 1)
+            pending = (step, metrics, self._data.n_batches - 1)
             stopping = self._stops(step) and step < total
             evaluates = step % training.eval_every == 0 or step == total
             saves = step % self._config.checkpoint.save_every == 0 or step == total or stopping

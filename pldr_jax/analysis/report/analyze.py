@@ -184,7 +184,7 @@ class _RunAnalysis:
                 raise ConfigError(f"--prompts: {folder} has no tokenizer.model to read text with")
             return rows_of_file(options.prompts, model.tokenizer, options.rows, length)
         text = held_out_text(folder, self._config, "--prompts", self._progress.print)
-        stores = [part.validation for part in text.parts]
+        stores = [one.validation for one in text.texts]
         return rows_of_stores(stores, options.rows, length, f"the held-out text of {folder}")
 
     def _other_g(self) -> dict[str, Any]:

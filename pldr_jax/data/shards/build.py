@@ -7,151 +7,124 @@ depends on the number of processes.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 import pathlib
-import queue
 import shutil
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from pldr_jax.config import ConfigError
-from pldr_jax.data.shards.prepared import MANIFEST, SPLITS, Manifest, read_manifest
+from pldr_jax.data.shards.parallel import Job, run_units
+from pldr_jax.data.shards.prepared import MANIFEST, SPLITS, Manifest, read_prepared
 from pldr_jax.data.shards.progress import BuildProgress
-from pldr_jax.data.shards.records import DataError, Shard
-from pldr_jax.data.shards.units import Report, UnitSettings, save_result, write_unit
-from pldr_jax.data.text import inputs
-from pldr_jax.data.text.inputs import Unit
+from pldr_jax.data.shards.records import Shard
+from pldr_jax.data.shards.units import UnitSettings, describe_problems
+from pldr_jax.data.text.inputs import Piece, Unit, plan_units
 from pldr_jax.data.text.tokenizer import Tokenizer
-from pldr_jax.files import TOKENIZER
+from pldr_jax.files import LOCK, TOKENIZER, locked, move_into_place
 
 Log = Callable[[str], None]
+
+WORTH_A_PROCESS = 16 << 20
+"""Bytes of input for each process that is started: to start it takes as long as to prepare them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BuildSettings:
-    """What to prepare, how, and where to.
+    """How text is prepared.
 
     Attributes:
-      inputs: files, folders, globs, hf:NAME.
-      output: a folder that does not exist yet.
-      tokenizer: SentencePiece model file.
       units: how documents become shards.
       unit_bytes: input that becomes one shard.
-      workers: processes.
+      workers: processes; None is one a core, and as few as small text is worth.
     """
 
-    inputs: tuple[str, ...]
-    output: str
-    tokenizer: str
     units: UnitSettings = UnitSettings()
     unit_bytes: int = 64 << 20
-    workers: int = 1
+    workers: int | None = None
+
+    def plan(self, pieces: Sequence[Piece]) -> list[Unit]:
+        """The units of work of some inputs."""
+        return plan_units(pieces, self.unit_bytes, self.units.read.documents == "line")
 
 
-def build(settings: BuildSettings, log: Log = print) -> Manifest:
-    """Prepares the text, or goes on where an interruption left it.
+def build(
+    pieces: Sequence[Piece],
+    tokenizer: Tokenizer,
+    output: pathlib.Path,
+    settings: BuildSettings,
+    log: Log = print,
+) -> Manifest:
+    """Prepares text in a new folder, or goes on where an interruption left it.
 
     Raises:
       ConfigError: an input, the tokenizer or the output cannot be used.
       DataError: a document cannot be used and `on_error` is "fail"; what was done before stays.
     """
-    tokenizer = Tokenizer.load(settings.tokenizer)
-    if tokenizer.eos_id < 0:
-        raise ConfigError(
-            f"--tokenizer={settings.tokenizer}: has no end piece to close documents with"
-        )
-    pieces = inputs.find(settings.inputs)
-    units = inputs.plan(pieces, settings.unit_bytes, settings.units.read.documents == "line")
-    stated = {
-        "inputs": [[piece.path, piece.size, piece.start] for piece in pieces],
-        "unit_bytes": settings.unit_bytes,
-        **dataclasses.asdict(settings.units),
-    }
-    key = json.dumps([stated, tokenizer.digest], sort_keys=True)
-    fingerprint = hashlib.sha256(key.encode()).hexdigest()
-    output = pathlib.Path(settings.output).expanduser()
+    inputs = [[piece.path, piece.size, piece.start] for piece in pieces]
     if output.exists():
-        return _already_there(output, fingerprint, log)
-    work = output.with_name(output.name + ".building")
-    with _locked(work):
-        _check_same_work(work, fingerprint)
-        results = _build_units(work, settings, units, tokenizer, log)
-        manifest = Manifest(
-            folder=output,
-            settings=stated,
-            fingerprint=fingerprint,
-            tokenizer_digest=tokenizer.digest,
-            vocab_size=tokenizer.vocab_size,
-            eos_id=tokenizer.eos_id,
-            dtype=_dtype(tokenizer),
-            problems=_total([result["problems"] for result in results]),
-            splits={
-                split: tuple(
-                    Shard(**result["splits"][split])
-                    for result in results
-                    if split in result["splits"]
-                )
-                for split in SPLITS
-            },
-        )
-        if not any(manifest.count(split, "n_documents") for split in SPLITS):
-            raise ConfigError("--input: holds no document with text; `problems` says why")
-        tokenizer.save(work / "data" / TOKENIZER)
-        (work / "data" / MANIFEST).write_bytes(manifest.dump())
-        os.replace(work / "data", output)
-    shutil.rmtree(work, ignore_errors=True)
-    return read_manifest(output, "--output")
-
-
-def _dtype(tokenizer: Tokenizer) -> str:
-    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-
-
-def _total(counts: list[dict[str, int]]) -> dict[str, int]:
-    kinds = sorted({kind for count in counts for kind in count})
-    return {kind: sum(count.get(kind, 0) for count in counts) for kind in kinds}
-
-
-def _already_there(output: pathlib.Path, fingerprint: str, log: Log) -> Manifest:
-    if (output / MANIFEST).is_file():
-        manifest = read_manifest(output, "--output")
-        if manifest.fingerprint == fingerprint:
-            log(f"{output} is already there, made of the same inputs and settings")
-            return manifest
-    raise ConfigError(f"--output={output}: is already there and something else; name another")
+        fingerprint = _fingerprint(_stated(inputs, settings), tokenizer)
+        if (output / MANIFEST).is_file():
+            manifest = read_prepared(output, "--output")
+            if manifest.fingerprint == fingerprint:
+                log(f"{output} is already there, made of the same inputs and settings")
+                return manifest
+        raise ConfigError(f"--output={output}: is already there and something else; name another")
+    with work_folder(output, "--output") as work:
+        return build_in(work, pieces, tokenizer, output, settings, inputs, log)
 
 
 @contextlib.contextmanager
-def _locked(work: pathlib.Path) -> Iterator[None]:
-    """The work folder, made where needed, for this process alone."""
+def work_folder(output: pathlib.Path, flag: str, wait: bool = False) -> Iterator[pathlib.Path]:
+    """The folder of the unfinished work, for this process alone; what nothing was done in goes.
+
+    Args:
+      wait: for another process that is at work there, instead of an error.
+    """
+    work = output.with_name(output.name + ".building")
     try:
-        (work / "data").mkdir(parents=True, exist_ok=True)
-        (work / "units").mkdir(exist_ok=True)
-        lock = (work / "lock").open("w")
+        with locked(work, flag, wait=wait):
+            (work / "units").mkdir(exist_ok=True)
+            try:
+                yield work
+            finally:
+                if output.exists() or not any((work / "units").glob("*.json")):
+                    _empty(work)
     except OSError as error:
         raise ConfigError(
-            f"--output: {work} cannot be written to ({error.strerror}); name another folder"
+            f"{flag}={output}: cannot be written to ({error.strerror}); name another folder"
         ) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"--output: another process is at work in {work}") from None
-        with (work / "workers").open("w") as workers:
-            fcntl.flock(workers, fcntl.LOCK_EX)  # waits for those whose parent was just killed
-        yield
 
 
-def _check_same_work(work: pathlib.Path, fingerprint: str) -> None:
+def _empty(work: pathlib.Path) -> None:
+    """Removes all but the lock, with which the folder goes."""
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+def build_in(
+    work: pathlib.Path,
+    pieces: Sequence[Piece],
+    tokenizer: Tokenizer,
+    output: pathlib.Path,
+    settings: BuildSettings,
+    inputs: Any,
+    log: Log,
+) -> Manifest:
+    """`build`, in a work folder that is held.
+
+    Args:
+      inputs: names the text, fit for JSON.
+    """
+    if tokenizer.eos_id < 0:
+        raise ConfigError("Data.tokenizer: has no end piece to close documents with")
+    stated = _stated(inputs, settings)
+    fingerprint = _fingerprint(stated, tokenizer)
     state = work / "fingerprint"
     if state.is_file() and state.read_text() != fingerprint:
         raise ConfigError(
@@ -159,96 +132,73 @@ def _check_same_work(work: pathlib.Path, fingerprint: str) -> None:
             "name another --output"
         )
     state.write_text(fingerprint)
+    data = work / "data"
+    data.mkdir(exist_ok=True)
+    results = _build_units(work, settings, settings.plan(pieces), tokenizer, log)
+    manifest = Manifest(
+        folder=output,
+        settings=stated,
+        fingerprint=fingerprint,
+        tokenizer_digest=tokenizer.digest,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        dtype=tokenizer.dtype,
+        problems=_total([result["problems"] for result in results]),
+        examples={k: v for result in reversed(results) for k, v in result["examples"].items()},
+        splits={
+            split: tuple(
+                Shard(**result["splits"][split]) for result in results if split in result["splits"]
+            )
+            for split in SPLITS
+        },
+    )
+    problems = describe_problems(manifest.problems, manifest.examples)
+    if not any(manifest.count(split, "n_documents") for split in SPLITS):
+        reasons = " ".join(f"({line})" for line in problems)
+        raise ConfigError(f"Data.source: holds no document with text {reasons}".rstrip())
+    for line in problems:
+        log(line)
+    _remove_temporary_files(data)
+    tokenizer.save(data / TOKENIZER)
+    (data / MANIFEST).write_bytes(manifest.dump())
+    move_into_place(data, output)
+    return read_prepared(output, "--output")
+
+
+def _stated(inputs: Any, settings: BuildSettings) -> dict[str, Any]:
+    units = dataclasses.asdict(settings.units)
+    return {"inputs": inputs, "unit_bytes": settings.unit_bytes, **units}
+
+
+def _fingerprint(stated: dict[str, Any], tokenizer: Tokenizer) -> str:
+    key = json.dumps([stated, tokenizer.digest], sort_keys=True)
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def _total(counts: list[dict[str, int]]) -> dict[str, int]:
+    kinds = sorted({kind for count in counts for kind in count})
+    return {kind: sum(count.get(kind, 0) for count in counts) for kind in kinds}
+
+
+def _remove_temporary_files(data: pathlib.Path) -> None:
+    """What killed processes left."""
+    for path in data.glob(".*"):
+        path.unlink(missing_ok=True)
 
 
 def _build_units(
     work: pathlib.Path, settings: BuildSettings, units: list[Unit], tokenizer: Tokenizer, log: Log
 ) -> list[dict[str, Any]]:
     """The results of all units, in their order; done ones are not done again."""
-    paths = {unit.number: work / "units" / f"{unit.number:06d}.json" for unit in units}
-    todo = [unit for unit in units if not paths[unit.number].is_file()]
+    job = Job(work, settings.units, tokenizer.model_bytes)
+    todo = [unit for unit in units if not job.result_path(unit).is_file()]
     total, left = (sum(unit.size for unit in some) for some in (units, todo))
     if len(todo) < len(units):
         log(f"continuing: {len(units) - len(todo)} of {len(units)} shards are done")
-    job = _Job(work, settings.units, tokenizer.model_bytes)
+    workers = settings.workers
+    if workers is None:
+        workers = min(os.cpu_count() or 1, left // WORTH_A_PROCESS if left else len(todo))
     with BuildProgress(total, total - left) as progress:
-        if settings.workers == 1 or len(todo) < 2:
-            for unit in todo:
-                job.run(unit, progress.add)
-        else:
-            _run_parallel(job, todo, min(settings.workers, len(todo)), progress)
+        run_units(job, todo, min(workers, len(todo)), progress)
         log(progress.text())
-    return [json.loads(path.read_text()) for path in paths.values()]
-
-
-@dataclasses.dataclass
-class _Job:
-    """What every unit of a preparation needs; pickled once for each process."""
-
-    work: pathlib.Path
-    settings: UnitSettings
-    model_bytes: bytes
-
-    def run(self, unit: Unit, report: Report) -> None:
-        tokenizer = _tokenizer(self.model_bytes)
-        dtype = _dtype(tokenizer)
-        folder = self.work / "data"
-        result = write_unit(unit, folder, self.settings, tokenizer, dtype, report)
-        save_result(self.work / "units" / f"{unit.number:06d}.json", result)
-
-
-_process: dict[str, Any] = {}
-"""Of a worker: its job, the queue of its reports, and the lock that it holds while it lives."""
-
-
-def _tokenizer(model_bytes: bytes) -> Tokenizer:
-    return _process.setdefault("tokenizer", {}).setdefault(model_bytes, Tokenizer(model_bytes))
-
-
-def _start_worker(job: _Job, reports: Any, parent: int) -> None:
-    workers = (job.work / "workers").open("w")
-    fcntl.flock(workers, fcntl.LOCK_SH)
-    _process.update(job=job, reports=reports, workers=workers)
-    # Ctrl-C reaches every process of the terminal: what is begun is finished, and kept.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
-
-
-def _end_with_parent(parent: int) -> None:
-    """Ends this process soon after its parent, of that process id, was killed: perhaps already."""
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)
-
-
-def _run_in_worker(unit: Unit) -> None:
-    reports = _process["reports"]
-    _process["job"].run(unit, lambda *counts: reports.put(counts))
-
-
-def _run_parallel(job: _Job, units: list[Unit], workers: int, progress: BuildProgress) -> None:
-    """Runs units in processes of their own; the first failure ends the others."""
-    # Not fork: the parent may hold threads, of the progress bar or of JAX.
-    context = multiprocessing.get_context("spawn")
-    reports = context.Queue()
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (job, reports, os.getpid()))
-    try:
-        pending = {pool.submit(_run_in_worker, unit) for unit in units}
-        while pending:
-            done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-            for future in done:
-                future.result()
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    progress.add(*reports.get_nowait())
-    except BrokenProcessPool:
-        raise DataError(
-            "a process was killed, perhaps for want of memory; the same command with fewer "
-            "--workers goes on where it stopped"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        with contextlib.suppress(queue.Empty):
-            while True:
-                progress.add(*reports.get(timeout=0.05))
-        reports.close()
+    return [json.loads(job.result_path(unit).read_text()) for unit in units]

@@ -1,27 +1,27 @@
 """What is in prepared text: counts, the lengths of documents, samples of them."""
 
 import dataclasses
-import pathlib
 import random
 from collections.abc import Iterator
 
 import numpy as np
 
 from pldr_jax.config import ConfigError
-from pldr_jax.data.shards.prepared import MANIFEST, Manifest, ShardedTokens, read_manifest
+from pldr_jax.data.shards.prepared import MANIFEST, Manifest, ShardedTokens, read_prepared
 from pldr_jax.data.shards.records import ENDING, Shard
+from pldr_jax.files import user_path
 
 _BAR = 40
 
 
-def open_text(path: str) -> tuple[Manifest, list[str]]:
-    """The manifest of a folder, and the names of the shards that are meant: all, or the one given.
+def open_shards(path: str) -> tuple[Manifest, list[str]]:
+    """The manifest of a folder, and the names of its shards; of a shard's path, of that alone.
 
     Raises:
       ConfigError: neither prepared text nor a shard of it.
     """
-    file = pathlib.Path(path).expanduser()
-    manifest = read_manifest(file.parent if file.name.endswith(ENDING) else file, "--path")
+    file = user_path(path, "--path")
+    manifest = read_prepared(file.parent if file.name.endswith(ENDING) else file, "--path")
     names = [shard.name for shards in manifest.splits.values() for shard in shards]
     if not file.name.endswith(ENDING):
         return manifest, names
@@ -41,6 +41,8 @@ def describe(manifest: Manifest, names: list[str], samples: int, seed: int = 0) 
     yield f"seed         {manifest.settings['seed']}"
     left_out = [f"{count:,} {kind}" for kind, count in manifest.problems.items()]
     yield f"left out     {', '.join(left_out) or 'nothing'}"
+    for example in manifest.examples.values():
+        yield f"             {example}"
     for split, shards in manifest.splits.items():
         chosen = tuple(shard for shard in shards if shard.name in names)
         if chosen:

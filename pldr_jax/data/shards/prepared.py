@@ -12,13 +12,21 @@ from typing import Any
 import numpy as np
 
 from pldr_jax.config import ConfigError
-from pldr_jax.data.shards.records import ENDING, Shard, read_file, read_lengths
+from pldr_jax.data.shards.records import (
+    ENDING,
+    LENGTHS,
+    DataError,
+    Shard,
+    crc32_of,
+    read_lengths,
+    read_tokens,
+)
 from pldr_jax.data.text.tokenizer import Tokenizer
-from pldr_jax.files import TOKENIZER
+from pldr_jax.files import TOKENIZER, file_in, read_regular_file, user_path
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation", "test")
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Manifest:
       tokenizer_digest: SHA-256 of `tokenizer.model`.
       dtype: of the ids, uint16 or uint32.
       problems: what was left out, kind -> count.
+      examples: kind -> the first of them, with its place.
       splits: split -> shards, in the order of the text.
     """
 
@@ -43,7 +52,12 @@ class Manifest:
     eos_id: int
     dtype: str
     problems: dict[str, int]
+    examples: dict[str, str]
     splits: dict[str, tuple[Shard, ...]]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("uint16", "uint32"):
+            raise ValueError(f"dtype {self.dtype!r} of token ids")
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -54,12 +68,23 @@ class Manifest:
             raise ConfigError(f"Data.source: {path} is not the tokenizer that made the shards")
         return tokenizer
 
+    @property
+    def held_out_rule(self) -> tuple[Any, ...]:
+        """What decides, with its text, in which split a document is."""
+        names = ("seed", "validation_fraction", "test_fraction")
+        return tuple(self.settings.get(name) for name in names)
+
     def count(self, split: str, what: str) -> int:
         """Documents, tokens or bytes of a split: what = 'n_documents', 'n_tokens', 'n_bytes'."""
-        return sum(getattr(shard, what) for shard in self.splits[split])
+        return sum(getattr(shard, what) for shard in self.splits.get(split, ()))
+
+    def digest(self, *splits: str) -> str:
+        """Names the tokens of some splits: equal digests, equal tokens in equal documents."""
+        key = [[shard.digest for shard in self.splits.get(split, ())] for split in splits]
+        return hashlib.sha256(json.dumps([self.tokenizer_digest, key]).encode()).hexdigest()
 
     def dump(self) -> bytes:
-        """The text of `manifest.json`; equal manifests give equal bytes."""
+        """The text of `manifest.json`, with its checksum; equal manifests give equal bytes."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del fields["folder"]
         fields["splits"] = {
@@ -70,47 +95,76 @@ class Manifest:
             }
             for split, shards in self.splits.items()
         }
-        return (json.dumps({"format": FORMAT, **fields}, indent=1) + "\n").encode()
+        checked = {"checksum": _checksum(fields), **fields}
+        return (json.dumps({"format": FORMAT, **checked}, indent=1) + "\n").encode()
+
+    def check_files(self) -> None:
+        """Reads all files and compares their checksums.
+
+        Raises:
+          ConfigError, DataError: a file is damaged, or the tokenizer another one.
+        """
+        _ = self.tokenizer
+        for shard in itertools.chain.from_iterable(self.splits.values()):
+            read_lengths(self.folder, shard)
+            path = self.folder / f"{shard.name}{ENDING}"
+            if crc32_of(path) != shard.file_crc32:
+                raise DataError(f"{path}: is damaged (wrong checksum)")
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def is_prepared(path: str) -> bool:
     """Whether a path is a manifest, or a folder with one."""
-    found = pathlib.Path(path).expanduser()
-    return found.name == MANIFEST or (found / MANIFEST).is_file()
+    folder = user_path(path, "Data.source")
+    return folder.name == MANIFEST or (folder / MANIFEST).is_file()
 
 
-def read_manifest(path: str | pathlib.Path, field: str = "Data.source") -> Manifest:
+def read_prepared(path: str | pathlib.Path, field: str = "Data.source") -> Manifest:
     """The manifest of a folder, or at a path; the shards must be there, at their full size.
 
     Raises:
       ConfigError: there is none, it is damaged, or a shard is missing or cut; starts with `field`.
     """
-    file = pathlib.Path(path).expanduser()
+    file = user_path(path, field)
     file = file / MANIFEST if file.is_dir() else file
     where = f"{field} = {str(path)!r}"
     try:
-        fields = json.loads(file.read_text())
+        fields = json.loads(read_regular_file(file))
         if fields.pop("format") != FORMAT:
-            raise ConfigError(f"{where}: {file} has another format; prepare the text anew")
+            raise ConfigError(
+                f"{where}: {file} was written by another version; prepare the text anew"
+            )
+        if fields.pop("checksum") != _checksum(fields):
+            raise ConfigError(
+                f"{where}: {file} is damaged; copy it again, or prepare the text anew"
+            )
         splits = {
             split: tuple(Shard(**shard) for shard in content["shards"])
             for split, content in fields.pop("splits").items()
         }
         manifest = Manifest(folder=file.parent, splits=splits, **fields)
+        for shard in itertools.chain.from_iterable(splits.values()):
+            _check_files_of(shard, file.parent, where)
+        file_in(file.parent, TOKENIZER, where)
     except ConfigError:
         raise
     except OSError as error:
         raise ConfigError(f"{where}: {file} cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigError(f"{where}: {file} is not a manifest; prepare the text anew") from None
-    for shards in splits.values():
-        for shard in shards:
-            shard_file = file.parent / f"{shard.name}{ENDING}"
-            size = shard_file.stat().st_size if shard_file.is_file() else None
-            if size != shard.file_size:
-                problem = "is missing" if size is None else "is cut or changed"
-                raise ConfigError(f"{where}: {shard_file} {problem}; copy it again")
     return manifest
+
+
+def _check_files_of(shard: Shard, folder: pathlib.Path, where: str) -> None:
+    for ending, size in ((ENDING, shard.file_size), (LENGTHS, 4 * shard.n_documents)):
+        file = file_in(folder, f"{shard.name}{ending}", where)
+        there = file.stat().st_size if file.is_file() else None
+        if there != size:
+            problem = "is missing" if there is None else "is cut or changed"
+            raise ConfigError(f"{where}: {file} {problem}; copy it again")
 
 
 class ShardedTokens:
@@ -126,18 +180,12 @@ class ShardedTokens:
         self._paths = [str(manifest.folder / f"{shard.name}{ENDING}") for shard in self._shards]
         self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self.n_tokens = self._ends[-1]
-        self.n_documents = sum(shard.n_documents for shard in self._shards)
-        self.n_bytes = sum(shard.n_bytes for shard in self._shards)
-
-    @property
-    def digest(self) -> str:
-        """Names the tokens: equal digests, equal tokens."""
-        key = [self._manifest.fingerprint, self._split, [s.n_tokens for s in self._shards]]
-        return hashlib.sha256(json.dumps(key).encode()).hexdigest()
+        self.n_documents = manifest.count(split, "n_documents")
+        self.n_bytes = manifest.count(split, "n_bytes")
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text a token."""
+        """UTF-8 bytes of text a token: bits a byte = nats a token / (ln 2 * bytes_per_token)."""
         return self.n_bytes / self.n_tokens
 
     @property
@@ -151,11 +199,11 @@ class ShardedTokens:
         k = bisect.bisect_right(self._ends, start) - 1
         if stop <= self._ends[k + 1]:
             begin = self._ends[k]
-            return read_file(self._paths[k], self._dtype, start - begin, stop - begin)
+            return read_tokens(self._paths[k], self._dtype, start - begin, stop - begin)
         parts = []
         while start < stop:
             begin, end = self._ends[k], min(stop, self._ends[k + 1])
-            parts.append(read_file(self._paths[k], self._dtype, start - begin, end - begin))
+            parts.append(read_tokens(self._paths[k], self._dtype, start - begin, end - begin))
             start = end
             k += 1
         return np.concatenate(parts)
@@ -165,4 +213,4 @@ class ShardedTokens:
 
 
 def _reopen(folder: str, split: str) -> ShardedTokens:
-    return ShardedTokens(read_manifest(folder), split)
+    return ShardedTokens(read_prepared(folder), split)

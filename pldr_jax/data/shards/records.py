@@ -1,13 +1,15 @@
 """Shards: token ids in ArrayRecord files, written once, read anywhere without loading them.
 
 A shard `NAME.array_record` holds the tokens of its documents one after another, each document
-closed by the end piece, cut into records of `RECORD_TOKENS`: a 32-bit CRC of the rest, then the ids
-as little-endian integers. So the record of any token is a division away, and a document costs
-nothing beside its tokens. `NAME.lengths` holds the tokens of each document, uint32.
+closed by the end piece, cut into records of `RECORD_TOKENS`: a 32-bit checksum, then the ids as
+little-endian integers. So the record of any token is a division away, and a document costs nothing
+beside its tokens. `NAME.lengths` holds the tokens of each document, uint32.
 """
 
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import os
 import pathlib
 import zlib
@@ -15,6 +17,8 @@ from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from pldr_jax.files import whole_file
 
 RECORD_TOKENS = 2048
 KEPT_RECORDS = 4096
@@ -39,26 +43,41 @@ class Shard:
     Attributes:
       name: of its files, without their endings.
       n_bytes: UTF-8 bytes of the text; the end pieces have none.
+      digest: SHA-256 of tokens and lengths, however they are compressed.
       file_size: bytes of the ArrayRecord file, by which a cut one is noticed at once.
+      file_crc32, lengths_crc32: of the two files.
     """
 
     name: str
     n_documents: int
     n_tokens: int
     n_bytes: int
+    digest: str
     file_size: int
+    file_crc32: int
+    lengths_crc32: int
+
+    def __post_init__(self) -> None:
+        numbers = dataclasses.astuple(self)
+        if any(not isinstance(n, int) or n < 0 for n in (*numbers[1:4], *numbers[5:])):
+            raise ValueError(f"shard {self.name!r}: {numbers}")
 
 
 class ShardWriter:
     """Writes one shard; its files have their names only when `close` has returned."""
 
     def __init__(self, folder: pathlib.Path, name: str, dtype: str) -> None:
-        self._folder, self._name = folder, name
-        self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._writer = ArrayRecordWriter(str(self._temporary(ENDING)), _WRITER_OPTIONS)
+        self._name, self._dtype = name, np.dtype(dtype).newbyteorder("<")
+        self._files = contextlib.ExitStack()
+        self._tokens_path, self._lengths_path = (
+            self._files.enter_context(whole_file(folder / f"{name}{ending}"))
+            for ending in (ENDING, LENGTHS)
+        )
+        self._writer = ArrayRecordWriter(str(self._tokens_path), _WRITER_OPTIONS)
         self._waiting: list[np.ndarray] = []
-        self._n_waiting = self._n_tokens = self._n_bytes = 0
+        self._n_waiting = self._n_tokens = self._n_bytes = self._n_records = 0
         self._lengths: list[int] = []
+        self._digest = hashlib.sha256()
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray, n_bytes: int) -> None:
         """Adds documents.
@@ -80,16 +99,21 @@ class ShardWriter:
         """Writes what is left and gives the files their names."""
         self._write(1)
         self._writer.close()
-        np.asarray(self._lengths, "<u4").tofile(self._temporary(LENGTHS))
-        for ending in (LENGTHS, ENDING):
-            os.replace(self._temporary(ending), self._folder / f"{self._name}{ending}")
-        return Shard(
+        lengths = np.asarray(self._lengths, "<u4").tobytes()
+        self._lengths_path.write_bytes(lengths)
+        self._digest.update(lengths)
+        shard = Shard(
             self._name,
             len(self._lengths),
             self._n_tokens,
             self._n_bytes,
-            (self._folder / f"{self._name}{ENDING}").stat().st_size,
+            self._digest.hexdigest(),
+            self._tokens_path.stat().st_size,
+            crc32_of(self._tokens_path),
+            zlib.crc32(lengths),
         )
+        self._files.close()
+        return shard
 
     def _write(self, least: int) -> None:
         """Writes records until fewer than `least` tokens are left."""
@@ -97,54 +121,61 @@ class ShardWriter:
         start = 0
         while len(tokens) - start >= least:
             payload = tokens[start : start + RECORD_TOKENS].tobytes()
-            self._writer.write(zlib.crc32(payload).to_bytes(4, "little") + payload)
+            checksum = _checksum(self._name, self._n_records, payload)
+            self._writer.write(checksum.to_bytes(4, "little") + payload)
+            self._digest.update(payload)
+            self._n_records += 1
             start += RECORD_TOKENS
         self._waiting = [tokens[start:]]
         self._n_waiting = len(self._waiting[0])
 
-    def _temporary(self, ending: str) -> pathlib.Path:
-        return self._folder / f".{self._name}{ending}.tmp"
+
+def _checksum(name: str, number: int, payload: bytes | memoryview) -> int:
+    """Of a record and its place, so that one that lies in another's place is noticed."""
+    return zlib.crc32(payload, zlib.crc32(f"{name} {number}".encode()))
 
 
-def read_tokens(folder: pathlib.Path, shard: Shard, dtype: str, start: int, stop: int) -> Any:
-    """Tokens [stop - start] of a shard; may be called from several threads.
+def crc32_of(path: pathlib.Path) -> int:
+    """Checksum of a file."""
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def read_tokens(path: str, dtype: np.dtype, start: int, stop: int) -> np.ndarray:
+    """Tokens [stop - start] of a shard's ArrayRecord file; may be called from several threads.
 
     Raises:
       DataError: a record is damaged; names the file and the record.
     """
-    return read_file(
-        str(folder / f"{shard.name}{ENDING}"), np.dtype(dtype).newbyteorder("<"), start, stop
-    )
-
-
-def read_file(path: str, dtype: np.dtype, start: int, stop: int) -> np.ndarray:
-    """`read_tokens` of the shard's ArrayRecord file; little is done for each call."""
     first, last = start // RECORD_TOKENS, (stop - 1) // RECORD_TOKENS
     tokens = _record(path, first, dtype)
     if last > first:
         rest = [_record(path, k, dtype) for k in range(first + 1, last + 1)]
         tokens = np.concatenate([tokens, *rest])
     begin = first * RECORD_TOKENS
-    found = tokens[start - begin : stop - begin]
-    if len(found) != stop - start:
+    wanted = tokens[start - begin : stop - begin]
+    if len(wanted) != stop - start:
         raise DataError(f"{path}: record {last}: is too short; {_REMEDY}")
-    return found
+    return wanted
 
 
 def read_lengths(folder: pathlib.Path, shard: Shard) -> np.ndarray:
     """Tokens of each document [n_documents], end piece included.
 
     Raises:
-      DataError: the file does not agree with the shard.
+      DataError: the file is damaged.
     """
     path = folder / f"{shard.name}{LENGTHS}"
     try:
-        lengths = np.fromfile(path, "<u4")
+        content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); {_REMEDY}") from None
-    if len(lengths) != shard.n_documents or int(lengths.sum(dtype=np.int64)) != shard.n_tokens:
-        raise DataError(f"{path}: does not agree with the manifest; {_REMEDY}")
-    return lengths
+    if zlib.crc32(content) != shard.lengths_crc32 or len(content) != 4 * shard.n_documents:
+        raise DataError(f"{path}: is damaged (wrong checksum); {_REMEDY}")
+    return np.frombuffer(content, "<u4")
 
 
 _REMEDY = "copy the shard again, or prepare the text anew"
@@ -158,7 +189,8 @@ def _record(path: str, k: int, dtype: np.dtype) -> np.ndarray:
     except (RuntimeError, IndexError, OSError) as error:
         reason = " ".join(str(error).split())[:120]
         raise DataError(f"{path}: record {k}: cannot be read ({reason}); {_REMEDY}") from None
-    if zlib.crc32(memoryview(record)[4:]) != int.from_bytes(record[:4], "little"):
+    name = os.path.basename(path).removesuffix(ENDING)
+    if _checksum(name, k, memoryview(record)[4:]) != int.from_bytes(record[:4], "little"):
         raise DataError(f"{path}: record {k}: is damaged (wrong checksum); {_REMEDY}")
     return np.frombuffer(record, dtype, offset=4)
 
@@ -169,3 +201,9 @@ def _reader(path: str) -> Any:
     if not reader.ok():
         raise OSError("not a whole ArrayRecord file")
     return reader
+
+
+def forget_records() -> None:
+    """Closes all shards, whose files are about to be others."""
+    _record.cache_clear()
+    _reader.cache_clear()

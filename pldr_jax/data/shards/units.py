@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import hashlib
 import itertools
-import json
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,9 +14,8 @@ import numpy as np
 from pldr_jax.data.shards.prepared import SPLITS
 from pldr_jax.data.shards.records import DataError, ShardWriter
 from pldr_jax.data.text.inputs import Unit
-from pldr_jax.data.text.readers import PROBLEMS, Document, ReadSettings, read
+from pldr_jax.data.text.readers import PROBLEMS, Document, Problem, ReadSettings, read_documents
 from pldr_jax.data.text.tokenizer import Tokenizer
-from pldr_jax.files import write_whole
 
 LONG_TEXT = 1 << 18
 """Characters above which a text is tokenised in parts, cut where no piece crosses."""
@@ -46,36 +44,55 @@ class UnitSettings:
     on_error: Literal["skip", "fail"] = "skip"
 
 
+class Problems:
+    """What was left out: `counts` by kind, and the first of each kind in `examples`."""
+
+    def __init__(self) -> None:
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.examples: dict[str, str] = {}
+
+    def add(self, problem: Problem) -> None:
+        """Counts a problem."""
+        self.counts[problem.kind] += 1
+        self.examples.setdefault(problem.kind, str(problem))
+
+
+def describe_problems(counts: dict[str, int], examples: dict[str, str]) -> list[str]:
+    """`left out: 3 empty, first a.jsonl:7`, a line for each kind."""
+    return [f"left out: {n:,} {PROBLEMS[kind]}; {examples[kind]}" for kind, n in counts.items()]
+
+
+def hash_of(text: str, seed: int = 0) -> float:
+    """A number from 0 to 1 that follows from a text alone."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8, key=seed.to_bytes(8, "little")).digest()
+    return int.from_bytes(digest, "little") / 2**64
+
+
 def split_of(text: str, settings: UnitSettings) -> str:
     """The split of a document, by a hash of its text: copies of it land in the same one."""
-    key = settings.seed.to_bytes(8, "little")
-    digest = hashlib.blake2b(text.encode(), digest_size=8, key=key).digest()
-    value = int.from_bytes(digest, "little") / 2**64
+    value = hash_of(text, settings.seed)
     if value < settings.validation_fraction:
         return "validation"
     held_out = settings.validation_fraction + settings.test_fraction
     return "test" if value < held_out else "train"
 
 
-def documents(
-    unit: Unit, settings: UnitSettings, problems: collections.Counter[str]
-) -> Iterator[Document]:
+def documents_of(unit: Unit, settings: UnitSettings, problems: Problems) -> Iterator[Document]:
     """The documents of a unit; problems are counted.
 
     Raises:
       DataError: a problem, where `settings.on_error` is "fail".
     """
     for piece in unit.pieces:
-        for item in read(piece, settings.read):
+        for item in read_documents(piece, settings.read):
             if isinstance(item, Document):
                 yield item
                 continue
             if settings.on_error == "fail":
                 raise DataError(
-                    f"{item.where}: {PROBLEMS[item.kind]}; mend it, or count and leave out such "
-                    "documents with --on_error=skip"
+                    f"{item}; mend it, or count and leave out such documents with --on_error=skip"
                 )
-            problems[item.kind] += 1
+            problems.add(item)
 
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -85,9 +102,9 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np
     """
     parts = [[text] if len(text) <= LONG_TEXT else _parts(text) for text in texts]
     firsts = np.cumsum([0, *map(len, parts[:-1])])
-    rows = tokenizer.encode_arrays(list(itertools.chain.from_iterable(parts)))
-    lengths = np.add.reduceat(np.asarray([len(row) for row in rows]), firsts)
-    ids = np.insert(np.concatenate(rows), np.cumsum(lengths), tokenizer.eos_id)
+    ids_of_parts = tokenizer.encode_arrays(list(itertools.chain.from_iterable(parts)))
+    lengths = np.add.reduceat(np.asarray([len(ids) for ids in ids_of_parts]), firsts)
+    ids = np.insert(np.concatenate(ids_of_parts), np.cumsum(lengths), tokenizer.eos_id)
     return ids, lengths + 1
 
 
@@ -114,10 +131,10 @@ def write_unit(
     report: Report,
 ) -> dict[str, Any]:
     """Writes the shards of a unit, `SPLIT-NUMBER`, and returns what they hold, fit for JSON."""
-    problems: collections.Counter[str] = collections.Counter()
+    problems = Problems()
     writers: dict[str, ShardWriter] = {}
     reported = 0
-    for batch in batches(documents(unit, settings, problems)):
+    for batch in document_batches(documents_of(unit, settings, problems)):
         by_split: dict[str, list[str]] = {}
         for document in batch:
             by_split.setdefault(split_of(document.text, settings), []).append(document.text)
@@ -135,12 +152,15 @@ def write_unit(
         report(n_bytes, len(batch), n_tokens)
     shards = {split: dataclasses.asdict(writer.close()) for split, writer in writers.items()}
     report(max(unit.size - reported, 0), 0, 0)
-    in_order = {split: shards[split] for split in SPLITS if split in shards}
-    return {"splits": in_order, "problems": {k: problems[k] for k in PROBLEMS if problems[k]}}
+    return {
+        "splits": {split: shards[split] for split in SPLITS if split in shards},
+        "problems": {kind: problems.counts[kind] for kind in PROBLEMS if problems.counts[kind]},
+        "examples": problems.examples,
+    }
 
 
-def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents to tokenise together: some, so that memory is bounded, and not few."""
+def document_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents to tokenise together, until they have some 262,144 characters."""
     batch: list[Document] = []
     chars = 0
     for document in documents:
@@ -151,8 +171,3 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
             batch, chars = [], 0
     if batch:
         yield batch
-
-
-def save_result(path: pathlib.Path, result: dict[str, Any]) -> None:
-    """Writes the result of a unit, all at once: from then on the unit is done."""
-    write_whole(path, json.dumps(result).encode())

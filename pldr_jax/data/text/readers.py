@@ -4,19 +4,14 @@ A reader yields a `Document` or a `Problem`, and keeps one document in memory at
 be done about a problem is for the caller to say.
 """
 
-import bz2
-import contextlib
 import dataclasses
-import gzip
-import io
 import json
-import lzma
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, Literal
 
 from pldr_jax.config import ConfigError
-from pldr_jax.data.text.inputs import Piece, compression, needs, open_hub
+from pldr_jax.data.text.inputs import Piece, needs, open_hub
+from pldr_jax.data.text.streams import FORMAT_ERRORS, open_utf8
 
 PROBLEMS = {
     "bad_utf8": "not UTF-8",
@@ -26,12 +21,16 @@ PROBLEMS = {
     "huge": "larger than --max_document_bytes",
     "binary": "not text: a NUL among the first bytes",
     "damaged": "damaged file, whose rest is left out",
+    "unreadable": "cannot be read",
+    "special": "no file to read from",
 }
 """Kinds of problems, and their meaning."""
 
 _LINE_SLACK = 1 << 20
 _ESCAPED = 6
 """Bytes of one character at most, written as a JSON escape, over those of UTF-8."""
+_MARK = b"\xef\xbb\xbf"
+"""UTF-8's byte-order mark, which some programs write at the start of a file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +47,11 @@ class Problem:
 
     kind: str
     where: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        reason = f" ({self.reason})" if self.reason else ""
+        return f"{self.where}: {PROBLEMS[self.kind]}{reason}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +60,18 @@ class ReadSettings:
 
     Attributes:
       text_field: of JSON lines, Parquet, Arrow and hub rows.
-      documents: what one document of a text file is.
+      documents: what one document of a text file is; a "block" is a file, or some `block_bytes` of
+        one that is larger than four of them, cut at a newline.
       max_document_bytes: UTF-8 bytes above which a document is a problem.
     """
 
     text_field: str = "text"
-    documents: Literal["file", "line", "paragraph"] = "file"
+    documents: Literal["file", "line", "paragraph", "block"] = "file"
     max_document_bytes: int = 64 << 20
+    block_bytes: int = 64 << 10
 
 
-def read(piece: Piece, settings: ReadSettings) -> Iterator[Document | Problem]:
+def read_documents(piece: Piece, settings: ReadSettings) -> Iterator[Document | Problem]:
     """The documents of a piece, in order.
 
     Raises:
@@ -77,6 +83,8 @@ def read(piece: Piece, settings: ReadSettings) -> Iterator[Document | Problem]:
         "parquet": _read_parquet,
         "arrow": _read_arrow,
         "hub": _read_hub,
+        "unreadable": lambda piece, _: iter([Problem(piece.kind, piece.path, piece.reason)]),
+        "special": lambda piece, _: iter([Problem(piece.kind, piece.path, piece.reason)]),
     }
     for item in readers[piece.kind](piece, settings):
         yield item if isinstance(item, Problem) else _checked(item, settings)
@@ -92,55 +100,17 @@ def _checked(document: Document, settings: ReadSettings) -> Document | Problem:
     return document if size <= settings.max_document_bytes else Problem("huge", document.where)
 
 
-@contextlib.contextmanager
-def _open(path: str) -> Iterator[BinaryIO]:
-    """The bytes of a file, decompressed."""
-    ending = compression(path)
-    if ending == ".zst":
-        zstandard = needs("zstandard", path)
-        with open(path, "rb") as packed, io.BufferedReader(_Zstd(packed, zstandard), 1 << 20) as f:
-            yield f
-        return
-    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    with openers.get(ending, open)(path, "rb") as file:
-        yield file
-
-
-class _Zstd(io.RawIOBase):
-    """Decompressed bytes of all frames of a file; the package's own reader ends a cut file as if
-    it were whole.
-    """
-
-    def __init__(self, packed: BinaryIO, zstandard: Any) -> None:
-        self._packed, self._new = packed, zstandard.ZstdDecompressor().decompressobj
-        self._frame: Any = None
-        self._ready = self._left = b""
-
-    def readable(self) -> bool:
-        """True."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Fills a buffer; EOFError if the file ends within a frame."""
-        while not self._ready:
-            content = self._left or self._packed.read(1 << 17)
-            if not content:
-                if self._frame is not None:
-                    raise EOFError("the file ends within a frame")
-                return 0
-            self._frame = self._frame or self._new()
-            self._ready, self._left = self._frame.decompress(content), b""
-            if self._frame.eof:
-                self._left, self._frame = self._frame.unused_data, None
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
-
-
-def _is_damage(error: Exception) -> bool:
-    """Whether reading failed because of what the file holds; a ConfigError is another matter."""
-    known = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, OSError)
-    return isinstance(error, known) or type(error).__module__.startswith(("zstandard", "pyarrow"))
+def _failure(error: Exception, where: str) -> Problem:
+    """What stopped the reading of a file; any other error is raised again."""
+    if isinstance(error, UnicodeError):
+        return Problem("bad_utf8", where)
+    if isinstance(error, OSError) and error.errno is not None:  # the system's, not a format's
+        return Problem("unreadable", where, str(error.strerror))
+    if isinstance(error, FORMAT_ERRORS) or type(error).__module__.startswith(
+        ("zstandard", "pyarrow")
+    ):
+        return Problem("damaged", where)
+    raise error
 
 
 def _decoded(content: bytes, where: str) -> Document | Problem:
@@ -151,45 +121,72 @@ def _decoded(content: bytes, where: str) -> Document | Problem:
 
 
 def _read_text(piece: Piece, settings: ReadSettings) -> Iterator[Document | Problem]:
+    limit = settings.max_document_bytes
     if settings.documents == "file":
-        yield _whole_file(piece.path, settings.max_document_bytes)
-        return
-    by_line = settings.documents == "line"
-    paragraph, begun, size = [], "", 0
-    for line, where in _lines(piece, settings.max_document_bytes):
+        yield from _blocks(piece.path, limit, limit)
+    elif settings.documents == "block":
+        yield from _blocks(piece.path, 4 * settings.block_bytes, settings.block_bytes)
+    elif settings.documents == "line":
+        for line, where in _lines(piece, limit):
+            yield line if isinstance(line, Problem) else _decoded(line.rstrip(b"\r\n"), where)
+    else:
+        yield from _paragraphs(piece, limit)
+
+
+def _paragraphs(piece: Piece, limit: int) -> Iterator[Document | Problem]:
+    lines, start, size = [], "", 0
+    for line, where in _lines(piece, limit):
         if isinstance(line, Problem):
             yield line
-        elif by_line:
-            yield _decoded(line.rstrip(b"\r\n"), where)
         elif line.strip():
-            begun = begun or where
+            start = start or where
             size += len(line)
-            if size <= settings.max_document_bytes:
-                paragraph.append(line)
-        elif begun:
-            yield _paragraph(paragraph, begun, size > settings.max_document_bytes)
-            paragraph, begun, size = [], "", 0
-    if begun:
-        yield _paragraph(paragraph, begun, size > settings.max_document_bytes)
+            if size <= limit:
+                lines.append(line)
+        elif start:
+            yield _decoded(b"".join(lines), start) if size <= limit else Problem("huge", start)
+            lines, start, size = [], "", 0
+    if start:
+        yield _decoded(b"".join(lines), start) if size <= limit else Problem("huge", start)
 
 
-def _paragraph(lines: list[bytes], where: str, huge: bool) -> Document | Problem:
-    return Problem("huge", where) if huge else _decoded(b"".join(lines), where)
+def _blocks(path: str, whole: int, block: int) -> Iterator[Document | Problem]:
+    """A text file as one document, or, above `whole` bytes, in blocks of `block` to twice as much.
 
-
-def _whole_file(path: str, limit: int) -> Document | Problem:
+    Blocks end behind a newline where there is one, else between two characters. A file of one block
+    that is too large is a problem.
+    """
+    offset = 0
     try:
-        with _open(path) as file:
-            content = file.read(limit + 1)
+        with open_utf8(path) as file:
+            content = file.read(whole + 1)
+            if b"\0" in content[:8192]:
+                yield Problem("binary", path)
+                return
+            content = content.removeprefix(_MARK)
+            if len(content) <= whole:
+                yield _decoded(content, path)
+                return
+            if block == whole:
+                yield Problem("huge", path)
+                return
+            while content:
+                content += file.read(max(2 * block - len(content), 0))
+                end = _block_end(content, block)
+                yield _decoded(content[:end], f"{path}: byte {offset}")
+                content, offset = content[end:], offset + end
     except Exception as error:
-        if not _is_damage(error):
-            raise
-        return Problem("damaged", path)
-    if b"\0" in content[:8192]:
-        return Problem("binary", path)
-    if len(content) > limit:
-        return Problem("huge", path)
-    return _decoded(content.removeprefix(b"\xef\xbb\xbf"), path)
+        yield _failure(error, f"{path}: byte {offset}" if offset else path)
+
+
+def _block_end(content: bytes, block: int) -> int:
+    newline = content.find(b"\n", block - 1, 2 * block)
+    if newline >= 0:
+        return newline + 1
+    end = min(block, len(content))
+    while end < len(content) and content[end] & 0xC0 == 0x80:
+        end += 1
+    return end
 
 
 def _read_jsonl(piece: Piece, settings: ReadSettings) -> Iterator[Document | Problem]:
@@ -218,7 +215,7 @@ def _lines(piece: Piece, limit: int) -> Iterator[tuple[bytes | Problem, str]]:
     number = offset = 0
     where = piece.path
     try:
-        with _open(piece.path) as file:
+        with open_utf8(piece.path) as file:
             if piece.start:  # the line that holds the byte before belongs to the piece before
                 file.seek(piece.start - 1)
                 offset = piece.start - 1 + _skip_line(file)
@@ -230,16 +227,14 @@ def _lines(piece: Piece, limit: int) -> Iterator[tuple[bytes | Problem, str]]:
                 line = file.readline(limit + 1)
                 if not line:
                     return
-                offset += len(line)
+                is_first, offset = offset == 0, offset + len(line)
                 if len(line) > limit:
                     offset += 0 if line.endswith(b"\n") else _skip_line(file)
                     yield Problem("huge", where), where
                 else:
-                    yield line, where
+                    yield line.removeprefix(_MARK) if is_first else line, where
     except Exception as error:
-        if not _is_damage(error):
-            raise
-        yield Problem("damaged", where), where
+        yield _failure(error, where), where
 
 
 def _skip_line(file: BinaryIO) -> int:
@@ -264,9 +259,7 @@ def _read_parquet(piece: Piece, settings: ReadSettings) -> Iterator[Document | P
             yield from _column(batch.column(0), piece.path, row)
             row += batch.num_rows
     except Exception as error:
-        if not _is_damage(error):
-            raise
-        yield Problem("damaged", f"{piece.path}: row {row}")
+        yield _failure(error, f"{piece.path}: row {row}")
 
 
 def _read_arrow(piece: Piece, settings: ReadSettings) -> Iterator[Document | Problem]:
@@ -286,9 +279,7 @@ def _read_arrow(piece: Piece, settings: ReadSettings) -> Iterator[Document | Pro
                 yield from _column(batch.column(settings.text_field), piece.path, row)
                 row += batch.num_rows
     except Exception as error:
-        if not _is_damage(error):
-            raise
-        yield Problem("damaged", f"{piece.path}: row {row}")
+        yield _failure(error, f"{piece.path}: row {row}")
 
 
 def _check_column(path: str, names: list[str], field: str) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import sentencepiece
 
 from pldr_jax.config import ConfigError
+from pldr_jax.files import read_regular_file, user_path
 
 PAD_PIECE, UNK_PIECE, BOS_PIECE, EOS_PIECE = "[PAD]", "[UNK]", "[START]", "[END]"
 TRAINING_BLOCK = 2048
@@ -41,10 +42,10 @@ class Tokenizer:
         return cls(model_bytes)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+    def load(cls, path: str | pathlib.Path) -> "Tokenizer":
         """Reads a SentencePiece model file; ConfigError if it is missing or is not one."""
         try:
-            tokenizer = cls(pathlib.Path(path).expanduser().read_bytes())
+            tokenizer = cls(read_regular_file(user_path(path, "Data.tokenizer")))
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise ConfigError(
@@ -119,7 +120,7 @@ class Tokenizer:
             raise ConfigError(_training_problem(str(error), vocab_size)) from None
         return cls(model.getvalue())
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | pathlib.Path) -> None:
         """Writes the SentencePiece model file."""
         pathlib.Path(path).write_bytes(self.model_bytes)
 
@@ -175,6 +176,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of pieces (V)."""
         return int(self._processor.vocab_size())
+
+    @property
+    def dtype(self) -> str:
+        """The smallest type that holds every id: uint16, or uint32."""
+        return "uint16" if self.vocab_size <= 1 << 16 else "uint32"
 
     @functools.cached_property
     def pad_id(self) -> int:

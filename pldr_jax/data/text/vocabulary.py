@@ -6,56 +6,74 @@ import random
 from collections.abc import Sequence
 
 from pldr_jax.config import ConfigError
-from pldr_jax.data.shards.units import UnitSettings, documents, split_of
+from pldr_jax.data.shards.units import Problems, UnitSettings, documents_of, split_of
 from pldr_jax.data.text.inputs import Unit
 from pldr_jax.data.text.tokenizer import TRAINING_BLOCK, Tokenizer
 
 _LEAST_SHARE = 1 << 18
 """Bytes taken from a unit at least, so that a sample is not all beginnings."""
+_SPREAD = 16
+"""A share is spread over as many times its bytes of a unit."""
 _LONGEST = 512 * TRAINING_BLOCK
-"""Characters taken from one document."""
+"""Characters taken from one held-out document."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Texts to train on and held-out ones to measure on; `problems` counts what was left out."""
+    """Texts to train on and held-out ones to measure on, and what was left out."""
 
     training: list[str]
     held_out: list[str]
-    problems: dict[str, int]
+    problems: Problems
 
 
 def take_sample(units: Sequence[Unit], settings: UnitSettings, sample_bytes: int) -> Sample:
     """About `sample_bytes` of training documents, and the held-out ones met on the way.
 
-    Units are visited in an order that the seed gives, each for its share; held-out documents are
-    those that a preparation with the same seed and shares holds out.
+    Units are visited in an order that the seed gives. Each gives its share, in blocks that are
+    spread evenly over its first part; held-out documents are those that a preparation with the same
+    seed and shares holds out.
 
     Raises:
       ConfigError: no text to train on.
       DataError: a problem, where `settings.on_error` is "fail".
     """
+    sample = Sample([], [], Problems())
     order = list(units)
     random.Random(settings.seed).shuffle(order)
-    problems: collections.Counter[str] = collections.Counter()
-    texts: dict[str, list[str]] = {"train": [], "held_out": []}
-    taken = {"train": 0, "held_out": 0}
     share = max(sample_bytes // max(len(order), 1) + 1, _LEAST_SHARE)
+    taken = 0
     for unit in order:
-        if taken["train"] >= sample_bytes:
+        if taken >= sample_bytes:
             break
-        end = min(taken["train"] + share, sample_bytes)
-        for document in documents(unit, settings, problems):
-            side = "train" if split_of(document.text, settings) == "train" else "held_out"
-            text = document.text[:_LONGEST]
-            if taken[side] < sample_bytes:
-                texts[side].append(text)
-                taken[side] += len(text.encode())
-            if taken["train"] >= end:
-                break
-    if not texts["train"]:
-        raise ConfigError("--input: holds no text to train a tokenizer on")
-    return Sample(texts["train"], texts["held_out"], dict(problems))
+        taken += _sample_unit(unit, settings, min(share, sample_bytes - taken), sample)
+    if not sample.training:
+        raise ConfigError("Data.source: holds no text to train a tokenizer on")
+    return sample
+
+
+def _sample_unit(unit: Unit, settings: UnitSettings, wanted: int, sample: Sample) -> int:
+    """Adds about `wanted` bytes of a unit to a sample; gives how many."""
+    held_out = settings.validation_fraction + settings.test_fraction
+    spread_over = min(unit.size * (1 - held_out), _SPREAD * wanted)
+    density = min(1.0, wanted / max(spread_over, 1))
+    taken = owed = n_held_out = 0.0
+    for document in documents_of(unit, settings, sample.problems):
+        if split_of(document.text, settings) != "train":
+            if n_held_out < wanted:
+                sample.held_out.append(document.text[:_LONGEST])
+                n_held_out += len(sample.held_out[-1].encode())
+            continue
+        for start in range(0, len(document.text), TRAINING_BLOCK):
+            block = document.text[start : start + TRAINING_BLOCK]
+            owed += density * len(block)
+            if owed > 0:
+                owed -= len(block)
+                sample.training.append(block)
+                taken += len(block.encode())
+                if taken >= wanted:
+                    return int(taken)
+    return int(taken)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +110,7 @@ class TokenizerReport:
         ]
 
 
-def measure(tokenizer: Tokenizer, texts: Sequence[str]) -> TokenizerReport:
+def measure_tokenizer(tokenizer: Tokenizer, texts: Sequence[str]) -> TokenizerReport:
     """The report on texts, best on ones that the tokenizer was not trained on."""
     counts: collections.Counter[int] = collections.Counter()
     exact = 0
