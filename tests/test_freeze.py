@@ -276,7 +276,7 @@ def test_other_text_first_row_and_no_warning(text, tmp_path, capsys) -> None:
     """A G_LM that is b_a alone is the same for every input; the program says nothing of it."""
     write_run(tmp_path / "run", experiment(text), scale=0.0)
     other = tmp_path / "other.txt"
-    other.write_text("\n".join(" ".join(WORDS[k % 7 :]) for k in range(400)))
+    other.write_text("\n".join(f"{k} " + " ".join(WORDS[k % 7 :]) for k in range(400)))
     arguments = ("--checkpoint", tmp_path / "run", "--output", tmp_path / "out", "--text", other)
     status, shown, error = run_here(
         capsys, freeze_main, *arguments, "--calibration=first", "--rows=3", "--eval_rows=4"
