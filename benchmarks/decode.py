@@ -91,7 +91,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 def _half_full(slots: Slots) -> Slots:
     """Slots whose rows are all at half of their length, with many tokens to go."""
-    half = jnp.full_like(slots.cache.length_B, slots.cache.slots // 2)
+    half = jnp.full_like(slots.cache.length_B, slots.cache.capacity // 2)
     return slots.replace(
         cache=slots.cache.replace(length_B=half),
         active_B=jnp.ones_like(slots.active_B),

@@ -20,7 +20,7 @@ from pldr_jax.api import LanguageModel
 from pldr_jax.config import ConfigError, GenerationConfig, MeshConfig, ModelConfig
 from pldr_jax.inference.decode import decode_step, prefill
 from pldr_jax.inference.request import Request
-from pldr_jax.model.cache import LowRankLayerCache, empty_low_rank
+from pldr_jax.model.cache import LowRankLayerCache, empty_cache
 from pldr_jax.model.decoder import Params, forward, init_params, unstack_layers
 from pldr_jax.model.low_rank import factorize, group_heads, smallest_ranks
 from pldr_jax.partition import build_mesh
@@ -236,9 +236,10 @@ def test_a_row_is_what_it_is_alone() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_keys_take_as_many_numbers_as_the_ranks(dtype: str) -> None:
     low_rank = factorize(g_lm_of(), 1e-2)
-    layers = tuple(empty_low_rank(groups, 3, 24, 8, jnp.dtype(dtype)) for groups in low_rank.layers)
+    layers = empty_cache(CONFIG, 3, 24, low_rank, "G_LM", jnp.dtype(dtype)).layers
     keys = values = 0
     for layer in layers:
+        assert isinstance(layer, LowRankLayerCache)
         for group in layer.groups:
             assert group.k_BNES.dtype == group.v_BNSH.dtype == dtype
             keys, values = keys + group.k_BNES.size, values + group.v_BNSH.size
@@ -249,7 +250,7 @@ def test_keys_take_as_many_numbers_as_the_ranks(dtype: str) -> None:
         jax.tree.map(jnp.shape, x) for x in layers
     ]
     assert isinstance(cache.layers[0], LowRankLayerCache)
-    assert cache.layers[0].groups[0].k_BNES.dtype == dtype and cache.slots == 24
+    assert cache.layers[0].groups[0].k_BNES.dtype == dtype and cache.capacity == 24
     # A cache that is donated takes the factors of nobody with it.
     for leaf in jax.tree.leaves(layers):
         leaf.delete()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 from typing import Any
 
 import flax.linen as nn
@@ -13,9 +14,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pldr_jax.config import MeshConfig, ModelConfig
 from pldr_jax.inference.decode import decode_step, prefill
-from pldr_jax.model.attention import attend, attend_in_blocks
 from pldr_jax.model.decoder import Params, forward, init_params, unstack_layers
 from pldr_jax.model.deductive import identity_g_lm, random_g_lm
+from pldr_jax.model.kernels import attend, attend_in_blocks, cuda_capability
 from pldr_jax.model.reductions import POSITIONS, add_bias, most_probable
 from pldr_jax.model.rope import rotate
 from pldr_jax.partition import build_mesh, mesh_scope
@@ -243,20 +244,33 @@ def test_attention_in_blocks_is_attention(block: int) -> None:
         return (weight * attend(q, k, v, "xla")).sum()
 
     def parts(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return (weight * attend_in_blocks(q, k, v, block)).sum()
+        return (weight * attend_in_blocks(q, k, v, None, block)).sum()
 
-    assert gap(attend_in_blocks(q, k, v, block), attend(q, k, v, "xla")) < 1e-6
+    assert gap(attend_in_blocks(q, k, v, None, block), attend(q, k, v, "xla")) < 1e-6
     gradients = [jax.jit(jax.grad(f, argnums=(0, 1, 2)))(q, k, v) for f in (whole, parts)]
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), *gradients)
     program = jax.jit(jax.grad(parts)).lower(q, k, v).as_text()
     assert ("tensor<2x3x12x12xf32>" in program) == (block == 12)
 
 
-def test_long_contexts_go_in_blocks() -> None:
+@pytest.mark.parametrize("block", [1, 5, 64])
+def test_segments_in_blocks_are_segments(block: int) -> None:
+    q, k, v = jax.random.normal(jax.random.key(1), (3, 2, 12, 3, 8))
+    ids_BT = jnp.asarray([[1] * 5 + [2] * 4 + [3, 0, 0], [1] * 12])
+    dense = attend(q, k, v, "xla", ids_BT)
+    assert gap(attend_in_blocks(q, k, v, ids_BT, block), dense) < 1e-6
+    assert gap(attend(q, k, v, "xla")[0], dense[0]) > 1e-2
+    assert gap(attend(q, k, v, "xla")[1], dense[1]) == 0
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_long_contexts_go_in_blocks(segments: bool) -> None:
     shapes = [jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32) for length in (2047, 2048)]
     for shape, whole in zip(shapes, (True, False), strict=True):
         length = shape.shape[1]
-        program = jax.jit(lambda q, k, v: attend(q, k, v, "auto")).lower(shape, shape, shape)
+        ids_BT = jnp.ones((1, length), jnp.int32) if segments else None
+        attention = jax.jit(lambda q, k, v, ids_BT=ids_BT: attend(q, k, v, "auto", ids_BT))
+        program = attention.lower(shape, shape, shape)
         assert (f"tensor<1x1x{length}x{length}xf32>" in program.as_text()) == whole
 
 
@@ -373,6 +387,28 @@ def test_the_flash_kernel_of_a_tpu_gives_the_same(sharded: bool) -> None:
         fused = run("flash")
     for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(fused), strict=True):
         assert gap(one, other) < 1e-5 * max(1.0, float(np.abs(one).max()))
+
+
+@pytest.mark.parametrize(
+    ("platform", "stated", "expected"),
+    [
+        ("gpu", "9.0", (9, 0)),
+        ("gpu", "12.1", (12, 1)),
+        ("cuda", "8.10", (8, 10)),
+        ("gpu", "9.0a", (9, 0)),
+        ("gpu", "gfx90a", (0, 0)),
+        ("gpu", "gfx1100", (0, 0)),
+        ("gpu", "", (0, 0)),
+        ("gpu", None, (0, 0)),
+        ("METAL", "3.2", (0, 0)),
+        ("cpu", "9.0", (0, 0)),
+    ],
+)
+def test_compute_capability_of_any_maker(platform: str, stated: Any, expected: Any) -> None:
+    device = types.SimpleNamespace(platform=platform, compute_capability=stated)
+    assert cuda_capability(device) == expected
+    del device.compute_capability
+    assert cuda_capability(device) == (0, 0)
 
 
 def test_a_bias_and_its_gradient_are_those_of_a_sum() -> None:

@@ -11,6 +11,7 @@ from helpers import shard_of
 
 from pldr_jax.config import DataConfig, ExperimentConfig, MeshConfig
 from pldr_jax.data.rows import SEGMENTS, SegmentRows
+from pldr_jax.model.kernels import attention_weights
 from pldr_jax.model.segments import Segments
 from pldr_jax.model.shapes import place_params
 from pldr_jax.partition import batch_sharding, build_mesh, mesh_scope
@@ -127,7 +128,8 @@ def test_one_g_lm_from_outside_serves_every_segment(tiny, rows) -> None:
 def test_positions_restart_and_blocks_do_not_touch() -> None:
     segments = Segments(jnp.asarray([[1, 1, 1, 2, 2, 3, 0, 0]]), 4)
     assert segments.positions_BT[0, :6].tolist() == [0, 1, 2, 0, 1, 0]
-    mask = np.asarray(segments.mask_BNTS)[0, 0, :6, :6]
+    zeros_BTNH = jnp.zeros((1, 8, 1, 2))
+    mask = np.asarray(attention_weights(zeros_BTNH, zeros_BTNH, segments.ids_BT))[0, 0, :6, :6] > 0
     ids = np.asarray([1, 1, 1, 2, 2, 3])
     np.testing.assert_array_equal(mask, np.tril(ids[:, None] == ids))
     assert segments.real.tolist() == [True, True, True, False]

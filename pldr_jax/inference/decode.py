@@ -42,7 +42,7 @@ def prefill(
     low_rank = g_lm_LBNHJ if isinstance(g_lm_LBNHJ, LowRankG) else None
     g_lm = g_lm_LBNHJ.G_LM if isinstance(g_lm_LBNHJ, LowRankG) else g_lm_LBNHJ
     last_BV, layers = _last_logits(config, params, tokens_BT, length_B, g_lm)
-    return last_BV, build_cache(layers, length_B, slots, config, keep, low_rank=low_rank)
+    return last_BV, build_cache(layers, length_B, slots, keep, low_rank)
 
 
 def full_step(

@@ -14,15 +14,8 @@ import jax.numpy as jnp
 from pldr_jax.config import ModelConfig
 from pldr_jax.inference.decode import decode_step, prefill
 from pldr_jax.inference.sampling import Sampling, draw, penalize
-from pldr_jax.model.cache import (
-    Cache,
-    LayerCache,
-    LowRankLayerCache,
-    empty_low_rank,
-    write_row,
-)
+from pldr_jax.model.cache import Cache, empty_cache, write_row
 from pldr_jax.model.decoder import Params
-from pldr_jax.model.deductive import DeductiveOutputs
 from pldr_jax.model.low_rank import LowRankG
 from pldr_jax.partition import constrain
 
@@ -97,22 +90,8 @@ def empty_slots(
       keep: "G_LM" or "A", what each row keeps of its prompt.
       dtype: of keys and values.
     """
-    heads, head = config.num_heads, config.head_dim
-    own = config.g_source == "learned" and g_lm_LBNHJ is None
-
-    def layer(i: int) -> LayerCache | LowRankLayerCache:
-        if isinstance(g_lm_LBNHJ, LowRankG):
-            return empty_low_rank(g_lm_LBNHJ.layers[i], rows, length, head, dtype)
-        kept = None if g_lm_LBNHJ is None else g_lm_LBNHJ[i]
-        if own:
-            kept = jnp.zeros((rows, heads, head, head), jnp.float32)
-        empty = jnp.zeros((rows, heads, length, head), dtype)
-        deductive = DeductiveOutputs(**{keep: kept})
-        return LayerCache(empty, jnp.zeros_like(empty), deductive).laid_out()
-
-    layers = tuple(layer(i) for i in range(config.num_layers))
     slots = Slots(
-        cache=Cache(layers, jnp.zeros((rows,), jnp.int32)),
+        cache=empty_cache(config, rows, length, g_lm_LBNHJ, keep, dtype),
         logits_BV=jnp.zeros((rows, config.vocab_size), jnp.float32),
         seen_BV=jnp.zeros((rows, config.vocab_size), bool),
         active_B=jnp.zeros((rows,), bool),
@@ -148,19 +127,13 @@ def admit(
       sampling, limits: of this row, with a batch axis of 1.
       g_lm_LBNHJ, keep: as `empty_slots` was told.
     """
-    own = config.g_source == "learned" and g_lm_LBNHJ is None
     logits_1V, row = prefill(
         config, params, tokens_T[None], length[None], g_lm_LBNHJ, tokens_T.shape[0], keep
     )
-    layers = []
-    old: Any  # both are of one class
-    new: Any
-    for old, new in zip(slots.cache.layers, row.layers, strict=True):
-        layer = old.with_row(new, slot)
-        if own:
-            kept = write_row(getattr(layer.deductive, keep), getattr(new.deductive, keep), slot)
-            layer = layer.replace(deductive=DeductiveOutputs(**{keep: kept}))
-        layers.append(layer.laid_out())
+    layers = tuple(
+        layer.with_prompt(prompt, slot)
+        for layer, prompt in zip(slots.cache.layers, row.layers, strict=True)
+    )
     vocab = config.vocab_size
     padded = jnp.where(jnp.arange(tokens_T.shape[0]) < length, tokens_T, vocab)
     seen_V = jnp.zeros((vocab,), bool).at[padded].set(True, mode="drop")
@@ -169,7 +142,7 @@ def admit(
         return write_row(old, new, slot)
 
     slots = Slots(
-        cache=Cache(tuple(layers), slots.cache.length_B.at[slot].set(length)),
+        cache=Cache(layers, slots.cache.length_B.at[slot].set(length)),
         logits_BV=put(slots.logits_BV, logits_1V),
         seen_BV=put(slots.seen_BV, seen_V[None]),
         active_B=slots.active_B.at[slot].set(True),

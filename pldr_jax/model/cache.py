@@ -1,9 +1,10 @@
-"""The immutable decode cache: keys, values and G_LM of every layer, and how far each row has
-come.
+"""The decode cache: keys, values and G_LM of every layer, and how many tokens each slot holds.
+
+A layer's cache is whatever meets the protocol `LayerCache`: `PlainLayerCache` holds whole keys,
+`LowRankLayerCache` holds V^T k of a G_LM in factors (`pldr_jax/model/low_rank.py`).
 """
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, Self
 
 import flax.struct
 import jax
@@ -11,18 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from pldr_jax.config import ModelConfig
-from pldr_jax.model.deductive import DeductiveOutputs
+from pldr_jax.model.deductive import DeductiveOutputs, g_lm_shape
+from pldr_jax.model.kernels import apply_metric_once, attend_cached
 from pldr_jax.model.low_rank import HeadGroup, LowRankG
 from pldr_jax.partition import constrain
 
 
 class LayerOutputs(flax.struct.PyTreeNode):
-    """What one layer's forward pass leaves for others; [L, ...] stacked out of the decoder.
+    """Keys, values and deductive outputs of one layer; [L, ...] stacked out of the decoder.
 
     Attributes:
       k_BTNH: keys after RoPE.
       v_BTNH: values.
-      deductive: the deductive outputs of the row.
+      deductive: A, A_LM, A_P and G_LM.
     """
 
     k_BTNH: jax.Array
@@ -30,13 +32,43 @@ class LayerOutputs(flax.struct.PyTreeNode):
     deductive: DeductiveOutputs
 
 
-class LayerCache(flax.struct.PyTreeNode):
-    """One layer's cache. Prefill alone writes `deductive`: `append` names keys and values only.
+class LayerCache(Protocol):
+    """One layer's cache, a frozen pytree; every method returns a new one, laid out on the mesh."""
+
+    @property
+    def capacity(self) -> int:
+        """S, the tokens a slot can hold."""
+
+    @property
+    def deductive(self) -> DeductiveOutputs:
+        """What each slot keeps of its prompt, G_LM or A; written by `with_prompt` alone."""
+
+    def append(self, k_BTNH: jax.Array, v_BTNH: jax.Array, position_B: jax.Array) -> Self:
+        """The cache with one more token (T = 1) of each slot, at its position."""
+
+    def with_prompt(self, prompt: Self, slot: jax.Array) -> Self:
+        """The cache with the only row of another one in `slot`. What that holds beyond the capacity
+        here is padding.
+        """
+
+    def attend(
+        self, q_BNH: jax.Array, last_B: jax.Array, g_lm_BNHJ: jax.Array | None = None
+    ) -> jax.Array:
+        """Attention of one query a slot, before G_LM, to the tokens up to position `last_B`:
+        [B,N,H] float32. A given G_LM is used in place of the cached one.
+        """
+
+
+class PlainLayerCache(flax.struct.PyTreeNode):
+    """Keys and values of all heads.
+
+    Heads come before tokens because both products of attention are then plain batched matrix
+    products; with tokens first, they were seven times slower on a CPU.
 
     Attributes:
-      k_BNSH: keys after RoPE; slot s holds the token at position s.
+      k_BNSH: keys after RoPE, by position.
       v_BNSH: values.
-      deductive: G_LM to decode with ("KV+G"; one for all rows if its batch axis is 1), or A, from
+      deductive: G_LM to decode with ("KV+G"; one for all slots if its batch axis is 1), or A, from
         which the decode step recomputes it ("KV"); neither where G_LM is the identity.
     """
 
@@ -45,49 +77,70 @@ class LayerCache(flax.struct.PyTreeNode):
     deductive: DeductiveOutputs
 
     @property
-    def slots(self) -> int:
-        """S, the tokens a row can hold."""
+    def capacity(self) -> int:
+        """S."""
         return self.v_BNSH.shape[2]
 
-    def append(self, k_BTNH: jax.Array, v_BTNH: jax.Array, slot_B: jax.Array) -> "LayerCache":
-        """The cache with one more token (T = 1), written at each row's own slot."""
-        k_BNSH = _write_token(self.k_BNSH, k_BTNH[:, 0], slot_B)
-        v_BNSH = _write_token(self.v_BNSH, v_BTNH[:, 0], slot_B)
+    def append(self, k_BTNH: jax.Array, v_BTNH: jax.Array, position_B: jax.Array) -> Self:
+        """See `LayerCache`."""
+        k_BNSH = _write_token(self.k_BNSH, k_BTNH[:, 0], position_B)
+        v_BNSH = _write_token(self.v_BNSH, v_BTNH[:, 0], position_B)
         return self.replace(k_BNSH=k_BNSH, v_BNSH=v_BNSH).laid_out()
 
-    def with_row(self, row: "LayerCache", slot: jax.Array) -> "LayerCache":
-        """The cache with keys and values of another's only row in the row `slot`; what the other
-        holds beyond the room here is padding.
-        """
-        k_BNSH = write_row(self.k_BNSH, row.k_BNSH[:, :, : self.slots], slot)
-        v_BNSH = write_row(self.v_BNSH, row.v_BNSH[:, :, : self.slots], slot)
-        return self.replace(k_BNSH=k_BNSH, v_BNSH=v_BNSH)
+    def with_prompt(self, prompt: Self, slot: jax.Array) -> Self:
+        """See `LayerCache`."""
 
-    def laid_out(self) -> "LayerCache":
-        """The cache as it lives on the mesh in scope: rows over its batch axes, heads over tensor.
+        def write(old: jax.Array, new: jax.Array) -> jax.Array:
+            shared = old.shape[0] < self.v_BNSH.shape[0]  # one G_LM of all slots
+            return old if shared else write_row(old, new[:, :, : old.shape[2]], slot)
 
-        Every function that makes or changes a cache ends with it, so that no step moves one.
+        return jax.tree.map(write, self, prompt).laid_out()
+
+    def attend(
+        self, q_BNH: jax.Array, last_B: jax.Array, g_lm_BNHJ: jax.Array | None = None
+    ) -> jax.Array:
+        """See `LayerCache`."""
+        g_lm_BNHJ = self.deductive.G_LM if g_lm_BNHJ is None else g_lm_BNHJ
+        q_BNJ = apply_metric_once(q_BNH, g_lm_BNHJ).astype(self.k_BNSH.dtype)
+        scores_BNS = jnp.einsum(
+            "BNJ,BNSJ->BNS", q_BNJ, self.k_BNSH, preferred_element_type=jnp.float32
+        )
+        return attend_cached(scores_BNS, self.v_BNSH, last_B)
+
+    def laid_out(self) -> Self:
+        """Slots over the batch axes of the mesh in scope, heads over tensor, so that no step moves
+        a cache.
         """
         return jax.tree.map(_place, self)
 
 
 class GroupCache(flax.struct.PyTreeNode):
-    """The cache of heads that keep the same rank of G_LM (`pldr_jax/model/low_rank.py`).
+    """Keys and values of heads that keep the same rank of G_LM.
 
     Attributes:
-      k_BNES: V^T k, k being keys after RoPE. Slots come last, so that both the product with a query
-        and the memory of an array are as good for a rank of 1 as for one of 64.
+      k_BNES: V^T k, k being keys after RoPE. Tokens come last, so that the product with a query and
+        the memory of an array are as good for a rank of 1 as for one of 64.
       v_BNSH: values.
-      factors: of G_LM; written by nothing.
+      factors: of G_LM; never written.
     """
 
     k_BNES: jax.Array
     v_BNSH: jax.Array
     factors: HeadGroup
 
+    @classmethod
+    def of(cls, factors: HeadGroup, k_BNSH: jax.Array, v_BNSH: jax.Array) -> Self:
+        """The group's share of keys and values of all heads. Its factors are a copy, so that
+        donating the cache leaves the given ones alive.
+        """
+        heads = np.array(factors.heads)
+        k_BNES = _low_rank("BNSH,NHE->BNES", k_BNSH[:, heads], factors).astype(k_BNSH.dtype)
+        factors = jax.tree.map(lambda x: constrain(jnp.copy(x), "heads", None, None), factors)
+        return cls(_place(k_BNES), _place(v_BNSH[:, heads]), factors)
+
 
 class LowRankLayerCache(flax.struct.PyTreeNode):
-    """One layer's cache where keys are held as V^T k; in place of a `LayerCache`.
+    """Values of all heads, and keys as V^T k.
 
     Attributes:
       groups: their heads together are those of the layer.
@@ -96,57 +149,53 @@ class LowRankLayerCache(flax.struct.PyTreeNode):
     groups: tuple[GroupCache, ...]
 
     @property
-    def slots(self) -> int:
-        """S, the tokens a row can hold."""
+    def capacity(self) -> int:
+        """S."""
         return self.groups[0].v_BNSH.shape[2]
 
-    @classmethod
-    def of(
-        cls, groups: Sequence[HeadGroup], k_BNSH: jax.Array, v_BNSH: jax.Array
-    ) -> "LowRankLayerCache":
-        """The cache that holds these keys and values of all heads of a layer."""
+    @property
+    def deductive(self) -> DeductiveOutputs:
+        """Nothing: the factors serve every slot."""
+        return DeductiveOutputs()
 
-        def part(factors: HeadGroup) -> GroupCache:
-            heads = np.array(factors.heads)
-            k_BNES = _reduced("BNSH,NHE->BNES", k_BNSH[:, heads], factors)
-            return GroupCache(k_BNES.astype(k_BNSH.dtype), v_BNSH[:, heads], _own(factors))
+    def append(self, k_BTNH: jax.Array, v_BTNH: jax.Array, position_B: jax.Array) -> Self:
+        """See `LayerCache`."""
 
-        return cls(tuple(part(factors) for factors in groups)).laid_out()
-
-    def append(
-        self, k_BTNH: jax.Array, v_BTNH: jax.Array, slot_B: jax.Array
-    ) -> "LowRankLayerCache":
-        """The cache with one more token (T = 1), written at each row's own slot."""
-
-        def part(group: GroupCache) -> GroupCache:
+        def append(group: GroupCache) -> GroupCache:
             heads = np.array(group.factors.heads)
-            k_BNE = _reduced("BNH,NHE->BNE", k_BTNH[:, 0, heads], group.factors)
+            k_BNE = _low_rank("BNH,NHE->BNE", k_BTNH[:, 0, heads], group.factors)
             return group.replace(
-                k_BNES=_write_token(group.k_BNES, k_BNE, slot_B, axis=2),
-                v_BNSH=_write_token(group.v_BNSH, v_BTNH[:, 0, heads], slot_B),
+                k_BNES=_place(_write_token(group.k_BNES, k_BNE, position_B, axis=2)),
+                v_BNSH=_place(_write_token(group.v_BNSH, v_BTNH[:, 0, heads], position_B)),
             )
 
-        return LowRankLayerCache(tuple(map(part, self.groups))).laid_out()
+        return self.replace(groups=tuple(map(append, self.groups)))
 
-    def with_row(self, row: "LowRankLayerCache", slot: jax.Array) -> "LowRankLayerCache":
-        """As `LayerCache.with_row`."""
+    def with_prompt(self, prompt: Self, slot: jax.Array) -> Self:
+        """See `LayerCache`."""
 
-        def part(old: GroupCache, new: GroupCache) -> GroupCache:
-            return old.replace(
-                k_BNES=write_row(old.k_BNES, new.k_BNES[..., : self.slots], slot),
-                v_BNSH=write_row(old.v_BNSH, new.v_BNSH[:, :, : self.slots], slot),
+        def write(old: GroupCache, new: GroupCache) -> GroupCache:
+            k_BNES = write_row(old.k_BNES, new.k_BNES[..., : self.capacity], slot)
+            v_BNSH = write_row(old.v_BNSH, new.v_BNSH[:, :, : self.capacity], slot)
+            return old.replace(k_BNES=_place(k_BNES), v_BNSH=_place(v_BNSH))
+
+        return self.replace(groups=tuple(map(write, self.groups, prompt.groups)))
+
+    def attend(
+        self, q_BNH: jax.Array, last_B: jax.Array, g_lm_BNHJ: jax.Array | None = None
+    ) -> jax.Array:
+        """See `LayerCache`; the query meets U S of the factors, whatever is given."""
+        outs, order = [], []
+        for group in self.groups:
+            heads, k_BNES = list(group.factors.heads), group.k_BNES
+            q = q_BNH[:, np.array(heads)].astype(jnp.float32)
+            q_BNE = jnp.einsum("BNH,NHE->BNE", q, group.factors.query_NHE).astype(k_BNES.dtype)
+            scores_BNS = jnp.einsum(
+                "BNE,BNES->BNS", q_BNE, k_BNES, preferred_element_type=jnp.float32
             )
-
-        return LowRankLayerCache(tuple(map(part, self.groups, row.groups)))
-
-    def laid_out(self) -> "LowRankLayerCache":
-        """As `LayerCache.laid_out`; the heads of each group are split by themselves."""
-
-        def place(group: GroupCache) -> GroupCache:
-            factors = jax.tree.map(lambda x: constrain(x, "heads", None, None), group.factors)
-            return GroupCache(_place(group.k_BNES), _place(group.v_BNSH), factors)
-
-        return LowRankLayerCache(tuple(map(place, self.groups)))
+            outs.append(attend_cached(scores_BNS, group.v_BNSH, last_B))
+            order += heads
+        return jnp.concatenate(outs, axis=1)[:, np.argsort(order)]
 
 
 class Cache(flax.struct.PyTreeNode):
@@ -157,17 +206,17 @@ class Cache(flax.struct.PyTreeNode):
     every step.
 
     Attributes:
-      layers: one cache a decoder layer; all of them `LowRankLayerCache` where G_LM is factorised.
-      length_B: tokens held so far in each row; also the position of the next one.
+      layers: one cache a decoder layer.
+      length_B: tokens held so far in each slot; also the position of the next one.
     """
 
-    layers: tuple[LayerCache | LowRankLayerCache, ...]
+    layers: tuple[LayerCache, ...]
     length_B: jax.Array
 
     @property
-    def slots(self) -> int:
-        """S, the tokens a row can hold."""
-        return self.layers[0].slots
+    def capacity(self) -> int:
+        """S, the tokens a slot can hold."""
+        return self.layers[0].capacity
 
     @property
     def nbytes(self) -> int:
@@ -178,86 +227,86 @@ class Cache(flax.struct.PyTreeNode):
 def build_cache(
     outputs: LayerOutputs,
     length_B: jax.Array,
-    slots: int,
-    config: ModelConfig,
+    capacity: int,
     keep: str,
-    dtype: Any = None,
     low_rank: LowRankG | None = None,
 ) -> Cache:
     """A cache from what a forward pass over the prompts returned.
 
     Args:
       outputs: keys and values [L,B,T,N,H] and deductive outputs [L,B,N,H,J] of all layers.
-      length_B: real tokens of each row.
-      slots: S, at least T: room for the prompt and what will be generated.
+      length_B: real tokens of each prompt.
+      capacity: S, at least T.
       keep: the deductive output that decoding uses: "G_LM", or "A" to recompute the last steps of
         PLGA each token.
-      dtype: of keys and values; None keeps theirs.
-      low_rank: the G_LM of all rows, whose factors decoding uses; `keep` is not read then.
+      low_rank: the G_LM of all slots, whose factors decoding uses; `keep` is not read then.
     """
 
-    def room(x_LBTNH: jax.Array) -> jax.Array:
-        x_LBNTH = jnp.swapaxes(x_LBTNH, 2, 3).astype(dtype or x_LBTNH.dtype)
-        width = slots - x_LBNTH.shape[3]
-        return jnp.pad(x_LBNTH, ((0, 0), (0, 0), (0, 0), (0, width), (0, 0)))
+    def padded(x_LBTNH: jax.Array) -> jax.Array:
+        x_LBNTH = jnp.swapaxes(x_LBTNH, 2, 3)
+        more_T = capacity - x_LBNTH.shape[3]
+        return jnp.pad(x_LBNTH, ((0, 0), (0, 0), (0, 0), (0, more_T), (0, 0)))
 
-    k_LBNSH, v_LBNSH = room(outputs.k_BTNH), room(outputs.v_BTNH)
-    if low_rank is not None:
-        parts = zip(low_rank.layers, k_LBNSH, v_LBNSH, strict=True)
-        return Cache(tuple(LowRankLayerCache.of(*part) for part in parts), length_B)
     kept: Any = getattr(outputs.deductive, keep)
-    layers = tuple(
-        LayerCache(
-            k_LBNSH[i],
-            v_LBNSH[i],
-            DeductiveOutputs(**{keep: None if kept is None else kept[i]}),
-        ).laid_out()
-        for i in range(config.num_layers)
-    )
-    return Cache(layers=layers, length_B=length_B)
+
+    def layer(i: int, k_BNSH: jax.Array, v_BNSH: jax.Array) -> LayerCache:
+        if low_rank is not None:
+            groups = low_rank.layers[i]
+            return LowRankLayerCache(tuple(GroupCache.of(g, k_BNSH, v_BNSH) for g in groups))
+        deductive = DeductiveOutputs(**{keep: None if kept is None else kept[i]})
+        return PlainLayerCache(k_BNSH, v_BNSH, deductive).laid_out()
+
+    keys_values = zip(padded(outputs.k_BTNH), padded(outputs.v_BTNH), strict=True)
+    return Cache(tuple(layer(i, *pair) for i, pair in enumerate(keys_values)), length_B)
 
 
-def empty_low_rank(
-    groups: Sequence[HeadGroup], rows: int, slots: int, head_dim: int, dtype: Any
-) -> LowRankLayerCache:
-    """A layer's cache [B = rows, S = slots] without tokens."""
+def empty_cache(
+    config: ModelConfig,
+    batch: int,
+    capacity: int,
+    g_lm_LBNHJ: jax.Array | LowRankG | None,
+    keep: str,
+    dtype: Any,
+) -> Cache:
+    """A cache without tokens.
 
-    def part(factors: HeadGroup) -> GroupCache:
-        heads, _, rank = factors.key_NHE.shape
-        k_BNES = jnp.zeros((rows, heads, rank, slots), dtype)
-        v_BNSH = jnp.zeros((rows, heads, slots, head_dim), dtype)
-        return GroupCache(k_BNES, v_BNSH, _own(factors))
-
-    return LowRankLayerCache(tuple(part(factors) for factors in groups)).laid_out()
+    Args:
+      batch, capacity: B slots of S tokens.
+      g_lm_LBNHJ: one G_LM [L,1,N,H,J] for all slots, or its factors; None where each has its own,
+        or for the identity.
+      keep: "G_LM" or "A", what each slot keeps of its prompt.
+      dtype: of keys and values.
+    """
+    low_rank = g_lm_LBNHJ if isinstance(g_lm_LBNHJ, LowRankG) else None
+    kept = None if isinstance(g_lm_LBNHJ, LowRankG) else g_lm_LBNHJ
+    if g_lm_LBNHJ is None and config.g_source == "learned":
+        kept = jnp.zeros(g_lm_shape(config, batch), jnp.float32)
+    no_tokens = jnp.zeros((config.num_layers, batch, 0, config.num_heads, config.head_dim), dtype)
+    outputs = LayerOutputs(no_tokens, no_tokens, DeductiveOutputs(**{keep: kept}))
+    return build_cache(outputs, jnp.zeros((batch,), jnp.int32), capacity, keep, low_rank)
 
 
 def write_row(old: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
-    """`old` with the row `new` [1, ...] at `slot`; later axes of `new` may be shorter."""
+    """`old` with `new` [1, ...] in place of its row `slot`; later axes of `new` may be shorter."""
     start = (slot,) + (0,) * (old.ndim - 1)
     return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), start)
 
 
 def _write_token(
-    cache: jax.Array, new_BNX: jax.Array, slot_B: jax.Array, axis: int = 1
+    cache: jax.Array, token_BNH: jax.Array, position_B: jax.Array, axis: int = 1
 ) -> jax.Array:
-    """A cache [B,N,S,X] (or [B,N,X,S], with `axis` 2) with one more token [B,N,X] of each row."""
+    """A cache [B,N,S,H] (or [B,N,E,S], with `axis` 2) with one more token of each slot."""
 
-    # One scatter, with rows as its batch axis: XLA writes it in place, and each device its own
-    # rows.
+    # One scatter, with slots as its batch axis: XLA writes it in place, and each device its own.
     @jax.vmap
-    def write(row: jax.Array, new_NX: jax.Array, slot: jax.Array) -> jax.Array:
-        where = row.at[:, slot] if axis == 1 else row.at[:, :, slot]
-        return where.set(new_NX.astype(row.dtype))
+    def write(cache: jax.Array, token_NH: jax.Array, position: jax.Array) -> jax.Array:
+        where = cache.at[:, position] if axis == 1 else cache.at[:, :, position]
+        return where.set(token_NH.astype(cache.dtype))
 
-    return write(cache, new_BNX, slot_B)
-
-
-def _own(factors: HeadGroup) -> HeadGroup:
-    """A copy, so that donating the cache leaves the given factors as they are."""
-    return jax.tree.map(jnp.copy, factors)
+    return write(cache, token_BNH, position_B)
 
 
-def _reduced(equation: str, k: jax.Array, factors: HeadGroup) -> jax.Array:
+def _low_rank(equation: str, k: jax.Array, factors: HeadGroup) -> jax.Array:
     """V^T k, in float32."""
     return jnp.einsum(equation, k.astype(jnp.float32), factors.key_NHE)
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from pldr_jax.config import ModelConfig
 from pldr_jax.model.attention import Attention, AttentionInputs
-from pldr_jax.model.cache import Cache, LayerCache, LayerOutputs, LowRankLayerCache
-from pldr_jax.model.deductive import DeductiveOutputs
+from pldr_jax.model.cache import Cache, LayerCache, LayerOutputs
+from pldr_jax.model.deductive import DeductiveOutputs, g_lm_shape
 from pldr_jax.model.layers import GLU, Linear, layer_norm, logical
 from pldr_jax.model.segments import Segments
 from pldr_jax.partition import constrain
@@ -69,13 +69,12 @@ class DecoderLayer(nn.Module):
         self,
         x_BTD: jax.Array,
         positions_BT: jax.Array,
-        cache: LayerCache | LowRankLayerCache,
-        update_g_lm: bool,
-    ) -> tuple[jax.Array, LayerCache | LowRankLayerCache]:
+        cache: LayerCache,
+    ) -> tuple[jax.Array, LayerCache]:
         """The newest token's hidden state [B,1,D] to its next one, and the layer's cache with the
         token in it.
         """
-        attended_BTD, cache = self.attention.decode(x_BTD, positions_BT, cache, update_g_lm)
+        attended_BTD, cache = self.attention.decode(x_BTD, positions_BT, cache)
         return self._feed_forward(x_BTD, attended_BTD), cache
 
     def _feed_forward(self, x_BTD: jax.Array, attended_BTD: jax.Array) -> jax.Array:
@@ -203,9 +202,9 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     off).
     """
     tokens_BT = jnp.zeros((1, 2), jnp.int32)
-    g_lm = jnp.zeros((config.num_layers, 1, config.num_heads, config.head_dim, config.head_dim))
-    given = None if config.g_source in ("learned", "identity") else g_lm
-    return Decoder(config).init(key, tokens_BT, given)["params"]
+    learned = config.g_source in ("learned", "identity")
+    g_lm = None if learned else jnp.zeros(g_lm_shape(config))
+    return Decoder(config).init(key, tokens_BT, g_lm)["params"]
 
 
 def apply(
@@ -248,13 +247,13 @@ def unstack_layers(config: ModelConfig, params: Params) -> Params:
     """
     dtype = jnp.dtype(config.dtype)
 
-    def part(path: tuple[Any, ...], leaf: jax.Array, i: int) -> jax.Array:
-        return leaf[i].astype(dtype) if path[-1].key == "kernel" else leaf[i]
+    def converted(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        return leaf.astype(dtype) if path[-1].key == "kernel" else leaf
 
-    layers = tuple(
-        jax.tree.map_with_path(functools.partial(part, i=i), params["layers"])
-        for i in range(config.num_layers)
-    )
+    def layer(i: int) -> Params:
+        return jax.tree.map_with_path(lambda path, leaf: converted(path, leaf[i]), params["layers"])
+
+    layers = tuple(map(layer, range(config.num_layers)))
     head = {**params["head"], "kernel": params["head"]["kernel"].astype(dtype)}
     return {**params, "layers": layers, "head": head}
 
@@ -270,21 +269,15 @@ def decode_step(
     Args:
       unstacked: what `unstack_layers` returns.
       tokens_B: the newest token of each row.
-      cache: with room for one more token.
+      cache: of fewer tokens than its capacity.
     """
     x_BTD = apply(Embedding(config), unstacked["embedding"], Embedding.__call__, tokens_B[:, None])
     positions_BT = cache.length_B[:, None]
     layers = []
+    decoder_layer = DecoderLayer(config)
     for layer_params, layer in zip(unstacked["layers"], cache.layers, strict=True):
-        update_g_lm = isinstance(layer, LayerCache) and layer.deductive.A is not None
         x_BTD, layer = apply(
-            DecoderLayer(config),
-            layer_params,
-            DecoderLayer.decode,
-            x_BTD,
-            positions_BT,
-            layer,
-            update_g_lm,
+            decoder_layer, layer_params, DecoderLayer.decode, x_BTD, positions_BT, layer
         )
         layers.append(layer)
     logits_BTV = apply(Decoder(config), {"head": unstacked["head"]}, Decoder.logits, x_BTD)

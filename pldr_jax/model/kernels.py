@@ -1,41 +1,141 @@
-"""Fused kernels of causal attention, which never hold [T,S] scores: cuDNN's on a GPU, Pallas's on a
-TPU.
+"""Attention on arrays: q G_LM, then softmax(mask(q G_LM k^T / sqrt(H))) v in every way the model
+computes it: dense, in blocks of queries, by a fused kernel, and of one token to cached ones.
 """
 
 import functools
 import math
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pldr_jax.model.layers import full_product_operand
+from pldr_jax.model.segments import Segments
 from pldr_jax.partition import partition_spec
 
-TILE = 128
-"""The TPU kernel takes sequences and heads of whole tiles; what is missing is zeros."""
+LONG, BLOCK = 2048, 512
+"""Without a fused kernel, scores are computed BLOCK queries at a time from LONG tokens on."""
 
-LARGEST_BLOCK = 512
+MASKED = -1e30
+"""Score of a pair outside the mask; finite, so that a query with nothing to attend to stays finite.
+"""
+
+TILE, LARGEST_TILE = 128, 512
+"""The TPU kernel takes lengths and heads of whole tiles of 128; larger tiles are faster."""
 
 
-def fused_attention(
-    q_BTNJ: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, kernel: str
-) -> jax.Array | None:
-    """Causal attention of a sequence to itself, [B,T,N,H], by the kernel that
-    `Model.attention_kernel` names, or "auto" chooses; None where that is none of these.
+def apply_metric(
+    q_BTNH: jax.Array, g_lm_BNHJ: jax.Array | None, segments: Segments | None = None
+) -> jax.Array:
+    """q G_LM [B,T,N,J], in the dtype of q; q itself where G_LM is the identity (None).
 
-    "auto" takes cuDNN's where it can, and never the TPU's, which has to be asked for.
+    With segments, G_LM is [1,N,H,J] or one for each segment, [B * K,N,H,J].
     """
-    if kernel == "flash":
-        return flash_attention(q_BTNJ, k_BSNH, v_BSNH)
-    if kernel == "cudnn" or (kernel == "auto" and cudnn_can(q_BTNJ.dtype, q_BTNJ.shape[-1])):
+    if g_lm_BNHJ is None:
+        return q_BTNH
+    g_lm = g_lm_BNHJ.astype(q_BTNH.dtype)
+    if g_lm.shape[0] == 1:
+        return jnp.einsum("BTNH,NHJ->BTNJ", q_BTNH, g_lm[0])
+    if segments is not None:
+        return segments.apply_metric(q_BTNH, g_lm)
+    # With q first, a CPU takes a third longer for the whole attention and its gradient.
+    return jnp.einsum("BNHJ,BTNH->BTNJ", g_lm, q_BTNH)
+
+
+def apply_metric_once(q_BNH: jax.Array, g_lm_BNHJ: jax.Array | None) -> jax.Array:
+    """`apply_metric` for one query of each row, [B,N,J]: vectors times matrices."""
+    if g_lm_BNHJ is None:
+        return q_BNH
+    g_lm = g_lm_BNHJ.astype(q_BNH.dtype)
+    if g_lm.shape[0] == 1:
+        return jnp.einsum("BNH,NHJ->BNJ", q_BNH, g_lm[0])
+    return jnp.einsum("BNH,BNHJ->BNJ", q_BNH, g_lm)
+
+
+def attend(
+    q_BTNJ: jax.Array,
+    k_BSNH: jax.Array,
+    v_BSNH: jax.Array,
+    kernel: str,
+    ids_BT: jax.Array | None = None,
+) -> jax.Array:
+    """Causal attention of a sequence to itself, [B,T,N,H]; the queries hold q G_LM.
+
+    Args:
+      kernel: `Model.attention_kernel`. "auto" takes cuDNN's where it can and the TPU's never; fused
+        kernels do not know segments.
+      ids_BT: segment of each token; tokens attend within their segment. None: all are one.
+    """
+    if ids_BT is None and kernel == "flash":
+        return attend_flash(q_BTNJ, k_BSNH, v_BSNH)
+    cudnn = kernel == "cudnn" or (kernel == "auto" and cudnn_can(q_BTNJ.dtype, q_BTNJ.shape[-1]))
+    if ids_BT is None and cudnn:
         return jax.nn.dot_product_attention(
             q_BTNJ, k_BSNH, v_BSNH, is_causal=True, implementation="cudnn"
         )
-    return None
+    if kernel == "blocks" or (kernel != "xla" and q_BTNJ.shape[1] >= LONG):
+        return attend_in_blocks(q_BTNJ, k_BSNH, v_BSNH, ids_BT)
+    return _weighted(attention_weights(q_BTNJ, k_BSNH, ids_BT), v_BSNH)
 
 
-def flash_attention(q_BTNJ: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array) -> jax.Array:
-    """The TPU kernel, on each device's part of the batch and of the heads, [B,T,N,H]."""
+def attention_weights(
+    q_BTNJ: jax.Array,
+    k_BSNJ: jax.Array,
+    ids_BT: jax.Array | None = None,
+    first: jax.Array | int = 0,
+) -> jax.Array:
+    """Weights [B,N,T,S], float32, of queries at positions `first`, `first` + 1, ... for the keys of
+    the whole sequence, under the causal mask and within segments.
+
+    Args:
+      ids_BT: segment of each token of the sequence, [B,S].
+    """
+    q, k = full_product_operand(q_BTNJ), full_product_operand(k_BSNJ)
+    scores_BNTS = jnp.einsum("BTNJ,BSNJ->BNTS", q, k, preferred_element_type=jnp.float32)
+    positions_T = first + jnp.arange(q.shape[1])
+    mask = jnp.arange(k.shape[1]) <= positions_T[:, None]
+    if ids_BT is not None:
+        query_ids_BT = jax.lax.dynamic_slice_in_dim(ids_BT, first, q.shape[1], axis=1)
+        mask = (mask & (query_ids_BT[:, :, None] == ids_BT[:, None, :]))[:, None]
+    scores_BNTS = scores_BNTS / math.sqrt(q_BTNJ.shape[-1])
+    return jax.nn.softmax(jnp.where(mask, scores_BNTS, MASKED), axis=-1)
+
+
+def attend_in_blocks(
+    q_BTNJ: jax.Array,
+    k_BSNH: jax.Array,
+    v_BSNH: jax.Array,
+    ids_BT: jax.Array | None = None,
+    block: int = BLOCK,
+) -> jax.Array:
+    """The same numbers, `block` queries at a time: only [B,N,block,S] scores are ever in memory,
+    since the backward pass computes those of a block again.
+    """
+    batch, length = q_BTNJ.shape[:2]
+    blocks = -(-length // block)
+    padding = ((0, 0), (0, blocks * block - length))
+    q = jnp.pad(q_BTNJ, (*padding, (0, 0), (0, 0)))
+    q = jnp.moveaxis(q.reshape(batch, blocks, block, *q_BTNJ.shape[2:]), 1, 0)
+    if ids_BT is not None:  # all of whole blocks, since a slice past the end would be moved
+        k_BSNH, v_BSNH = (jnp.pad(x, (*padding, (0, 0), (0, 0))) for x in (k_BSNH, v_BSNH))
+        ids_BT = jnp.pad(ids_BT, padding)
+
+    @jax.checkpoint
+    def attend_block(first: jax.Array, q_BTNJ: jax.Array) -> tuple[jax.Array, jax.Array]:
+        weights_BNTS = attention_weights(q_BTNJ, k_BSNH, ids_BT, first)
+        return first + block, _weighted(weights_BNTS, v_BSNH)
+
+    _, out = jax.lax.scan(attend_block, jnp.int32(0), q)
+    return jnp.moveaxis(out, 0, 1).reshape(batch, blocks * block, *v_BSNH.shape[2:])[:, :length]
+
+
+def _weighted(weights_BNTS: jax.Array, v_BSNH: jax.Array) -> jax.Array:
+    return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS.astype(v_BSNH.dtype), v_BSNH)
+
+
+def attend_flash(q_BTNJ: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array) -> jax.Array:
+    """Pallas's kernel for TPUs, on each device's rows and heads."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return _flash(q_BTNJ, k_BSNH, v_BSNH)
@@ -58,22 +158,45 @@ def _flash(q_BTNJ: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array) -> jax.Array
         padded = jnp.pad(x_BTNH, ((0, 0), (0, more_T), (0, 0), (0, more_H)))
         return jnp.swapaxes(padded, 1, 2)
 
-    block = next(b for b in (LARGEST_BLOCK, 256, TILE) if (length + more_T) % b == 0)
+    block = next(b for b in (LARGEST_TILE, 256, TILE) if (length + more_T) % b == 0)
     names = (
         "block_q", "block_k_major", "block_k", "block_q_major_dkv", "block_k_major_dkv",
         "block_k_dkv", "block_q_dkv", "block_k_major_dq", "block_k_dq", "block_q_dq",
     )  # fmt: skip
     sizes = pallas.BlockSizes(block_b=1, **dict.fromkeys(names, block))
-    attend = functools.partial(
+    fused = functools.partial(
         pallas.flash_attention, causal=True, sm_scale=1 / math.sqrt(width), block_sizes=sizes
     )
-    out_BNTH = attend(tiled(q_BTNJ), tiled(k_BSNH), tiled(v_BSNH))
+    out_BNTH = fused(tiled(q_BTNJ), tiled(k_BSNH), tiled(v_BSNH))
     return jnp.swapaxes(out_BNTH, 1, 2)[:, :length, :, :width]
 
 
 def cudnn_can(dtype: Any, head_dim: int) -> bool:
-    """16-bit, H a multiple of 8 up to 128, compute capability 8.0 or later."""
-    if jax.default_backend() != "gpu" or jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
-        return False
-    capability = getattr(jax.devices()[0], "compute_capability", "0")
-    return float(capability) >= 8.0 and head_dim % 8 == 0 and head_dim <= 128
+    """Whether cuDNN's kernel runs here: 16 bits, H a multiple of 8 up to 128, compute capability
+    8.0 or later.
+    """
+    half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    return half and head_dim % 8 == 0 and head_dim <= 128 and cuda_capability() >= (8, 0)
+
+
+def cuda_capability(device: Any = None) -> tuple[int, int]:
+    """Compute capability of a device (the first one); (0, 0) of any that is not CUDA's, since other
+    makers put other things there, such as "gfx90a".
+    """
+    device = jax.devices()[0] if device is None else device
+    stated = re.match(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
+    if device.platform not in ("gpu", "cuda") or stated is None:
+        return 0, 0
+    return int(stated[1]), int(stated[2])
+
+
+def attend_cached(scores_BNS: jax.Array, v_BNSH: jax.Array, last_B: jax.Array) -> jax.Array:
+    """Attention of one query a row to the cached tokens up to position `last_B`, [B,N,H] float32.
+
+    Args:
+      scores_BNS: q G_LM k^T, float32.
+    """
+    visible_BNS = jnp.arange(v_BNSH.shape[2]) <= last_B[:, None, None]
+    scores_BNS = jnp.where(visible_BNS, scores_BNS / math.sqrt(v_BNSH.shape[-1]), MASKED)
+    weights_BNS = jax.nn.softmax(scores_BNS, axis=-1).astype(v_BNSH.dtype)
+    return jnp.einsum("BNS,BNSH->BNH", weights_BNS, v_BNSH, preferred_element_type=jnp.float32)

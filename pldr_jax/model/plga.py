@@ -45,16 +45,16 @@ def per_head_glorot_normal(num_heads: int, head_dim: int) -> Initializer:
 
 
 def density_matrix(
-    q_BTNH: jax.Array, valid_BT: jax.Array | None = None, precision: str | None = None
+    q_BTNH: jax.Array, summed_BT: jax.Array | None = None, precision: str | None = None
 ) -> jax.Array:
-    """Q^T Q [B,N,H,J] in float32, over the tokens where `valid_BT` is true (all, if None).
+    """Q^T Q [B,N,H,J] in float32, over the tokens where `summed_BT` is true (all, if None).
 
     The sum runs over every token, later ones included: what a position attends with depends on its
     future, unless training has made G_LM the same for every input. Padding has to be left out
     here, not only in the softmax.
     """
-    if valid_BT is not None:
-        q_BTNH = jnp.where(valid_BT[:, :, None, None], q_BTNH, 0)
+    if summed_BT is not None:
+        q_BTNH = jnp.where(summed_BT[:, :, None, None], q_BTNH, 0)
     q = full_product_operand(q_BTNH)
     return jnp.einsum(
         "BTNH,BTNJ->BNHJ", q, q, precision=precision, preferred_element_type=jnp.float32
@@ -112,7 +112,7 @@ class PowerLawGraphAttention(nn.Module):
     def __call__(
         self,
         q_BTNH: jax.Array,
-        valid_BT: jax.Array | None = None,
+        summed_BT: jax.Array | None = None,
         segments: Segments | None = None,
     ) -> DeductiveOutputs:
         """All deductive outputs of one layer, from its queries after RoPE and the mask of real
@@ -121,7 +121,7 @@ class PowerLawGraphAttention(nn.Module):
         precision = self.config.plga_precision
         with jax.named_scope("metric_learner"):
             if segments is None:
-                density_BNHJ = density_matrix(q_BTNH, valid_BT, precision)
+                density_BNHJ = density_matrix(q_BTNH, summed_BT, precision)
             else:
                 density_BNHJ = segments.density_matrix(q_BTNH, precision)
             A_BNHJ = self.metric_tensor(density_BNHJ)
@@ -175,7 +175,7 @@ def curvature(
     return A_P, _per_head(a_NHJ, A_P, precision) + b_a_NHJ
 
 
-def _per_head(w_NHK: Any, x_BNKJ: jax.Array, precision: str | None) -> jax.Array:
+def _per_head(w_NHI: Any, x_BNIJ: jax.Array, precision: str | None) -> jax.Array:
     return jnp.einsum(
-        "NHK,BNKJ->BNHJ", w_NHK, x_BNKJ, precision=precision, preferred_element_type=jnp.float32
+        "NHI,BNIJ->BNHJ", w_NHI, x_BNIJ, precision=precision, preferred_element_type=jnp.float32
     )

@@ -16,16 +16,16 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float, layout: str
     """
     half = x_BTNH.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BT1P = positions_BT[:, :, None, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle_BT1P), jnp.sin(angle_BT1P)
+    angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
     x = x_BTNH.astype(jnp.float32)
     if layout == "interleaved":
         first, second = x[..., 0::2], x[..., 1::2]
     else:
         first, second = x[..., :half], x[..., half:]
-    turned = (first * cos - second * sin, first * sin + second * cos)
+    rotated = (first * cos - second * sin, first * sin + second * cos)
     if layout == "interleaved":
-        out = jnp.stack(turned, axis=-1).reshape(x.shape)
+        out = jnp.stack(rotated, axis=-1).reshape(x.shape)
     else:
-        out = jnp.concatenate(turned, axis=-1)
+        out = jnp.concatenate(rotated, axis=-1)
     return out.astype(x_BTNH.dtype)

@@ -36,12 +36,6 @@ class Segments(flax.struct.PyTreeNode):
         return index_T - jax.lax.cummax(jnp.where(begins_BT, index_T, 0), axis=1)
 
     @property
-    def mask_BNTS(self) -> jax.Array:
-        """True where a query may look: the tokens of its own segment up to itself; N is 1."""
-        same_BTS = self.ids_BT[:, :, None] == self.ids_BT[:, None, :]
-        return jnp.tril(same_BTS)[:, None]
-
-    @property
     def real(self) -> jax.Array:
         """Bool [B * K]: whether the segment has a token."""
         return self._of_segment_BTK.any(1).reshape(-1)

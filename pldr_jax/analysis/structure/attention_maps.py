@@ -9,8 +9,8 @@ import numpy as np
 from pldr_jax.analysis.batches import quick_to_compile
 from pldr_jax.api import LanguageModel
 from pldr_jax.config import ModelConfig
-from pldr_jax.model.attention import attention_weights
 from pldr_jax.model.decoder import Decoder, Params
+from pldr_jax.model.kernels import attention_weights
 from pldr_jax.partition import mesh_scope
 
 
