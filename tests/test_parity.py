@@ -27,10 +27,10 @@ from pldr_jax.api import LanguageModel
 from pldr_jax.config import ExperimentConfig, OptimizerConfig, TrainingConfig
 from pldr_jax.inference.decode import decode_step, full_step, prefill
 from pldr_jax.interop.names import to_tensors
-from pldr_jax.model.attention import attention_scores
 from pldr_jax.model.cache import Cache, LayerCache
 from pldr_jax.model.decoder import Decoder, ModelOutputs, forward, unstack_layers
 from pldr_jax.model.deductive import DeductiveOutputs
+from pldr_jax.model.kernels import attention_scores
 from pldr_jax.model.plga import PowerLawGraphAttention
 from pldr_jax.training.losses import dag_losses, token_loss
 from pldr_jax.training.optimizer import build_optimizer, learning_rate_schedule

@@ -79,6 +79,13 @@ def attend(
     return _weighted(attention_weights(q_BTNJ, k_BSNH, ids_BT), v_BSNH)
 
 
+def attention_scores(q_BTNJ: jax.Array, k_BSNJ: jax.Array) -> jax.Array:
+    """q k^T / sqrt(H), [B,N,T,S] in float32, before the mask."""
+    q, k = full_product_operand(q_BTNJ), full_product_operand(k_BSNJ)
+    scores_BNTS = jnp.einsum("BTNJ,BSNJ->BNTS", q, k, preferred_element_type=jnp.float32)
+    return scores_BNTS / math.sqrt(q_BTNJ.shape[-1])
+
+
 def attention_weights(
     q_BTNJ: jax.Array,
     k_BSNJ: jax.Array,
@@ -91,15 +98,13 @@ def attention_weights(
     Args:
       ids_BT: segment of each token of the sequence, [B,S].
     """
-    q, k = full_product_operand(q_BTNJ), full_product_operand(k_BSNJ)
-    scores_BNTS = jnp.einsum("BTNJ,BSNJ->BNTS", q, k, preferred_element_type=jnp.float32)
-    positions_T = first + jnp.arange(q.shape[1])
-    mask = jnp.arange(k.shape[1]) <= positions_T[:, None]
+    length = q_BTNJ.shape[1]
+    positions_T = first + jnp.arange(length)
+    mask = jnp.arange(k_BSNJ.shape[1]) <= positions_T[:, None]
     if ids_BT is not None:
-        query_ids_BT = jax.lax.dynamic_slice_in_dim(ids_BT, first, q.shape[1], axis=1)
+        query_ids_BT = jax.lax.dynamic_slice_in_dim(ids_BT, first, length, axis=1)
         mask = (mask & (query_ids_BT[:, :, None] == ids_BT[:, None, :]))[:, None]
-    scores_BNTS = scores_BNTS / math.sqrt(q_BTNJ.shape[-1])
-    return jax.nn.softmax(jnp.where(mask, scores_BNTS, MASKED), axis=-1)
+    return jax.nn.softmax(jnp.where(mask, attention_scores(q_BTNJ, k_BSNJ), MASKED), axis=-1)
 
 
 def attend_in_blocks(
