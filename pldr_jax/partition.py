@@ -10,7 +10,7 @@ whole on every device: 14 heads over 4 tensor devices stay whole, F = 2389 (a pr
 import math
 from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -18,6 +18,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pldr_jax.config import ConfigError, MeshConfig
+
+Names: TypeAlias = tuple[str | None, ...]
+"""A logical axis of `RULES`, or None, for each axis of an array."""
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -171,6 +174,25 @@ def divided(name: str, size: int) -> bool:
     parts = partition_spec((size,), (name,), {axis: sizes.get(axis, 1) for axis in MESH_AXES})[0]
     axes = (parts,) if isinstance(parts, str) else parts or ()
     return math.prod(sizes.get(axis, 1) for axis in axes) > 1
+
+
+def in_use(parameter: jax.Array, names: Names, dtype: Any) -> jax.Array:
+    """A parameter as a product takes it: in the compute dtype, gathered over fsdp, still split over
+    tensor. The cast comes first, so that half as many bytes travel; the gradient goes back to where
+    the parameter lies.
+    """
+    if parameter.dtype != dtype:
+        parameter = constrain(parameter.astype(dtype), *names)
+    return constrain(
+        parameter, *(None if "fsdp" in RULES.get(name or "", ()) else name for name in names)
+    )
+
+
+def save_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Policy of `jax.checkpoint`: a backward pass gathers parameters again. Kept, those of all
+    layers would be whole on every device.
+    """
+    return primitive.name not in ("sharding_constraint", "reshape")
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

@@ -16,7 +16,7 @@ from pldr_jax.model.cache import Cache, LayerCache, LayerOutputs
 from pldr_jax.model.deductive import DeductiveOutputs, g_lm_shape
 from pldr_jax.model.layers import GLU, Linear, layer_norm, logical
 from pldr_jax.model.segments import Segments
-from pldr_jax.partition import constrain
+from pldr_jax.partition import Names, constrain, divided, in_use, save_all_but_gathered
 
 M = TypeVar("M", bound=nn.Module)
 P = ParamSpec("P")
@@ -24,7 +24,11 @@ R = TypeVar("R")
 Params: TypeAlias = Any
 """A tree of float32 arrays; what is below `layers` is stacked over decoder layers."""
 
-REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+REMAT_POLICIES = {
+    "none": save_all_but_gathered,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,
+}
 
 
 class ModelOutputs(flax.struct.PyTreeNode):
@@ -84,6 +88,32 @@ class DecoderLayer(nn.Module):
         return constrain(x_BTD, "batch", "length", "activation_embed")
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
+    """Rows of the table [B,T,D], rounded to `dtype`, in float32, as is the sum of the gradient."""
+    if divided("embed", table_VD.shape[1]):  # else only the rows are rounded
+        table_VD = in_use(table_VD, ("vocab", "embed"), dtype)
+    rows_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(dtype).astype(jnp.float32)
+    return constrain(rows_BTD, "batch", "length", "activation_embed")
+
+
+def _lookup_gradient(dtype: Any, tokens_and_table: Any, gradient_BTD: jax.Array) -> Any:
+    tokens_BT, table_VD = tokens_and_table
+    gradient_BTD = constrain(gradient_BTD, "batch", "length", "activation_embed")
+    gradient_VD = jnp.zeros_like(table_VD).at[tokens_BT].add(gradient_BTD, mode="drop")
+    # Summed first: to add up only a device's part of D, it would need the tokens of all of them.
+    return constrain(constrain(gradient_VD, "vocab", None), "vocab", "embed"), None
+
+
+lookup.defvjp(
+    lambda table_VD, tokens_BT, dtype: (
+        lookup(table_VD, tokens_BT, dtype),
+        (tokens_BT, table_VD),
+    ),
+    _lookup_gradient,
+)
+
+
 class Embedding(nn.Module):
     """Token embedding times sqrt(D), then LayerNorm."""
 
@@ -98,9 +128,7 @@ class Embedding(nn.Module):
             logical(nn.initializers.normal(1.0), "vocab", "embed"),
             (config.vocab_size, config.model_dim),
         )
-        # Lookups need whole rows: D is gathered before, as fsdp does with every parameter.
-        table_VD = constrain(table_VD, "vocab", None)
-        x_BTD = jnp.take(table_VD, tokens_BT, axis=0) * math.sqrt(config.model_dim)
+        x_BTD = lookup(table_VD, tokens_BT, dtype) * math.sqrt(config.model_dim)
         x_BTD = layer_norm(config.layer_norm_eps, name="norm")(x_BTD).astype(dtype)
         return constrain(x_BTD, "batch", "length", "activation_embed")
 
@@ -179,8 +207,9 @@ class Decoder(nn.Module):
         ) -> tuple[jax.Array, LayerOutputs]:
             return layer(x_BTD, inputs, g_lm_BNHJ)
 
-        if self.config.remat != "none":
-            body = nn.remat(body, prevent_cse=False, policy=REMAT_POLICIES[self.config.remat])
+        if self.config.remat != "none" or divided("embed", self.config.model_dim):
+            policy = REMAT_POLICIES[self.config.remat]
+            body = nn.remat(body, prevent_cse=self.config.unroll, policy=policy)
         scan = nn.scan(
             body,
             variable_axes={"params": 0, "intermediates": 0},
@@ -189,12 +218,41 @@ class Decoder(nn.Module):
             unroll=self.config.num_layers if self.config.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
+        if divided("metric_in", self.config.head_dim) and not self.is_initializing():
+            gather = functools.partial(_metric_learner_in_use, self.config)
+            scan = nn.map_variables(scan, "params", trans_in_fn=gather)
         return scan(self.layers, x_BTD, g_lm_LBNHJ)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Logits [B,T,V], float32, from hidden states."""
         logits_BTV = self.head(x_BTD).astype(jnp.float32)
         return constrain(logits_BTV, "batch", "length", "vocab")
+
+
+@functools.cache
+def _axis_names(config: ModelConfig) -> Any:
+    """The parameter tree, with its logical axes in place of each parameter."""
+    boxed = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return jax.tree.map(
+        lambda leaf: leaf.names,
+        boxed,
+        is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned),
+    )
+
+
+def _metric_learner_in_use(config: ModelConfig, variables: Any) -> Any:
+    """Variables of the stacked layers, with PLGA's small parameters gathered before the loop over
+    layers: inside, and in the loop over residual layers there, many gathers would travel alone.
+    """
+
+    def gather(path: Any, parameter: jax.Array, names: Names) -> jax.Array:
+        if "metric_in" not in names:
+            return parameter
+        linear = path[-1].key in ("kernel", "bias")
+        return in_use(parameter, names, jnp.dtype(config.dtype) if linear else parameter.dtype)
+
+    names = _axis_names(config)["layers"]
+    return {"params": jax.tree.map_with_path(gather, variables["params"], names)}
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
@@ -204,7 +262,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     tokens_BT = jnp.zeros((1, 2), jnp.int32)
     learned = config.g_source in ("learned", "identity")
     g_lm = None if learned else jnp.zeros(g_lm_shape(config))
-    return Decoder(config).init(key, tokens_BT, g_lm)["params"]
+    return Decoder(config, parent=None).init(key, tokens_BT, g_lm)["params"]
 
 
 def apply(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pldr_jax.model.reductions import add_bias
+from pldr_jax.partition import in_use
 
 Initializer = Callable[..., Any]
 
@@ -62,7 +63,8 @@ class Linear(nn.Module):
         bias_axes = tuple("norm" if axis == "embed" else axis for axis in self.out_axes)
         bias = self.param("bias", logical(nn.initializers.zeros, *bias_axes), self.out_shape)
         summed = len(self.in_shape)
-        x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
+        kernel = in_use(kernel, (*self.in_axes, *self.out_axes), self.dtype)
+        x, bias = x.astype(self.dtype), bias.astype(self.dtype)
         rows = x.shape[: x.ndim - summed]
         if len(rows) > 2:  # heads among them, which a mesh may divide
             contract = (tuple(range(x.ndim - summed, x.ndim)), tuple(range(summed)))

@@ -24,7 +24,7 @@ from pldr_jax.config import ModelConfig
 from pldr_jax.model.deductive import DeductiveOutputs
 from pldr_jax.model.layers import GLU, Initializer, full_product_operand, layer_norm, logical
 from pldr_jax.model.segments import Segments
-from pldr_jax.partition import divided
+from pldr_jax.partition import constrain, divided, in_use
 
 A_LM_FLOOR = 1e-9
 
@@ -56,9 +56,19 @@ def density_matrix(
     if summed_BT is not None:
         q_BTNH = jnp.where(summed_BT[:, :, None, None], q_BTNH, 0)
     q = full_product_operand(q_BTNH)
-    return jnp.einsum(
+    density_BNHJ = jnp.einsum(
         "BTNH,BTNJ->BNHJ", q, q, precision=precision, preferred_element_type=jnp.float32
     )
+    return by_rows(density_BNHJ)
+
+
+def by_rows(A: jax.Array) -> jax.Array:
+    """A [B,N,H,J], or [B * N * H,J], split over the batch axes of a mesh and its heads over tensor.
+
+    Said wherever A enters or leaves a loop: the compiler would else split its last axis as the
+    weights are, and hold the whole batch on every device.
+    """
+    return constrain(A, "batch", *("heads", None, None) if A.ndim == 4 else (None,))
 
 
 class ResidualLayer(nn.Module):
@@ -70,7 +80,7 @@ class ResidualLayer(nn.Module):
     def __call__(self, A_BNHJ: jax.Array) -> jax.Array:
         """A to A, [B,N,H,J] float32."""
         dtype = jnp.dtype(self.config.dtype)
-        y_BNHJ = A_BNHJ
+        y_BNHJ = A_BNHJ = by_rows(A_BNHJ)
         for unit in range(self.config.num_gated_units):
             y_BNHJ = GLU(
                 self.config.metric_width,
@@ -79,9 +89,8 @@ class ResidualLayer(nn.Module):
                 self.config.plga_precision,
                 name=f"unit_{unit}",
             )(y_BNHJ)
-        return layer_norm(self.config.layer_norm_eps, name="norm")(
-            A_BNHJ + y_BNHJ.astype(jnp.float32)
-        )
+        norm = layer_norm(self.config.layer_norm_eps, name="norm")
+        return by_rows(norm(A_BNHJ + y_BNHJ.astype(jnp.float32)))
 
 
 def _residual_step(layer: ResidualLayer, A_BNHJ: jax.Array, _: None) -> tuple[jax.Array, None]:
@@ -132,7 +141,7 @@ class PowerLawGraphAttention(nn.Module):
         """A [B,N,H,J] from Q^T Q: the residual layers, scanned with one set of stacked
         parameters.
         """
-        A_BNHJ = self.density_norm(density_BNHJ)
+        A_BNHJ = by_rows(self.density_norm(density_BNHJ))
         if self.config.num_residual_layers == 0:
             return A_BNHJ
         # What a residual layer saves for the gradient is 20 times its input: it is computed again.
@@ -149,14 +158,17 @@ class PowerLawGraphAttention(nn.Module):
             # One matrix of B N H rows; see Linear. Divided heads cannot be joined with B.
             A_BNHJ = A_BNHJ.reshape(-1, shape[-1])
         A_BNHJ, _ = scan(self.residual, A_BNHJ, None)
-        return A_BNHJ.reshape(shape)
+        return by_rows(A_BNHJ.reshape(shape))
 
     def energy_curvature(self, A_BNHJ: jax.Array) -> DeductiveOutputs:
         """A_LM, A_P and G_LM from A: the last three steps, all float32."""
-        A_BNHJ = A_BNHJ.astype(jnp.float32)
-        A_LM = iswiglu(_per_head(self.W, A_BNHJ, self.config.plga_precision) + self.b_W)
-        A_LM = A_LM + A_LM_FLOOR
-        A_P, G_LM = curvature(A_LM, self.P, self.a, self.b_a, self.config.plga_precision)
+        A_BNHJ, precision = by_rows(A_BNHJ.astype(jnp.float32)), self.config.plga_precision
+        W, b_W, P, a, b_a = (
+            in_use(x, ("heads", "metric_in", "head_dim"), jnp.float32)
+            for x in (self.W, self.b_W, self.P, self.a, self.b_a)
+        )
+        A_LM = by_rows(iswiglu(_per_head(W, A_BNHJ, precision) + b_W) + A_LM_FLOOR)
+        A_P, G_LM = curvature(A_LM, P, a, b_a, precision)
         return DeductiveOutputs(A=A_BNHJ, A_LM=A_LM, A_P=A_P, G_LM=G_LM)
 
 
