@@ -174,6 +174,23 @@ def test_what_cannot_be_measured(model: LanguageModel) -> None:
         Alteration.measure(model, ROWS, Settings(other_g={"mean": wrong}))
 
 
+def test_a_g_lm_that_breaks_the_model_is_felt(model: LanguageModel) -> None:
+    """The logits with another G_LM may be broken, those of the model itself may not."""
+    broken = np.full((2, 2, 8, 8), np.nan, np.float32)
+    section = Alteration.measure(model, ROWS, Settings(2, other_g={"broken": broken}))
+    assert np.isnan(section.numbers["alterations"]["broken"]["loss"])
+    assert section.numbers["alterations"]["broken"]["accuracy"] == 0
+    assert "; broken the most, by +nan" in section.words()[0]
+    assert section.rendered().figures
+    fixed = LanguageModel(
+        dataclasses.replace(model.config, g_source="external"),
+        without_plga(model.params),
+        broken[:, None],
+    )
+    with pytest.raises(ConfigError, match="^the logits of held-out rows are not finite: "):
+        Alteration.measure(fixed, ROWS, Settings(2))
+
+
 def test_names_are_keys(model: LanguageModel) -> None:
     names = [one.name for one in alterations(model, ROWS[:2], 0, {})]
     assert len(set(names)) == len(names) and {"own", *names} == set(ALTERED_NAMES)

@@ -1,14 +1,19 @@
 """`pldr-analyze`: files of a report, text to rows, and one line for what is wrong."""
 
+import errno
 import html.parser
 import json
 import math
+import os
+import subprocess
+import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import contents, run_here, untrained_run
+from helpers import REPOSITORY, contents, corpus_of, run_here, tiny_config, untrained_run
 
-from pldr_jax.analysis.report.analyze import ReportProgress
+from pldr_jax.analysis.report.analyze import ReportProgress, attempt
 from pldr_jax.analysis.report.comparison import Comparison
 from pldr_jax.analysis.report.files import RunReport, json_values, run_labels, write_report
 from pldr_jax.analysis.report.html import cell_text
@@ -17,10 +22,12 @@ from pldr_jax.analysis.sections import SECTIONS, chosen_sections
 from pldr_jax.analysis.texts import rows_of_file
 from pldr_jax.cli.analyze import analyze_main
 from pldr_jax.config import ConfigError, ModelConfig
+from pldr_jax.config.load import config_to_dict
 from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.files import new_folder
 from pldr_jax.model.deductive import read_g_lm
 from pldr_jax.plots import new_figure, png
+from pldr_jax.runs.checkpoint import Checkpointer, read_weights
 from pldr_jax.terminal import Display
 
 CONFIG = ModelConfig(num_layers=2, num_heads=2, head_dim=8)
@@ -247,6 +254,106 @@ def test_what_is_wrong_is_one_line_and_keeps_the_report(
     assert line in err.splitlines()[-1] and "Traceback" not in err
     assert contents(tmp_path) == before
     assert sum("error: " in text for text in err.splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def broken_run(run_dir, tmp_path_factory):
+    """The untrained run, with NaN where the G_LM of one head of the last layer is made."""
+    folder = tmp_path_factory.mktemp("broken") / "run"
+    config = tiny_config(
+        corpus_of(tmp_path_factory.getbasetemp()),
+        {"Model.unroll": False, "Model.num_gated_units": 1},
+    )
+    params = read_weights(run_dir).params
+    plga = params["layers"]["attention"]["plga"]
+    plga["a"] = jnp.asarray(plga["a"]).at[1, 0, 0, 0].set(jnp.nan)
+    with Checkpointer(folder, config.checkpoint) as checkpointer:
+        state = {"params": params, "g_lm": None}
+        checkpointer.save(1, state, {}, config_to_dict(config), {}, wait=True)
+    (folder / "tokenizer.model").write_bytes((run_dir / "tokenizer.model").read_bytes())
+    (folder / "prompts.txt").write_text("def return self the value " * 40)
+    return folder
+
+
+def test_sections_that_fail_are_lines_and_the_others_stand(broken_run, tmp_path, capsys) -> None:
+    flags = [f"--out={tmp_path / 'out'}", "--rows=3", "--length=16", "--over_checkpoints"]
+    flags += [f"--prompts={broken_run / 'prompts.txt'}", "--tensors"]
+    status, printed, err = run_here(capsys, analyze_main, broken_run, *flags)
+    assert status == 1 and "Traceback" not in err
+    content = json.loads((tmp_path / "out" / "report.json").read_text())
+    sections = content["runs"]["run"]["sections"]
+    assert list(sections) == [*SECTIONS, "emergence"]
+    failed = [key for key, section in sections.items() if "error" in section["numbers"]]
+    assert failed == ["invariance", "causality", "alteration", "low_rank"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    for key in failed:
+        words = sections[key]["words"][0]
+        assert words.startswith("Could not be measured: ") and "not finite" in words
+        assert f"error: run, {key}: {words}" in err.splitlines() and words in page
+    structure = sections["structure"]["numbers"]
+    assert "run, structure: G_LM is not finite in 1 of 4 heads" in printed
+    mean = structure["outputs"]["G_LM"]["mean_tensor"]
+    assert mean["rank_0.001"][1][0] == "NaN" and "NaN" not in mean["rank_0.001"][0]
+    entries = structure["outputs"]["G_LM"]["entries"]
+    assert entries["not_finite"][0] == 0 < entries["not_finite"][1] <= 1 / 16
+    assert all(math.isfinite(entries[name][1]) for name in ("mean", "std", "min", "max"))
+    assert sections["emergence"]["numbers"]["checkpoints"][0]["rank"][1][0] == "NaN"
+
+
+def test_a_section_that_raises_anything_is_a_line(monkeypatch) -> None:
+    def raises(*_: object) -> None:
+        raise np.linalg.LinAlgError("SVD did not converge\nat all")
+
+    section = attempt(SECTIONS["structure"], raises)
+    assert section.words == ("Could not be measured: LinAlgError: SVD did not converge",)
+    assert section.numbers == {"error": "LinAlgError: SVD did not converge"}
+    # The measurement may succeed and a figure fail.
+    finished = SECTIONS["causality"](numbers={}, tensors={})
+    assert "KeyError" in attempt(SECTIONS["causality"], lambda: finished).numbers["error"]
+
+
+def test_an_output_that_cannot_be_written_is_one_line(
+    run_dir, tmp_path, capsys, monkeypatch
+) -> None:
+    """Whether it cannot be from the start, or the disk is full at the end."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "report.json").write_text("{}")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("def return self the value " * 40)
+    before = contents(tmp_path)
+    flags = [f"--prompts={prompts}", "--rows=2", "--length=8", "--sections=structure", "--tensors"]
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for out, reason in (
+        ("/proc/nope/report", "cannot be written to"),
+        (tmp_path / "file" / "report", "cannot be written to"),
+        (tmp_path / "old", "No space left on device"),
+    ):
+        if out == tmp_path / "old":
+            monkeypatch.setattr(np, "savez_compressed", full)
+        status, printed, err = run_here(capsys, analyze_main, run_dir, f"--out={out}", *flags)
+        assert status == 2 and printed == "" and "Traceback" not in err
+        last = err.splitlines()[-1]
+        assert last.startswith(f"error: --out={out}: cannot be written to") and reason in last
+        assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("backend", ["nonsense", "module://no_such.backend_inline", "tkagg"])
+def test_figures_need_no_backend(backend: str, tmp_path) -> None:
+    """A notebook names its own in the environment of what it starts."""
+    code = "from pldr_jax.plots import new_figure, png; assert png(new_figure()[0])[1:4] == b'PNG'"
+    environment = {**os.environ, "MPLBACKEND": backend}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_run_is_needed(capsys) -> None:

@@ -251,6 +251,20 @@ def test_determinants_that_no_float_can_hold() -> None:
     ] == pytest.approx(math.log10(2))
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_what_is_not_finite_neither_agrees_nor_is_invariant(broken: float) -> None:
+    x = np.stack([np.eye(3), np.eye(3), np.full((3, 3), broken), np.eye(3)])[None, :, None]
+    determinants, agreement, statistics = (
+        Determinants(), DeterminantAgreement(), DeductiveStatistics()
+    )  # fmt: skip
+    for part in (determinants, agreement, statistics):
+        part.add(x)
+    found = agreement.results()
+    assert math.isnan(found["decimals"][0][0]) and math.isnan(found["digits"][0][0])
+    assert all(math.isnan(value[0][0]) for value in determinants.results().values())
+    assert invariance_verdict(relative_rmse(statistics.spread())) == "not invariant"
+
+
 def test_determinants_and_statistics_are_streamed() -> None:
     x = np.random.default_rng(0).normal(size=(2, 7, 3, 4, 4)) + 0.5
     signs, logs = np.linalg.slogdet(x)

@@ -1,5 +1,6 @@
 """The cross-entropy and the DAG regulariser, against float64."""
 
+import math
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from pldr_jax.training.losses import (
     dag_loss,
     dag_losses,
     dag_schedule,
+    log_trace_expm,
     regularizer,
     token_loss,
 )
@@ -143,3 +145,34 @@ def test_dag_schedule() -> None:
     assert factors(LossConfig(dag_until_step=3)) == [1, 1, 1, 0, 0, 0, 0]
     both = LossConfig(dag_warmup_steps=2, dag_until_step=5)
     assert factors(both) == [0, 0.5, 1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("entry", [np.inf, 1e20, 3e38, np.nan])
+def test_dag_loss_of_what_does_not_fit_float32_ends(entry: float) -> None:
+    """1e20 and 3e38 have an infinite square. The other matrix of the batch is what it is alone."""
+    x = np.stack([np.full((4, 4), 0.3), np.full((4, 4), 0.3)]).astype(np.float32)
+    x[1, 2, 1] = entry
+    with np.errstate(over="ignore"):
+        squares = jnp.asarray(x * x)
+    values = log_trace_expm(squares)
+    assert values[0] == log_trace_expm(squares[0])
+    assert jnp.isnan(values[1]) if math.isnan(entry) else values[1] == jnp.inf
+    gradient = jax.grad(lambda m: log_trace_expm(m).sum())(squares)
+    assert jnp.isfinite(gradient[0]).all() and not jnp.isfinite(gradient[1]).any()
+
+
+@pytest.mark.parametrize("entry", [1e30, 3e38])
+def test_dag_loss_of_the_largest_finite_squares(entry: float) -> None:
+    """The value is the largest eigenvalue, here 4 times the entry: 4e30, and beyond float32."""
+    value = log_trace_expm(jnp.full((4, 4), entry, jnp.float32))
+    expected = 4e30 if entry == 1e30 else np.inf
+    assert value == pytest.approx(expected, rel=1e-5)
+
+
+def test_predictions_that_are_not_finite_are_never_correct() -> None:
+    """The last token of the vocabulary is what an argmax of NaN gives."""
+    logits = jnp.array([[[0.0, 1.0, 2.0], [np.nan, 1.0, 2.0], [0.0, 1.0, np.inf]]])
+    loss = token_loss(logits, jnp.array([[2, 2, 2]]))
+    assert loss.correct == 1 and loss.count == 3 and not jnp.isfinite(loss.loss)
+    broken = token_loss(jnp.full((1, 2, 3), jnp.nan), jnp.array([[2, 1]]))
+    assert broken.accuracy == 0 and jnp.isnan(broken.loss)

@@ -159,6 +159,28 @@ def test_describe_of_known_matrices() -> None:
     assert np.isnan(singular_values(np.full((2, 2), np.inf))).all()
 
 
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_matrices_that_are_not_finite_have_no_numbers(broken: float) -> None:
+    x = np.stack([np.full((4, 4), broken), np.eye(4)])
+    x[0, 1:] = 0
+    for name, (first, second) in describe_matrices(x).items():
+        assert np.isnan(first) and np.isfinite(second), name
+    assert describe_matrices(x)["rank_0.1"][1] == 4
+
+
+def test_histograms_of_a_layer_without_a_finite_entry() -> None:
+    entries = EntryHistograms()
+    entries.add(np.stack([np.full((1, 2, 2), np.nan), [[[1.0, 2.0], [np.nan, 4.0]]]]))
+    results = entries.results()
+    assert results["mean"][1] == pytest.approx(7 / 3) and results["not_finite"].tolist() == [
+        1,
+        1 / 4,
+    ]
+    for name in ("mean", "std", "min", "max", "negative", "zero"):
+        assert np.isnan(results[name][0]) and np.isfinite(results[name][1]), name
+    assert entries.linear_counts.sum(1).tolist() == [0, 3] == entries.log_counts.sum(1).tolist()
+
+
 def test_ranks_count_singular_values_above_the_tolerance() -> None:
     values = np.array([10.0, 1.5, 0.02, 0.0])
     assert [int(numerical_rank(values, t)) for t in (0.5, 0.1, 1e-3, 1e-9)] == [1, 2, 3, 3]

@@ -19,6 +19,8 @@ SCALED_NORM = 0.5
 """The matrix exponential is summed to TAYLOR_TERMS terms where the norm is at most SCALED_NORM:
 exact in float32.
 """
+MAX_SQUARINGS = 150
+"""More than a matrix of finite float32 entries needs."""
 
 
 class TokenLoss(flax.struct.PyTreeNode):
@@ -40,10 +42,13 @@ class TokenLoss(flax.struct.PyTreeNode):
 
 
 def token_loss(logits_BTV: jax.Array, targets_BT: jax.Array) -> TokenLoss:
-    """Cross-entropy and accuracy against the targets, those equal to `PAD_ID` left out."""
+    """Cross-entropy and accuracy against the targets, those equal to `PAD_ID` left out. With logits
+    that are not finite a prediction is never correct.
+    """
     counted_BT = (targets_BT != PAD_ID).astype(jnp.float32)
     nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
-    correct_BT = (most_probable(logits_BTV) == targets_BT) * counted_BT
+    correct_BT = (most_probable(logits_BTV) == targets_BT) & jnp.isfinite(nats_BT)
+    correct_BT = correct_BT * counted_BT
     return TokenLoss((nats_BT * counted_BT).sum(), correct_BT.sum(), counted_BT.sum())
 
 
@@ -79,7 +84,9 @@ def dag_loss(x: jax.Array, real_B: jax.Array | None = None) -> jax.Array:
 
 @jax.custom_vjp
 def log_trace_expm(m: jax.Array) -> jax.Array:
-    """log(tr(exp(M)) / H) of matrices M [..., H, H] of non-negative entries, without overflow."""
+    """log(tr(exp(M)) / H) of matrices M [..., H, H] of non-negative entries, without overflow:
+    infinite where M has an infinite entry or the value does not fit float32, NaN where M has NaN.
+    """
     return _log_trace_expm(m)[0]
 
 
@@ -91,11 +98,14 @@ def _log_trace_expm(m: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array
     entry, whose logarithm goes to s.
     """
     size = m.shape[-1]
+    limit = m.max((-2, -1))  # what the value is where it is not finite
+    m = jnp.where(jnp.isfinite(limit)[..., None, None], m, 0)
     norm = jnp.max(m.sum(-1))
-    squarings = jnp.maximum(jnp.ceil(jnp.log2(jnp.maximum(norm, 1e-30) / SCALED_NORM)), 0.0).astype(
-        jnp.int32
-    )
-    scaled = m * jnp.exp2(-squarings.astype(jnp.float32))
+    squarings = jnp.ceil(jnp.log2(jnp.maximum(norm, 1e-30) / SCALED_NORM))
+    squarings = jnp.clip(squarings, 0, MAX_SQUARINGS).astype(jnp.int32)
+    half = squarings // 2  # in two factors, as 2^-150 is 0 in float32
+    scaled = m * jnp.exp2(-half.astype(jnp.float32))
+    scaled = scaled * jnp.exp2((half - squarings).astype(jnp.float32))
     term = f = scaled
     for n in range(2, TAYLOR_TERMS + 1):
         term = _matmul(term, scaled) / n
@@ -121,7 +131,8 @@ def _log_trace_expm(m: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array
         )
         + s
     )
-    return value, (f, d)
+    finite = jnp.isfinite(limit)
+    return jnp.where(finite, value, limit), (jnp.where(finite[..., None, None], f, jnp.nan), d)
 
 
 def _forward(m: jax.Array) -> tuple[jax.Array, jax.Array]:

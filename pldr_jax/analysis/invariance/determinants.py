@@ -22,7 +22,7 @@ class Determinants:
         """Adds the sequences of one batch."""
         sign_LBN, log_LBN = log_determinants(x_LBNHJ)
         self._logs.add(np.moveaxis(log_LBN, 1, 0))
-        self._positive.add(np.moveaxis(sign_LBN > 0, 1, 0))
+        self._positive.add(np.moveaxis(np.where(np.isnan(sign_LBN), np.nan, sign_LBN > 0), 1, 0))
 
     def results(self) -> dict[str, Any]:
         """`log10_abs` (mean of log10 |det|), `log10_std` (its standard deviation between sequences)
@@ -68,9 +68,11 @@ class DeterminantAgreement:
 
 
 def log_determinants(x_LBNHJ: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sign and ln |det|, each [L,B,N], in float64."""
-    sign, log = np.linalg.slogdet(np.asarray(x_LBNHJ, np.float64))
-    return sign, log
+    """Sign and ln |det|, each [L,B,N], in float64; NaN of a matrix that is not finite."""
+    x = np.asarray(x_LBNHJ, np.float64)
+    finite = np.isfinite(x).all((-2, -1))
+    sign, log = np.linalg.slogdet(np.where(finite[..., None, None], x, 0.0))
+    return np.where(finite, sign, np.nan), np.where(finite, log, np.nan)
 
 
 def log10_difference(x_LBNHJ: np.ndarray, y_LBNHJ: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -121,7 +121,9 @@ def difference(own: jax.Array, other: jax.Array, targets_BT: jax.Array) -> Diffe
         logit_max=logit_BTV.max(),
         kl_sum=kl_BT.sum(),
         kl_max=kl_BT.max(),
-        agreed=jnp.sum((most_probable(own) == most_probable(other)) & counted_BT),
+        agreed=jnp.sum(
+            (most_probable(own) == most_probable(other)) & jnp.isfinite(kl_BT) & counted_BT
+        ),
     )
 
 
