@@ -70,7 +70,7 @@ class DeterminantAgreement:
 def log_determinants(x_LBNHJ: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Sign and ln |det|, each [L,B,N], in float64; NaN of a matrix that is not finite."""
     x = np.asarray(x_LBNHJ, np.float64)
-    finite = np.isfinite(x).all((-2, -1))
+    finite = np.asarray(np.isfinite(x).all((-2, -1)))
     sign, log = np.linalg.slogdet(np.where(finite[..., None, None], x, 0.0))
     return np.where(finite, sign, np.nan), np.where(finite, log, np.nan)
 
