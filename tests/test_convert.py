@@ -221,7 +221,7 @@ def test_files_of_an_export(tokenizer: Tokenizer, tmp_path: Path) -> None:
     )  # fmt: skip
     assert json.loads(files["tokenizer_config.json"])["eos_token"] == "[END]"
     card = files["README.md"].decode()
-    assert card.startswith("---\nlicense: 'mit'\ndata_license: 'it''s free'\n")
+    assert card.startswith('---\nlicense: "mit"\ndata_license: "it\'s free"\n')
     for part in (
         "step 40", "2.2500", "0.1250", "3.00e-05", "causal gap is large", "| quiz/acc | 0.7500 |",
         f"Optimizer.learning_rate = {config.optimizer.learning_rate}", "Data.source = 'stdlib'",
@@ -348,7 +348,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert (status, error) == (0, "") and "exported step 0, 111 tensors" in shown
     original, back = (load_file(f / "model.safetensors") for f in (TINY, tmp_path / "hub"))
     assert_same_tensors(original, back)
-    assert "license: 'apache-2.0'" in (tmp_path / "hub" / "README.md").read_text()
+    assert 'license: "apache-2.0"' in (tmp_path / "hub" / "README.md").read_text()
     before = contents(tmp_path / "hub")
     for arguments, message in (
         (("export", tmp_path / "run", tmp_path / "hub"), "is not an empty folder"),
@@ -356,7 +356,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (("export", tmp_path / "run"), "OUT is required"),
         (("import", TINY, tmp_path / "x", "--license=a"), "--license: no such flag"),
         (("export", tmp_path / "run", tmp_path / "x", "--gin.Model.num_layers=2"), "--gin: "),
-        (("convert",), "must be 'import PATH OUT' or 'export RUN OUT'"),
+        (("convert",), "must be 'import PATH OUT', 'export RUN OUT' or 'g_lm PICKLE OUT'"),
         ((), "must be 'import PATH OUT'"),
     ):
         status, _, error = run_here(capsys, convert_main, *arguments)

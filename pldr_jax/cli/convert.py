@@ -1,12 +1,14 @@
-"""`pldr-convert`: checkpoints of others to run folders, and run folders to the transformers
-layout.
+"""`pldr-convert`: checkpoints of others to run folders, run folders to the transformers layout, and
+pickled G_LM to NPZ.
 """
 
 from pldr_jax.cli.common import run
 from pldr_jax.cli.options import Option, parse_args
 from pldr_jax.config import ConfigError
+from pldr_jax.terminal import print_line
 
-IMPORT, EXPORT = "import", "export"
+IMPORT, EXPORT, G_LM = "import", "export", "g_lm"
+_USAGE = "'import PATH OUT', 'export RUN OUT' or 'g_lm PICKLE OUT'"
 _OUT = Option("output", "folder to write; must not exist, or be empty", metavar="OUT", place=True)
 _STEP = Option(
     "step", "checkpoint of the run; default: the newest complete one", type=int, metavar="STEP"
@@ -27,12 +29,24 @@ OPTIONS = {
         _STEP,
         Option("license", "SPDX identifier for the weights", default="unknown", metavar="ID"),
         Option("data_license", "licence of the training text", default="unknown", metavar="TEXT"),
+        Option(
+            "code_repository",
+            "of the hub, with the code by which AutoModelForCausalLM opens the export; default: "
+            "one of the authors'",
+            metavar="REPO",
+        ),
+    ),
+    G_LM: (
+        Option("path", "pickle of tensors in lists", metavar="PICKLE", place=True),
+        Option("output", "NPZ file to write; must not exist", metavar="OUT", place=True),
     ),
 }
 DESCRIPTIONS = {
     IMPORT: "Makes a run folder of a checkpoint in the transformers layout, or of a native .pth; "
     "for a .pth, --gin_file and --gin.Model.* say what its tensors do not.",
     EXPORT: "Writes a checkpoint in the transformers layout, with tokenizer and model card.",
+    G_LM: "Writes G_LM of a pickle, as the native code keeps it, to an NPZ file that Model.g_file "
+    "and --g_file take. Nothing that is pickled is executed.",
 }
 
 
@@ -40,23 +54,28 @@ def convert_main(argv: list[str]) -> None:
     """Parses the command line and converts."""
     what, rest = (argv[0], argv[1:]) if argv else ("", [])
     if what in ("-h", "--help"):
-        print("usage: pldr-convert import PATH OUT | pldr-convert export RUN OUT; each has --help")
+        print_line(f"usage: pldr-convert {_USAGE.replace(' or ', ' | ')}; each has --help")
         return
     if what not in OPTIONS:
-        raise ConfigError(f"{what!r}: must be 'import PATH OUT' or 'export RUN OUT'")
+        raise ConfigError(f"{what!r}: must be {_USAGE}")
     options = parse_args(rest, f"pldr-convert {what}", DESCRIPTIONS[what], OPTIONS[what])
-    if what == EXPORT and (options.gin_files or options.overrides):
-        raise ConfigError("--gin: an export is what the run folder holds; leave it out")
+    if what != IMPORT and (options.gin_files or options.overrides):
+        raise ConfigError("--gin: is for an import; leave it out")
     from pldr_jax.interop.card import Licences
-    from pldr_jax.interop.convert import export_run, import_checkpoint
+    from pldr_jax.interop.config_json import CODE_REPOSITORY
+    from pldr_jax.interop.convert import convert_g_lm, export_run, import_checkpoint
 
     if what == IMPORT:
         import_checkpoint(
             options.path, options.output, options.tokenizer, options.gin_files, options.overrides
         )
         return
+    if what == G_LM:
+        convert_g_lm(options.path, options.output)
+        return
     licences = Licences(options.license, options.data_license)
-    export_run(options.run, options.output, options.step, licences)
+    code = options.code_repository or CODE_REPOSITORY
+    export_run(options.run, options.output, options.step, licences, code_repository=code)
 
 
 def main() -> None:

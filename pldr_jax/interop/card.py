@@ -1,6 +1,8 @@
 """The model card of an export: `README.md`, with licence fields in its front matter."""
 
 import dataclasses
+import html
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from pldr_jax.files import TOKENIZER
 from pldr_jax.interop.weights import Checkpoint
 from pldr_jax.model.shapes import count_params
 from pldr_jax.runs.metrics import FILE_NAME, read_metrics
+from pldr_jax.terminal import visible
 
 UNKNOWN = "unknown"
 
@@ -84,12 +87,12 @@ def _front_matter(licences: Licences) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A YAML scalar that is text, whatever it holds."""
-    return "'" + " ".join(text.split()).replace("'", "''") + "'"
+    """A YAML scalar that is text, whatever it holds: every JSON string is one."""
+    return json.dumps(text)
 
 
 def _origin(step: int, source: str | None) -> str:
-    made = f"imported from `{source}` with" if source else f"trained to step {step:,} with"
+    made = f"imported from `{_line(source)}` with" if source else f"trained to step {step:,} with"
     return (
         f"A language model with power law graph attention, {made} pldr_jax. Papers: "
         "[2502.13502](https://arxiv.org/abs/2502.13502), "
@@ -141,9 +144,15 @@ def _fields(config: ExperimentConfig, *groups: str) -> str:
 
 
 def _table(rows: Mapping[str, Any]) -> str:
-    def shown(value: Any) -> str:
+    def cell(value: Any) -> str:
         if isinstance(value, float):
             return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.2e}"
-        return "not finite" if value is None else str(value).replace("|", "\\|")
+        return "not finite" if value is None else _line(str(value)).replace("|", "\\|")
 
-    return "\n".join(["| | |", "|---|---|", *(f"| {k} | {shown(v)} |" for k, v in rows.items())])
+    lines = (f"| {cell(name)} | {cell(value)} |" for name, value in rows.items())
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _line(text: str) -> str:
+    """Text in one line, without what Markdown or a terminal takes for more than text."""
+    return html.escape(visible(" ".join(text.split())), quote=False).replace("`", "'")

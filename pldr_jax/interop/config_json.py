@@ -1,12 +1,12 @@
 """The `config.json` of the transformers layout, as our model config, and back."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pldr_jax.config import ConfigError, ModelConfig
 from pldr_jax.config.load import config_from_dict
+from pldr_jax.data.text.tokenizer import Tokenizer
 
 CUSTOM_G_TYPES = ("identity", "random", "external")
 """Values of `custom_G_type` beside null; each puts `decoder.past_G_values` beside the weights."""
@@ -34,23 +34,17 @@ _FIXED = {
     "final_bias": True,
     "tie_word_embeddings": False,
     "hidden_act": "silu",
-    "rope_scaling": None,
     "attention_dropout": 0.0,
 }
 """What this model has no other form of."""
 
+_ABSENT = {"partial_rotary_factor": 1.0, "sliding_window": None, "quantization_config": None}
+"""What it does not have, with the value that says so."""
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds one JSON object; ConfigError if it does not."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: cannot be read as JSON (it is no object)")
-    return raw
+_CAUSAL = "PldrllmForCausalLM"
+
+CODE_REPOSITORY = "fromthesky/PLDR-LLM-v51-SOC-110M-1"
+"""Of the hub; has the authors' code for transformers."""
 
 
 def model_from_json(raw: Mapping[str, Any], where: str | Path) -> ModelConfig:
@@ -62,7 +56,11 @@ def model_from_json(raw: Mapping[str, Any], where: str | Path) -> ModelConfig:
     """
     if raw.get("model_type") != "pldrllm":
         raise ConfigError(f"{where}: model_type = {raw.get('model_type')!r}: must be 'pldrllm'")
-    for name, needed in _FIXED.items():
+    if raw.get("architectures", [_CAUSAL]) not in (None, [_CAUSAL]):
+        raise ConfigError(
+            f"{where}: architectures = {raw['architectures']!r}: only {_CAUSAL!r} is supported"
+        )
+    for name, needed in {**_FIXED, **_ABSENT}.items():
         if raw.get(name, needed) != needed:
             raise ConfigError(f"{where}: {name} = {raw[name]!r}: only {needed!r} is supported")
     fields: dict[str, Any] = {"unroll": False}
@@ -71,7 +69,7 @@ def model_from_json(raw: Mapping[str, Any], where: str | Path) -> ModelConfig:
             fields[ours] = raw[theirs]
         elif theirs not in _OPTIONAL:
             raise ConfigError(f"{where}: the field {theirs!r} is missing")
-    fields["rope_layout"] = "interleaved" if raw.get("reference_rope", True) else "half_split"
+    fields |= _rope(raw, where)
     custom = raw.get("custom_G_type")
     if custom is not None and custom not in CUSTOM_G_TYPES:
         raise ConfigError(
@@ -89,6 +87,48 @@ def model_from_json(raw: Mapping[str, Any], where: str | Path) -> ModelConfig:
     return config
 
 
+def _rope(raw: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
+    """`rope_layout`, and `rope_theta` if it is stated: at the top, or in the `rope_parameters` of
+    transformers 5.
+
+    Raises:
+      ConfigError: two values, or a rotary embedding that is scaled, partial or unknown.
+    """
+    reference = raw.get("reference_rope", True)
+    if not isinstance(reference, bool):
+        raise ConfigError(f"{where}: reference_rope = {reference!r}: must be true or false")
+    fields: dict[str, Any] = {"rope_layout": "interleaved" if reference else "half_split"}
+    stated = {"rope_theta": raw["rope_theta"]} if "rope_theta" in raw else {}
+    for group in ("rope_parameters", "rope_scaling"):
+        values = raw.get(group)
+        for name, value in (values if isinstance(values, dict) else {"": values}).items():
+            if name == "rope_theta":
+                stated[f"{group}.{name}"] = value
+            elif (name, value) not in _PLAIN_ROPE:
+                raise ConfigError(
+                    f"{where}: {group} = {values!r}: only rope_type 'default' is supported"
+                )
+    for name, value in raw.items():
+        known = ("reference_rope", "rope_theta", "rope_parameters", "rope_scaling", *_ABSENT)
+        if ("rope" in name or "rotary" in name) and name not in known and value is not None:
+            raise ConfigError(f"{where}: {name} = {value!r}: there is no such field of this model")
+    for value in stated.values():
+        if value != next(iter(stated.values())):
+            both = " and ".join(f"{name} = {value!r}" for name, value in stated.items())
+            raise ConfigError(f"{where}: {both}: must be the same")
+        fields["rope_theta"] = value
+    return fields
+
+
+_PLAIN_ROPE = (
+    ("", None),
+    ("rope_type", "default"),
+    ("type", "default"),
+    ("partial_rotary_factor", 1.0),
+)
+"""Fields and values of `rope_parameters` and `rope_scaling` that change nothing."""
+
+
 class PieceIds(NamedTuple):
     """Ids of the start, end and padding pieces; None where the tokenizer has no such piece."""
 
@@ -96,13 +136,26 @@ class PieceIds(NamedTuple):
     eos: int | None
     pad: int | None
 
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "PieceIds":
+        """Those of a tokenizer."""
+        numbers = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+        return cls(*(number if number >= 0 else None for number in numbers))
+
     def fields(self) -> dict[str, int | None]:
         """As both config files name them."""
         return {"bos_token_id": self.bos, "eos_token_id": self.eos, "pad_token_id": self.pad}
 
 
-def config_json(config: ModelConfig, ids: PieceIds) -> dict[str, Any]:
-    """The `config.json` of a model."""
+def end_ids(raw: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids that end a text by `eos_token_id`, which is a number, a list of them, or absent."""
+    stated = raw.get("eos_token_id")
+    ids = stated if isinstance(stated, list) else [stated]
+    return tuple(i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i >= 0)
+
+
+def config_json(config: ModelConfig, ids: PieceIds, code_repository: str) -> dict[str, Any]:
+    """The `config.json` of a model; transformers finds its code in a repository of the hub."""
     values = {
         **{theirs: getattr(config, ours) for theirs, ours in _NAMES.items()},
         "intermediate_size": config.ffn_width,
@@ -112,13 +165,29 @@ def config_json(config: ModelConfig, ids: PieceIds) -> dict[str, Any]:
         "custom_G_type": None if config.g_source == "learned" else config.g_source,
         "cache_first_G": False,
         **_FIXED,
+        "rope_scaling": None,
         "model_type": "pldrllm",
-        "architectures": ["PldrllmForCausalLM"],
+        "architectures": [_CAUSAL],
+        "auto_map": {
+            "AutoConfig": f"{code_repository}--configuration_pldrllm.PldrllmConfig",
+            "AutoModelForCausalLM": f"{code_repository}--modeling_pldrllm.{_CAUSAL}",
+        },
         "torch_dtype": "float32",
         "use_cache": True,
         **ids.fields(),
     }
     return dict(sorted(values.items()))
+
+
+def merged_config(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    """The `config.json` of a model that was made of another: what `theirs` says and no field of
+    the model contradicts, such as `auto_map`, stays.
+    """
+    kept = {
+        name: value for name, value in theirs.items() if name not in ("rope_parameters", "dtype")
+    }
+    stays = ("auto_map", "bos_token_id", "eos_token_id", "pad_token_id")
+    return kept | {k: v for k, v in ours.items() if k not in stays or k not in kept}
 
 
 def generation_config_json(

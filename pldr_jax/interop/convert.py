@@ -2,34 +2,38 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from pldr_jax.config import ConfigError, ExperimentConfig, ModelConfig
+from pldr_jax.config import ConfigError, ExperimentConfig
 from pldr_jax.config.load import config_to_dict, dump_config
 from pldr_jax.data.text.tokenizer import Tokenizer
-from pldr_jax.files import TOKENIZER, check_output, new_folder
+from pldr_jax.files import TOKENIZER, check_output, new_folder, user_path, whole_file
 from pldr_jax.interop import card, native
 from pldr_jax.interop.check import LogitCheck, check_logits
 from pldr_jax.interop.config_json import (
+    CODE_REPOSITORY,
     PieceIds,
     config_json,
     generation_config_json,
+    merged_config,
     model_from_json,
 )
+from pldr_jax.interop.folder import parse_json
+from pldr_jax.interop.names import from_tensors
+from pldr_jax.interop.pth import read_pickled_g_lm, read_pth, refuse_distributed
 from pldr_jax.interop.record import Record, make_record, read_record, record_files
-from pldr_jax.interop.tensors import SINGLE, TensorFiles, read_pth, write_folder
-from pldr_jax.interop.tokenizer_json import tokenizer_files
+from pldr_jax.interop.tensors import SINGLE, TensorFiles, write_folder
+from pldr_jax.interop.tokenizer_files import FAST, check_tokenizer, tokenizer_files
 from pldr_jax.interop.transformers import (
     CONFIG,
     G_VALUES,
     TransformersCheckpoint,
     from_source,
-    g_tensors,
     open_transformers,
     to_source,
 )
@@ -38,10 +42,10 @@ from pldr_jax.model.deductive import predefined_g_lm
 from pldr_jax.model.shapes import count_params
 from pldr_jax.runs.checkpoint import read_weights
 from pldr_jax.runs.folder import fill_run
+from pldr_jax.terminal import print_line
 
-_TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
 _DEFAULT_IDS = PieceIds(2, 3, 0)
-"""Start, end and padding pieces where no tokenizer says."""
+"""Start, end and padding pieces where nothing says."""
 
 
 def import_checkpoint(
@@ -50,7 +54,7 @@ def import_checkpoint(
     tokenizer: str | Path | None = None,
     gin_files: Sequence[str | Path] = (),
     overrides: Sequence[str] = (),
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = print_line,
 ) -> LogitCheck:
     """Makes a run folder of a checkpoint of others; all of it or nothing.
 
@@ -64,9 +68,10 @@ def import_checkpoint(
     Raises:
       ConfigError: anything missing, unknown or misshaped; one line that names it.
     """
-    path = Path(path)
+    path = user_path(path, "PATH")
     check_output(output, "OUT")
     if path.is_dir():
+        refuse_distributed(path)
         if gin_files or overrides:
             raise ConfigError(f"--gin: {path / CONFIG} says what the model is; leave it out")
         opened = open_transformers(path)
@@ -93,23 +98,20 @@ def import_checkpoint(
 def _open_pth(
     path: Path, gin_files: Sequence[str | Path], overrides: Sequence[str]
 ) -> TransformersCheckpoint:
-    tensors = read_pth(path)
-    source = TensorFiles(tensors, {}, {})
-    config = native.model_from_tensors(tensors, gin_files, overrides, path)
-    if config.g_source == "learned" or G_VALUES in tensors:
-        return from_source(dataclasses.replace(config, g_file=None), source, str(path))
-    g_lm = predefined_g_lm(config)
-    config = dataclasses.replace(config, g_file=None)
+    source = TensorFiles(read_pth(path), {}, {})
+    config = native.model_from_tensors(source.tensors, gin_files, overrides, path)
+    model = dataclasses.replace(config, g_file=None)
+    if config.g_source == "learned" or G_VALUES in source.tensors:
+        return from_source(model, source, str(path))
+    params = from_tensors(model, source.tensors, str(path))
     # The native code keeps G_LM in a file of its own.
-    whole = {**g_tensors(config, g_lm), **tensors}
-    opened = from_source(config, TensorFiles(whole, {}, {}), str(path))
-    return dataclasses.replace(opened, source=source)
+    return TransformersCheckpoint(model, params, predefined_g_lm(config), source)
 
 
 def _imported_files(
     path: Path, opened: TransformersCheckpoint, tokenizer: str | Path | None
 ) -> dict[str, bytes]:
-    files = record_files(make_record(opened.source, path, leave_out=[TOKENIZER]))
+    files = record_files(make_record(opened.source, path))
     named = Path(tokenizer or path / TOKENIZER)
     if tokenizer is None and not named.is_file():
         return files
@@ -127,7 +129,8 @@ def export_run(
     output: str | Path,
     step: int | None = None,
     licences: card.Licences | None = None,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = print_line,
+    code_repository: str = CODE_REPOSITORY,
 ) -> LogitCheck:
     """Writes a checkpoint of a run folder in the transformers layout; all of it or nothing.
 
@@ -137,28 +140,26 @@ def export_run(
       step: of the checkpoint; None is the newest complete one.
       licences: for the model card.
       log: takes each line.
+      code_repository: of the hub; has the code with which transformers opens the model.
 
     Raises:
       ConfigError, CheckpointError: one line, saying what is wrong with a folder.
     """
-    run_dir = Path(run_dir)
     check_output(output, "OUT")
     run = open_checkpoint(run_dir, step)
     if run.step is None:
         raise ConfigError(f"{run_dir}: has the transformers layout already; give a run folder")
     tensors = to_source(run.config.model, run.params, run.g_lm)
-    record = read_record(run_dir)
-    restored = record.restored(tensors) if record is not None else None
-    if record is not None and restored is None:
+    record = read_record(run.folder) or Record()
+    restored = record.restored(tensors)
+    if record.name is not None and restored is None:
         log(f"note: {run_dir} is not what was imported any more; its tensors are float32")
-        record = None
+        record = Record(others=record.others)
     content = restored or TensorFiles(tensors, {}, {"format": "pt"})
     if not content.files:
         content = dataclasses.replace(content, files={SINGLE: sorted(content.tensors)})
-    files = _exported_files(run, record)
-    files["README.md"] = card.model_card(
-        run, licences or card.Licences(), record.name if record else None
-    ).encode()
+    files = _exported_files(run, record.others, code_repository)
+    files["README.md"] = card.model_card(run, licences or card.Licences(), record.name).encode()
     with new_folder(output, "OUT") as folder:
         write_folder(folder, content)
         for name, data in files.items():
@@ -166,40 +167,59 @@ def export_run(
         opened = open_transformers(folder)
         _check_same_bits((run.params, run.g_lm), (opened.params, opened.g_lm), output)
         check = check_logits(run.config.model, run.params, run.g_lm, opened.source.tensors, run_dir)
-    log(f"exported step {run.step}, {len(content.tensors)} tensors: {output}")
-    log(check.line())
+        lines = [
+            f"exported step {run.step}, {len(content.tensors)} tensors: {output}",
+            check.line(),
+        ]
+        if run.tokenizer is not None and FAST in files:
+            lines.append(check_tokenizer(run.tokenizer, files[FAST]).line())
+    for line in lines:
+        log(line)
     return check
 
 
-def _exported_files(run: Checkpoint, record: Record | None) -> dict[str, bytes]:
+def convert_g_lm(
+    path: str | Path, output: str | Path, log: Callable[[str], None] = print_line
+) -> None:
+    """Writes the G_LM of a pickle to an NPZ file with the key `G_LM` [L,N,H,J].
+
+    Raises:
+      ConfigError: the pickle cannot be used, or the file is there or cannot be written.
+    """
+    target = user_path(output, "OUT")
+    if target.suffix != ".npz" or target.exists():
+        raise ConfigError(f"OUT={output}: must be a new file that ends in .npz")
+    g_lm = read_pickled_g_lm(user_path(path, "PICKLE"))
+    try:
+        with whole_file(target) as temporary:
+            np.savez(temporary, G_LM=g_lm)
+    except OSError as error:
+        raise ConfigError(f"OUT={output}: cannot be written ({error.strerror})") from None
+    log(f"G_LM {list(g_lm.shape)}: {output}")
+
+
+def _exported_files(
+    run: Checkpoint, source: Mapping[str, bytes], code_repository: str
+) -> dict[str, bytes]:
     """Every file but weights and model card; those of the source where there was one."""
-    config, tokenizer, ids = run.config, run.tokenizer, _DEFAULT_IDS
-    files: dict[str, bytes] = {}
-    if tokenizer is not None:
-        numbers = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
-        ids = PieceIds(*(number if number >= 0 else None for number in numbers))
-        files = tokenizer_files(tokenizer, config.model.context_length)
-    files[CONFIG] = _json(config_json(config.model, ids))
-    files["generation_config.json"] = _json(
-        generation_config_json(
-            config.model.context_length, ids, dataclasses.asdict(config.generation)
-        )
-    )
-    if record is None:
-        return files
-    kept = dict(record.others)
-    if "tokenizer_config.json" in kept:  # its own files say what the tokenizer is
-        files = {name: data for name, data in files.items() if name not in _TOKENIZER_FILES}
-    if CONFIG in kept:
-        theirs = model_from_json(json.loads(kept[CONFIG]), CONFIG)
-        if theirs != _as_exported(config.model):
-            del kept[CONFIG]
-    return {**files, **kept}
-
-
-def _as_exported(model: ModelConfig) -> ModelConfig:
-    """The part of a model config that the transformers layout holds."""
-    return model_from_json(config_json(model, _DEFAULT_IDS), CONFIG)
+    model, ids = run.config.model, _DEFAULT_IDS
+    theirs = parse_json(source[CONFIG], f"{run.folder}: {CONFIG}") if CONFIG in source else {}
+    if run.tokenizer is not None:
+        ids = PieceIds.of(run.tokenizer)
+    ours = config_json(model, ids, code_repository)
+    settings = dataclasses.asdict(run.config.generation)
+    files = {
+        CONFIG: _json(ours),
+        "generation_config.json": _json(
+            generation_config_json(model.context_length, ids, settings)
+        ),
+        **source,
+    }
+    if run.tokenizer is not None:
+        files |= tokenizer_files(run.tokenizer, model.context_length, source)
+    if theirs and model_from_json(theirs, CONFIG) != model_from_json(ours, CONFIG):
+        files[CONFIG] = _json(merged_config(theirs, ours))
+    return files
 
 
 def _json(value: Any) -> bytes:

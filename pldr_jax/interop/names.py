@@ -6,7 +6,7 @@ Nothing is computed: every value keeps its bits.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +27,7 @@ class _Entry(NamedTuple):
 
 
 def from_tensors(
-    config: ModelConfig, tensors: dict[str, np.ndarray], where: str = "checkpoint"
+    config: ModelConfig, tensors: Mapping[str, np.ndarray], where: str = "checkpoint"
 ) -> Params:
     """Parameters from tensors by their names in the transformers layout.
 
@@ -35,31 +35,44 @@ def from_tensors(
       ConfigError: naming the first tensor that is missing, left over, wrongly shaped, or not exact
         in float32.
     """
-    shapes = param_shapes(config)
-    filled = {path: np.full(shape, np.nan, np.float32) for path, shape in shapes.items()}
-    left = dict(tensors)
-    for entry in _table(config):
-        if entry.theirs not in left:
+    for entry in _table(config):  # first: a config may claim sizes of which no model can be made
+        if entry.theirs not in tensors:
             raise ConfigError(f"{where}: the tensor {entry.theirs!r} is missing")
-        tensor = left.pop(entry.theirs)
-        slot = filled[entry.ours][entry.slot]
-        needed = _their_shape(config, entry, slot.shape)
-        if tensor.shape != needed:
-            raise ConfigError(
-                f"{where}: {entry.theirs!r} has the shape {tensor.shape}, the config needs {needed}"
-            )
-        exact = as_float32(tensor, f"{where}: {entry.theirs!r}")
+    shapes = param_shapes(config)
+    _check_shapes(config, shapes, tensors, where)
+    arrays = {path: np.full(shape, np.nan, np.float32) for path, shape in shapes.items()}
+    for entry in _table(config):
+        exact = as_float32(tensors[entry.theirs], f"{where}: {entry.theirs!r}")
         turned = exact.T if entry.ours[-1] == "kernel" else exact
-        filled[entry.ours][entry.slot] = turned.reshape(slot.shape)
-    if left:
-        raise ConfigError(f"{where}: unknown tensor {sorted(left)[0]!r} ({len(left)} in all)")
+        place = arrays[entry.ours][entry.slot]
+        arrays[entry.ours][entry.slot] = turned.reshape(place.shape)
     params: dict[str, Any] = {}
-    for path, array in filled.items():
+    for path, array in arrays.items():
         node = params
         for name in path[:-1]:
             node = node.setdefault(name, {})
         node[path[-1]] = jnp.asarray(array)
     return params
+
+
+def _check_shapes(
+    config: ModelConfig,
+    shapes: Mapping[tuple[str, ...], tuple[int, ...]],
+    tensors: Mapping[str, np.ndarray],
+    where: str,
+) -> None:
+    """ConfigError, naming the first tensor that is misshaped or left over."""
+    known = set()
+    for entry in _table(config):
+        shape = tensors[entry.theirs].shape
+        needed = _their_shape(config, entry, shapes[entry.ours][len(entry.slot) :])
+        if shape != needed:
+            raise ConfigError(
+                f"{where}: {entry.theirs!r} has the shape {shape}, the config needs {needed}"
+            )
+        known.add(entry.theirs)
+    if unknown := sorted(set(tensors) - known):
+        raise ConfigError(f"{where}: unknown tensor {unknown[0]!r} ({len(unknown)} in all)")
 
 
 def to_tensors(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:

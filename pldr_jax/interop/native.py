@@ -9,10 +9,11 @@ import numpy as np
 
 from pldr_jax.config import ConfigError, ModelConfig
 from pldr_jax.config.load import config_from_dict, load_config
+from pldr_jax.interop.transformers import G_VALUES
 
 _LAYER = "decoder.dec_layers.0"
 _RESIDUAL = f"{_LAYER}.mha1.reslayerAs"
-_WITHOUT_PLGA = ("num_heads", "head_dim", "g_source")
+_PLGA = ".plgatt_layer."
 _FITTING = {True: "'learned'", False: "'identity', or 'external' and Model.g_file"}
 
 
@@ -38,7 +39,9 @@ def sizes(tensors: Mapping[str, np.ndarray], where: object) -> dict[str, Any]:
         "num_layers": _count(r"decoder\.dec_layers\.(\d+)\.", tensors),
         "ffn_dim": shape(f"{_LAYER}.ffn.gluw1.weight", 2)[0],
     }
-    if not any(".plgatt_layer." in name for name in tensors):
+    if not any(_PLGA in name for name in tensors):
+        if G_VALUES in tensors:
+            _, _, _, found["num_heads"], found["head_dim"], _ = shape(G_VALUES, 6)
         return found
     found["num_heads"], found["head_dim"], _ = shape(f"{_LAYER}.mha1.plgatt_layer.Wlst", 3)
     found["num_residual_layers"] = _count(re.escape(_RESIDUAL) + r"\.(\d+)\.", tensors)
@@ -59,16 +62,14 @@ def model_from_tensors(
     Raises:
       ConfigError: no file and no setting says what no shape does; or they contradict the tensors.
     """
-    found = sizes(tensors, where)
-    learned = "num_heads" in found
-    named = {text.partition("=")[0].removeprefix("Model.") for text in overrides}
-    open_fields = ["context_length"] if learned else ["context_length", *_WITHOUT_PLGA]
-    for field in open_fields:
-        if field not in named and not gin_files:
-            raise ConfigError(
-                f"{where}: no tensor says Model.{field}; add --gin.Model.{field}=... or --gin_file"
-            )
-    base = config_from_dict({"Model": {"unroll": False, **found}}, str(where))
+    known = sizes(tensors, where)
+    learned = any(_PLGA in name for name in tensors)
+    if missing := _open_fields(known, learned, gin_files, overrides):
+        raise ConfigError(
+            f"{where}: no tensor says {', '.join(f'Model.{name}' for name in missing)}; add "
+            f"{' '.join(f'--gin.Model.{name}=...' for name in missing)} or --gin_file"
+        )
+    base = config_from_dict({"Model": {"unroll": False, **known}}, str(where))
     model = load_config(gin_files, overrides, base).model
     if learned != (model.g_source == "learned") or model.g_source == "random":
         raise ConfigError(
@@ -76,6 +77,33 @@ def model_from_tensors(
             f"{model.g_source!r} contradicts; set {_FITTING[learned]}"
         )
     return model
+
+
+def _open_fields(
+    known: Mapping[str, Any],
+    learned: bool,
+    gin_files: Sequence[str | Path],
+    overrides: Sequence[str],
+) -> list[str]:
+    """Fields that neither the tensors nor files and settings say: those that keep a default."""
+    fields = {"context_length": (2, 3)}
+    if not learned:
+        fields |= {"num_heads": (1, 2), "head_dim": (2, 4)}
+    fields = {name: values for name, values in fields.items() if name not in known}
+    models = []
+    for i in (0, 1):
+        defaults = {name: values[i] for name, values in fields.items()}
+        base = config_from_dict({"Model": {**known, "g_source": "external", **defaults}})
+        models.append(load_config(gin_files, overrides, base).model)
+    missing = [name for name in fields if getattr(models[0], name) != getattr(models[1], name)]
+    if learned or models[0].g_source != "external":
+        return missing
+    try:  # "external" is what was said, if another default changes nothing
+        base = config_from_dict({"Model": {"g_source": "learned"}})
+        said = load_config(gin_files, overrides, base).model.g_source == "external"
+    except ConfigError:
+        said = False
+    return missing if said else [*missing, "g_source"]
 
 
 def _count(pattern: str, names: Mapping[str, np.ndarray]) -> int:

@@ -1,59 +1,65 @@
-"""What an imported run folder keeps of its source, so that exporting it gives the same files back.
+"""What a run folder keeps of the checkpoint of others that it comes from, in `transformers/`.
 
-Parameters here are float32 and stacked. The record in the folder `transformers/` says what that
-loses: dtypes, the split into files, `decoder.past_G_values` whole, and every other small file.
+Parameters here are float32 and stacked. The record of an import says what that loses: dtypes, the
+split into files, `decoder.past_G_values` whole, and every other small file. So the export is the
+original again. A run that was trained further or frozen keeps the other files alone.
 """
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from pldr_jax.config import ConfigError
-from pldr_jax.interop.config_json import read_json
-from pldr_jax.interop.tensors import INDEX, TensorFiles
-from pldr_jax.interop.transformers import G_STATUS, G_VALUES
+from pldr_jax.files import TOKENIZER, read_regular_file
+from pldr_jax.interop.folder import WEIGHTS, listed_file, other_files, read_json
+from pldr_jax.interop.tensors import INDEX, TensorFiles, read_safetensors
+from pldr_jax.interop.transformers import CONFIG, G_STATUS, G_VALUES
 
-_FOLDER = "transformers"
+_FOLDER, _SOURCE = "transformers", "source"
 _LAYOUT, _G = "layout.json", "past_g_values.safetensors"
-_WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".h5", ".msgpack", ".gguf", ".onnx")
-_LARGEST = 32 << 20
-"""Bytes of another file that is kept."""
+_LEFT_OUT = (INDEX, "README.md", TOKENIZER)
+_DTYPES: dict[str, Any] = {"float16": np.dtype(np.float16), "float64": np.dtype(np.float64)}
+_DTYPES["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """The source of an import.
+    """Where a run folder comes from.
 
     Attributes:
-      name: of its folder or file.
+      name: of the folder or file that was imported; None where its weights were changed since.
       files, metadata: of `TensorFiles`; no files where it was a `.pth`.
       dtypes: of the tensors that are not float32.
       g_tensors: `past_G_values` and its status, where the source had them.
       others: contents of its other files, by their names.
     """
 
-    name: str
-    files: dict[str, list[str]]
-    metadata: dict[str, str]
-    dtypes: dict[str, str]
-    g_tensors: dict[str, np.ndarray]
-    others: dict[str, bytes]
+    name: str | None = None
+    files: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+    dtypes: dict[str, str] = dataclasses.field(default_factory=dict)
+    g_tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    others: dict[str, bytes] = dataclasses.field(default_factory=dict)
 
     def restored(self, tensors: Mapping[str, np.ndarray]) -> TensorFiles | None:
         """Tensors of ours as they were in the source; None if they are not those."""
+        if self.name is None:
+            return None
         restored = dict(tensors)
         for name, kept in self.g_tensors.items():
-            if name in restored and _plane(restored[name]) != _plane(kept):
+            if name in restored and _used(restored[name]) != _used(kept):
                 return None
             restored[name] = kept
         for name, dtype in self.dtypes.items():
             if name not in restored:
                 return None
-            cast = restored[name].astype(_dtype(dtype))
+            cast = restored[name].astype(_DTYPES[dtype])
             if cast.astype(restored[name].dtype).tobytes() != restored[name].tobytes():
                 return None
             restored[name] = cast
@@ -63,18 +69,8 @@ class Record:
         return TensorFiles(restored, self.files, self.metadata)
 
 
-def make_record(source: TensorFiles, path: Path, leave_out: Sequence[str] = ()) -> Record:
-    """The record of a source, a folder or a `.pth`, without the files of some names."""
-    left_out = (INDEX, "README.md", *leave_out)
-    others = {
-        file.name: file.read_bytes()
-        for file in (sorted(path.iterdir()) if path.is_dir() else [])
-        if file.is_file()
-        and file.suffix not in _WEIGHTS
-        and file.name not in left_out
-        and not file.name.startswith(".")
-        and file.stat().st_size <= _LARGEST
-    }
+def make_record(source: TensorFiles, path: Path) -> Record:
+    """The record of a source, a folder or a `.pth`."""
     tensors = source.tensors
     return Record(
         name=path.resolve().name,
@@ -86,7 +82,7 @@ def make_record(source: TensorFiles, path: Path, leave_out: Sequence[str] = ()) 
             if tensor.dtype != np.float32 and name not in (G_VALUES, G_STATUS)
         },
         g_tensors={name: tensors[name] for name in (G_VALUES, G_STATUS) if name in tensors},
-        others=others,
+        others=_others(path) if path.is_dir() else {},
     )
 
 
@@ -102,39 +98,72 @@ def record_files(record: Record) -> dict[str, bytes]:
     files = {f"{_FOLDER}/{_LAYOUT}": (json.dumps(layout, indent=1) + "\n").encode()}
     if record.g_tensors:
         files[f"{_FOLDER}/{_G}"] = save(record.g_tensors)
-    return files | {f"{_FOLDER}/source/{name}": data for name, data in record.others.items()}
+    others = {f"{_FOLDER}/{_SOURCE}/{name}": data for name, data in record.others.items()}
+    return files | others
+
+
+def inherited_files(folder: Path) -> dict[str, bytes]:
+    """What a run that begins with the weights of a checkpoint keeps of it, by paths in the run
+    folder: the files that are no weights, of a folder in the transformers layout or an import.
+    """
+    if (folder / CONFIG).is_file():
+        others = _others(folder)
+    else:
+        record = read_record(folder)
+        others = {} if record is None else record.others
+    return record_files(Record(others=others)) if others else {}
 
 
 def read_record(run_dir: Path) -> Record | None:
-    """The record of an imported run folder; None where there is none."""
+    """The record of a run folder; None where there is none.
+
+    Raises:
+      ConfigError: it is damaged, or names files outside of its folder.
+    """
     folder = run_dir / _FOLDER
     if not (folder / _LAYOUT).is_file():
         return None
     layout = read_json(folder / _LAYOUT)
     try:
+        name, files, metadata, dtypes, others = (
+            layout[key] for key in ("name", "files", "metadata", "dtypes", "others")
+        )
+        known = isinstance(name, str | None) and _maps(metadata, str) and _maps(dtypes, str)
+        known = known and _maps(files, list) and set(dtypes.values()) <= set(_DTYPES)
+        if not known or not isinstance(others, list):
+            raise ValueError("layout.json is not what an import writes")
+        for file in files:
+            if listed_file(folder, file, _LAYOUT).suffix != ".safetensors":
+                raise ValueError(f"{file!r} is no file of weights")
+        for file in others:
+            if listed_file(folder, file, _LAYOUT).suffix in WEIGHTS or file in _LEFT_OUT:
+                raise ValueError(f"{file!r} is none of the other files")
+        kept = {n: listed_file(folder / _SOURCE, n, _LAYOUT) for n in others}
         g_file = folder / _G
         return Record(
-            name=layout["name"],
-            files=layout["files"],
-            metadata=layout["metadata"],
-            dtypes=layout["dtypes"],
-            g_tensors=load(g_file.read_bytes()) if g_file.is_file() else {},
-            others={name: (folder / "source" / name).read_bytes() for name in layout["others"]},
+            name=name,
+            files=files,
+            metadata=metadata,
+            dtypes=dtypes,
+            g_tensors=read_safetensors(g_file)[0] if g_file.is_file() else {},
+            others={n: read_regular_file(file) for n, file in kept.items()},
         )
-    except Exception as error:
+    except (ValueError, KeyError, OSError) as error:  # a ConfigError is a ValueError
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise ConfigError(
-            f"{folder}: is damaged ({error}); remove it to export without it"
+            f"{folder}: is damaged ({reason}); remove it to export without it"
         ) from None
 
 
-def _plane(values: np.ndarray) -> bytes:
+def _others(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in other_files(folder).items() if name not in _LEFT_OUT}
+
+
+def _maps(value: Any, kind: type) -> bool:
+    """Whether this is a dict of strings to values of a kind."""
+    return isinstance(value, dict) and all(isinstance(item, kind) for item in value.values())
+
+
+def _used(values: np.ndarray) -> bytes:
     """The part of a G_LM tensor that the model uses, as float32 bytes; of a status, nothing."""
     return values[:, 2].astype(np.float32).tobytes() if values.ndim > 1 else b""
-
-
-def _dtype(name: str) -> np.dtype:
-    if name == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)

@@ -1,20 +1,17 @@
-"""Files of tensors: safetensors, one or several with an index, and torch's `.pth`."""
+"""Safetensors: one file, or several with an index."""
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pldr_jax.config import ConfigError
-from pldr_jax.interop.config_json import read_json
+from pldr_jax.interop.folder import listed_file, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-STATE = "model_state_dict"
-"""Where a native `.pth` keeps the tensors."""
+_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +36,7 @@ def read_folder(folder: Path) -> TensorFiles:
       ConfigError: a file is missing or cannot be read, or file and index disagree.
     """
     if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
-        tensors, metadata = _read_file(folder / SINGLE)
+        tensors, metadata = read_safetensors(folder / SINGLE)
         return TensorFiles(tensors, {SINGLE: list(tensors)}, metadata)
     where = folder / INDEX
     named = read_json(where).get("weight_map")
@@ -47,12 +44,11 @@ def read_folder(folder: Path) -> TensorFiles:
         raise ConfigError(f"{where}: has no weight_map")
     files: dict[str, list[str]] = {}
     for name, file in named.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise ConfigError(f"{where}: {name!r} is in {file!r}: must be a file of the folder")
+        listed_file(folder, file, f"{where}: {name!r}")
         files.setdefault(file, []).append(name)
     tensors = {}
     for file, names in files.items():
-        found, metadata = _read_file(folder / file)
+        found, metadata = read_safetensors(folder / file)
         for name in names:
             if name not in found:
                 raise ConfigError(f"{folder / file}: the tensor {name!r} of the index is missing")
@@ -63,16 +59,30 @@ def read_folder(folder: Path) -> TensorFiles:
     return TensorFiles(tensors, files, metadata)
 
 
-def _read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Tensors and metadata of one file.
+
+    Raises:
+      ConfigError: there is none, it cannot be read, or has a dtype that NumPy lacks.
+    """
     from safetensors import safe_open
 
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
     try:
         with safe_open(path, framework="np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}
+            tensors = {
+                name: file.get_tensor(name) for name, dtype in dtypes.items() if dtype in _DTYPES
+            }
+            metadata = file.metadata() or {}
     except Exception as error:
-        raise ConfigError(f"{path}: cannot be read, it may be truncated ({error})") from error
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{path}: cannot be read, it may be truncated ({reason})") from None
+    for name, dtype in dtypes.items():
+        if name not in tensors:
+            raise ConfigError(f"{path}: {name!r} is {dtype}; make it bfloat16 or float32")
+    return tensors, metadata
 
 
 def write_folder(folder: Path, content: TensorFiles) -> None:
@@ -88,43 +98,3 @@ def write_folder(folder: Path, content: TensorFiles) -> None:
     placed = {name: file for file, names in content.files.items() for name in names}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def read_pth(path: Path) -> dict[str, np.ndarray]:
-    """The `model_state_dict` of a native `.pth`. Nothing that is pickled in it is executed.
-
-    Raises:
-      ConfigError: torch is not installed, or the file holds more than tensors and plain values, or
-        no such dict.
-    """
-    try:
-        import torch
-    except ImportError:
-        raise ConfigError(
-            f"{path}: is read with torch, which is not installed; pip install 'pldr_jax[torch]'"
-        ) from None
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file")
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise ConfigError(
-            f"{path}: cannot be read as weights alone, it is damaged or would run code ({reason})"
-        ) from None
-    state = stored.get(STATE) if isinstance(stored, Mapping) else None
-    if not isinstance(state, Mapping):
-        raise ConfigError(f"{path}: holds no {STATE!r}; give the .pth of a PLDR-LLM release")
-    for name, tensor in state.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise ConfigError(f"{path}: {name!r} is a {type(tensor).__name__}, not a tensor")
-    return {str(name): _to_numpy(torch, tensor) for name, tensor in state.items()}
-
-
-def _to_numpy(torch: Any, tensor: Any) -> np.ndarray:
-    import ml_dtypes
-
-    tensor = tensor.detach().contiguous()
-    if tensor.dtype == torch.bfloat16:  # NumPy has no such dtype of its own
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pldr_jax.config import ConfigError, ModelConfig
-from pldr_jax.interop.config_json import model_from_json, read_json
+from pldr_jax.interop.config_json import model_from_json
+from pldr_jax.interop.folder import read_json
 from pldr_jax.interop.names import as_float32, from_tensors, to_tensors
 from pldr_jax.interop.tensors import TensorFiles, read_folder
 from pldr_jax.model.decoder import Params

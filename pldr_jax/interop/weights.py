@@ -10,7 +10,11 @@ from pldr_jax.config import ConfigError, ExperimentConfig
 from pldr_jax.config.load import config_from_dict
 from pldr_jax.data.mixture import TrainingText, open_training_text
 from pldr_jax.data.text.tokenizer import Tokenizer
-from pldr_jax.files import TOKENIZER
+from pldr_jax.files import TOKENIZER, user_path
+from pldr_jax.interop.config_json import end_ids
+from pldr_jax.interop.folder import parse_json, read_json
+from pldr_jax.interop.pth import refuse_distributed
+from pldr_jax.interop.record import read_record
 from pldr_jax.interop.transformers import CONFIG, open_transformers
 from pldr_jax.model.decoder import Params
 from pldr_jax.runs.checkpoint import read_weights
@@ -27,6 +31,7 @@ class Checkpoint:
       params: float32, stacked over layers.
       g_lm: predefined G_LM [L,1,N,H,J]; None where it is learned or the identity.
       tokenizer: None where the folder has none.
+      end_ids: tokens that end a text: the tokenizer's end piece, or what `config.json` says.
     """
 
     folder: Path
@@ -35,6 +40,7 @@ class Checkpoint:
     params: Params
     g_lm: jax.Array | None
     tokenizer: Tokenizer | None
+    end_ids: tuple[int, ...] = ()
 
 
 def open_checkpoint(path: str | Path, step: int | None = None, flag: str = "") -> Checkpoint:
@@ -48,19 +54,33 @@ def open_checkpoint(path: str | Path, step: int | None = None, flag: str = "") -
     Raises:
       ConfigError, CheckpointError: one line, saying what the folder lacks.
     """
-    folder = Path(path)
+    folder = user_path(path, flag or "path")
     if not folder.is_dir():
         name = f"{flag}={path}" if flag else repr(str(path))
         raise ConfigError(f"{name}: no such folder; give a run folder, or one with {CONFIG}")
-    path_of_tokenizer = folder / TOKENIZER
-    tokenizer = Tokenizer.load(path_of_tokenizer) if path_of_tokenizer.is_file() else None
+    refuse_distributed(folder)
+    has_tokenizer = (folder / TOKENIZER).is_file()
+    tokenizer = Tokenizer.load(folder / TOKENIZER) if has_tokenizer else None
+    ends = _end_ids(folder, tokenizer)
     if (folder / CONFIG).is_file():
         opened = open_transformers(folder)
         config = ExperimentConfig(model=opened.config)
-        return Checkpoint(folder, None, config, opened.params, opened.g_lm, tokenizer)
+        return Checkpoint(folder, None, config, opened.params, opened.g_lm, tokenizer, ends)
     weights = read_weights(folder, step)
     config = config_from_dict(weights.config_dict, str(folder))
-    return Checkpoint(folder, weights.step, config, weights.params, weights.g_lm, tokenizer)
+    return Checkpoint(folder, weights.step, config, weights.params, weights.g_lm, tokenizer, ends)
+
+
+def _end_ids(folder: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    if tokenizer is not None:
+        return (tokenizer.eos_id,) if tokenizer.eos_id >= 0 else ()
+    try:
+        if (folder / CONFIG).is_file():
+            return end_ids(read_json(folder / CONFIG))
+        record = read_record(folder)
+        return end_ids(parse_json(record.others[CONFIG], folder)) if record else ()
+    except (ConfigError, KeyError):  # said where it matters: a record is not needed to decode
+        return ()
 
 
 def held_out_text(

@@ -243,10 +243,13 @@ class Tokenizer:
 
     @functools.cached_property
     def is_exact(self) -> bool:
-        """True if white space is kept and bytes can be spelled, as in tokenizers trained here."""
+        """True if white space is kept, none is put in front and bytes can be spelled, as in
+        tokenizers trained here.
+        """
         processor, probe = self._processor, "  a \n b "
         spells_bytes = all(processor.is_byte(i) for i in self._space_mark_ids)
-        return spells_bytes and processor.decode(processor.encode(probe)) == probe
+        as_it_is = not processor.encode("a", out_type=str)[0].startswith(_SPACE_MARK)
+        return spells_bytes and as_it_is and processor.decode(processor.encode(probe)) == probe
 
 
 def _training_problem(message: str, vocab_size: int) -> str:
