@@ -44,11 +44,11 @@ def listed_file(folder: Path, name: object, where: object) -> Path:
       ConfigError: the name, or the link, leads elsewhere.
     """
     try:
-        return file_in(folder, name)
-    except ValueError as error:
+        return file_in(folder, name, str(where))
+    except ConfigError as error:
         if isinstance(name, str) and "/" not in name and _is_hub_link(folder / name):
             return folder / name
-        raise ConfigError(f"{where}: {error}; it must be a file of the folder") from None
+        raise ConfigError(f"{error}; it must be a file of the folder") from None
 
 
 def other_files(folder: Path) -> dict[str, bytes]:
