@@ -22,10 +22,11 @@ from pldr_jax.config import (
     TrainingConfig,
 )
 from pldr_jax.config.load import load_config
+from pldr_jax.data.pipeline import ValidationRows
 from pldr_jax.model.decoder import Params, forward
 from pldr_jax.partition import batch_sharding, build_mesh
 from pldr_jax.training.causal import forward_neighbour, prefix_lengths, scored_share
-from pldr_jax.training.evaluate import Evaluator
+from pldr_jax.training.evaluate import Evaluator, Scores
 from pldr_jax.training.losses import PAD_ID, TokenLoss
 from pldr_jax.training.rows import targets_of
 from pldr_jax.training.step import abstract_state, accumulated_gradients, loss_fn, train_step
@@ -234,10 +235,16 @@ def test_a_neighbours_g_lm(params: Params) -> None:
 def test_evaluation_of_the_second_half(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the G_LM of the first half of each row, and of all of it."""
     mesh, zero = one_device_mesh(MeshConfig()), TokenLoss(*(np.zeros(()),) * 3)
-    evaluator = Evaluator(MODEL, mesh, TOKENS, TOKENS[:1], ROWS, 2.5, prefix_g=True)
+    config = ExperimentConfig(
+        model=MODEL,
+        data=DataConfig(batch_size=ROWS),
+        training=TrainingConfig(eval_prefix_g=True),
+    )
+    evaluator = Evaluator(config, mesh, ValidationRows(TOKENS, TOKENS[:1]), 2.5)
     # What is always evaluated is the matter of test_evaluate.py, and slow to compile.
     monkeypatch.setattr(evaluator, "_calibrate", lambda *_: None)
-    monkeypatch.setattr(evaluator, "_score", lambda *_: (zero, zero, {}, {}, None))
+    scores = Scores({"own": zero, "frozen": zero}, {}, {}, np.zeros(()), np.zeros(()))
+    monkeypatch.setattr(evaluator, "_score", lambda *_: (scores, None))
     with jax.set_mesh(mesh):
         metrics = evaluator(params)
     inputs = TOKENS[:, :-1]

@@ -10,10 +10,19 @@ import numpy as np
 import pytest
 from helpers import one_device_mesh
 
-from pldr_jax.config import MeshConfig, ModelConfig
+from pldr_jax.config import (
+    DataConfig,
+    ExperimentConfig,
+    LossConfig,
+    MeshConfig,
+    ModelConfig,
+    TrainingConfig,
+)
+from pldr_jax.data.pipeline import ValidationRows
 from pldr_jax.model.decoder import Params, forward, init_params
 from pldr_jax.partition import build_mesh
-from pldr_jax.training.evaluate import DeductiveStatistics, Evaluator
+from pldr_jax.training.evaluate import Evaluator
+from pldr_jax.training.order_parameter import DeductiveStatistics, pair_sums
 
 CONFIG = ModelConfig(
     vocab_size=40, num_layers=2, num_heads=2, head_dim=8, num_residual_layers=1, context_length=12
@@ -42,9 +51,23 @@ def params() -> Params:
     return initial
 
 
-def evaluate(params: Params, batch_size: int, rows: np.ndarray = ROWS, config=CONFIG, mesh=None):
+def evaluate(
+    params: Params,
+    batch_size: int,
+    rows: np.ndarray = ROWS,
+    config=CONFIG,
+    mesh=None,
+    n_micro: int = 1,
+    chunk: int = 0,
+) -> dict[str, float]:
     mesh = mesh or one_device_mesh(MeshConfig())
-    evaluator = Evaluator(config, mesh, rows, CALIBRATION, batch_size, bytes_per_token=2.5)
+    experiment = ExperimentConfig(
+        model=config,
+        data=DataConfig(batch_size=batch_size),
+        loss=LossConfig(chunk=chunk),
+        training=TrainingConfig(grad_accumulation=n_micro),
+    )
+    evaluator = Evaluator(experiment, mesh, ValidationRows(rows, CALIBRATION), bytes_per_token=2.5)
     with jax.set_mesh(mesh):
         return evaluator(params)
 
@@ -161,3 +184,47 @@ def test_the_same_on_eight_devices(params) -> None:
     assert set(one) == set(eight)
     for name, value in one.items():
         assert eight[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+
+
+def test_microbatches_and_chunks_change_no_number(params) -> None:
+    whole = evaluate(params, 4)
+    for n_micro, chunk in ((4, 0), (2, 5)):
+        parts = evaluate(params, 4, n_micro=n_micro, chunk=chunk)
+        assert set(parts) == set(whole)
+        for name, value in whole.items():
+            # Powers of A amplify the rounding of another batch size.
+            assert parts[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("segments", [1, 3])
+def test_sums_on_the_device_are_those_of_the_chain(segments: int) -> None:
+    """Of sequences that count, however they lie in rows and microbatches."""
+    rng = np.random.default_rng(4)
+    x = rng.normal(0.3, 2.0, (2, 8 * segments, 3, 4, 4)).astype(np.float32)
+    per_row = rng.integers(1, segments + 1, 8)
+    per_row[6:] = 0  # rows that do not count
+    counted_BK = np.arange(segments) < per_row[:, None]
+    expected, actual = DeductiveStatistics(), DeductiveStatistics()
+    expected.add(x[:, np.flatnonzero(counted_BK)])
+    last, exists = np.full((2, 3, 4, 4), np.nan, np.float32), np.zeros((), bool)
+    for start in range(0, 8, 2):
+        counted = counted_BK[start : start + 2]
+        x_LBNHJ = x[:, start * segments : (start + 2) * segments]
+        sums_L3, pairs, last = jax.jit(pair_sums)(x_LBNHJ, counted, last, exists)
+        exists = exists | counted.any()
+        actual.add_sums(np.asarray(sums_L3), int(counted.sum()), int(pairs), 3 * 4 * 4)
+    assert actual.results("A") == pytest.approx(expected.results("A"), rel=1e-5)
+    assert actual.spread(1).rmse == pytest.approx(expected.spread(1).rmse, rel=1e-5)
+
+
+def test_what_leaves_the_device_is_small(params, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing as large as the deductive outputs or the logits of a microbatch."""
+    sizes, get = [], jax.device_get
+
+    def record(tree):
+        sizes.extend(leaf.size for leaf in jax.tree.leaves(tree))
+        return get(tree)
+
+    monkeypatch.setattr(jax, "device_get", record)
+    evaluate(params, 4)
+    assert sizes and max(sizes) <= 3 * CONFIG.num_layers

@@ -36,7 +36,7 @@ from pldr_jax.runs.checkpoint import read_weights
 from pldr_jax.runs.folder import write_run
 from pldr_jax.training import loop
 from pldr_jax.training.freeze.calibrate import without_plga
-from pldr_jax.training.initial import state_from
+from pldr_jax.training.start import first_state
 
 FIELDS = {**QUICK, "Training.steps": 1, "Optimizer.warmup_steps": 1, "Optimizer.decay_steps": 4}
 """One step, whose learning rate is 0: the weights are still those that it began with."""
@@ -123,7 +123,7 @@ def test_from_the_transformers_layout_with_its_g_lm(
     assert initial is not None
     weights = read_weights(run_dir)
     with jax.set_mesh(one_device_mesh(config.mesh)):
-        state = state_from(config, one_device_mesh(config.mesh), initial)
+        state = first_state(config, one_device_mesh(config.mesh), initial)
     assert_same_bits((state.params, state.g_lm), (weights.params, weights.g_lm))
     assert int(state.step) == 0
 

@@ -30,7 +30,7 @@ from pldr_jax.interop.names import to_tensors
 from pldr_jax.interop.reference import reference_logits, reference_outputs
 from pldr_jax.model.decoder import init_params
 from pldr_jax.model.deductive import read_g_lm
-from pldr_jax.training.evaluate import DeductiveStatistics, Spread
+from pldr_jax.training.order_parameter import DeductiveStatistics, Spread
 
 NEW = 8
 COMPARED = ("runs", "cached", "samples")

@@ -204,12 +204,11 @@ def test_crash_between_checkpoints_repeats_nothing(
 ) -> None:
     """The evaluation and the sample of step 4 were written, its state was not."""
 
-    def on_batch(n: int) -> None:
-        if n == 6:
-            raise OSError("crash")
+    def crash(*_: Any) -> bool:
+        raise OSError("crash")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="crash"):
-        record_batches(patch, on_batch)
+        patch.setattr(loop.Trainer, "_is_best", crash)
         train_here(tiny_config(source), tmp_path)
     assert stored(tmp_path)[2] == 3 and rows_of(tmp_path)[-1]["step"] == 4
     assert "--- step 4\n" in (tmp_path / "samples.txt").read_text()

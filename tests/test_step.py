@@ -120,22 +120,22 @@ def test_health_counts_and_notes(tmp_path: Path) -> None:
     config = TrainingConfig(skip_nonfinite=True, max_nonfinite=2, spike_nats=0.5)
     health = Health(tmp_path, config)
     for step in range(FEWEST):
-        assert health.look(step, {"train/loss": 2.0 + 0.01 * (step % 2)}, step) == []
-    assert health.look(20, {"train/loss": 2.4}, 20) == [] and health.spikes == 0
-    health.look(21, {"train/loss": 2.7}, 21)
+        assert health.check(step, {"train/loss": 2.0 + 0.01 * (step % 2)}, step) == []
+    assert health.check(20, {"train/loss": 2.4}, 20) == [] and health.spikes == 0
+    health.check(21, {"train/loss": 2.7}, 21)
     assert health.spikes == 1
     bad = {"train/loss": float("nan"), "train/grad_norm": float("inf")}
-    assert health.look(22, bad, 122) == ["train/loss", "train/grad_norm"] and not health.stops
+    assert health.check(22, bad, 122) == ["train/loss", "train/grad_norm"] and not health.stops
     other = Health(tmp_path, config)
     other.state = json.loads(json.dumps(health.state))
-    other.look(23, bad, 123)
+    other.check(23, bad, 123)
     assert other.stops and other.metrics() == {"train/nonfinite": 2, "train/spikes": 1}
     noted = [json.loads(line) for line in (tmp_path / "nonfinite.jsonl").read_text().splitlines()]
     assert [(row["step"], row["batch"]) for row in noted] == [(22, 122), (23, 123)]
-    health.look(23, {"train/loss": 2.0}, 123)
+    health.check(23, {"train/loss": 2.0}, 123)
     assert health.in_a_row == 0
     strict = Health(tmp_path, TrainingConfig())
-    strict.look(1, bad, 0)
+    strict.check(1, bad, 0)
     assert strict.stops
 
 

@@ -16,7 +16,7 @@ from pldr_jax.analysis.statistics import RunningStatistics
 from pldr_jax.api import LanguageModel
 from pldr_jax.model.spectra import RANK_TOLERANCE, numerical_rank, singular_values
 from pldr_jax.plots import COLORS, OUTPUT_COLORS, new_figure
-from pldr_jax.training.evaluate import DeductiveStatistics
+from pldr_jax.training.order_parameter import DeductiveStatistics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pldr_jax.config import ConfigError, ExperimentConfig
+from pldr_jax.config import HOW_COMPUTED, ConfigError, ExperimentConfig
 from pldr_jax.config.load import config_from_dict, load_config
 from pldr_jax.files import TOKENIZER
 
 if TYPE_CHECKING:
-    from pldr_jax.training.initial import InitialWeights
+    from pldr_jax.training.step import InitialWeights
 
 
 def start_from(
@@ -42,12 +42,19 @@ def start_from(
 
     from pldr_jax.interop.weights import open_checkpoint
     from pldr_jax.model.shapes import count_params
-    from pldr_jax.training.initial import InitialWeights, check_same_model
+    from pldr_jax.runs.folder import check_same_model
+    from pldr_jax.training.step import InitialWeights
 
     opened = open_checkpoint(init_from, flag="--init_from")
     base = dataclasses.replace(ExperimentConfig(), model=opened.config.model)
     config = load_config(gin_files, overrides, base)
-    check_same_model(str(init_from), opened.config, config)
+    check_same_model(
+        f"--init_from={init_from}: is",
+        opened.config,
+        config,
+        "leave out what the checkpoint says, or take another one",
+        ("context_length", *HOW_COMPUTED),  # no weight depends on them
+    )
     config = _checked_tokenizer(config, opened.folder)
     layout = "transformers layout" if opened.step is None else f"step {opened.step}"
     print(

@@ -72,7 +72,8 @@ class Checkpointer:
     def __init__(
         self, run_dir: str | Path, config: CheckpointConfig, log: Log = _to_stderr
     ) -> None:
-        self.folder = Path(run_dir) / "checkpoints"
+        self.run_dir = Path(run_dir)
+        self.folder = self.run_dir / "checkpoints"
         self._config = config
         self._log = log
         self._manager: ocp.CheckpointManager | None = None  # from the first save on

@@ -1,15 +1,111 @@
-"""A run folder made of weights alone."""
+"""What a run folder holds besides checkpoints and metrics, and run folders made of weights alone."""
 
-from collections.abc import Mapping
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from pldr_jax.config import CheckpointConfig
-from pldr_jax.files import new_folder
+from pldr_jax.config import HOW_COMPUTED, CheckpointConfig, ConfigError, ExperimentConfig
+from pldr_jax.config.load import describe_differences, dump_config
+from pldr_jax.files import new_folder, write_whole
 from pldr_jax.model.decoder import Params
 from pldr_jax.runs.checkpoint import Checkpointer
+from pldr_jax.terminal import print_line
+
+SAMPLES = "samples.txt"
+TOKENIZER = "tokenizer.model"
+
+
+def check_same_model(
+    where: str,
+    saved: ExperimentConfig,
+    config: ExperimentConfig,
+    remedy: str,
+    may_differ: Sequence[str] = HOW_COMPUTED,
+) -> None:
+    """Refuses weights of another model.
+
+    Args:
+      where: the weights, for the message.
+      saved: their config.
+      config: of the run that is to use them.
+      may_differ: fields of `ModelConfig` that change nothing here.
+
+    Raises:
+      ConfigError: names the fields.
+    """
+    same = {name: getattr(config.model, name) for name in may_differ}
+    before = ExperimentConfig(model=dataclasses.replace(saved.model, **same))
+    if changed := describe_differences(before, ExperimentConfig(model=config.model), ["Model"]):
+        raise ConfigError(f"{where} another model ({'; '.join(changed)}); {remedy}")
+
+
+def check_same_run(
+    run_dir: Path, saved: ExperimentConfig | None, config: ExperimentConfig, tokenizer: bytes
+) -> None:
+    """Refuses to continue a run with another model, packing or tokenizer; other differences are
+    printed.
+
+    Args:
+      saved: the config it had; None where no checkpoint says it.
+      tokenizer: the model that the text gives now.
+
+    Raises:
+      ConfigError: names the fields.
+    """
+    if saved is not None:
+        remedy = "take the old values or another --run_dir"
+        check_same_model(f"{run_dir}: holds", saved, config, remedy)
+        packed = config.data.packing == "packed"
+        for name in ("packing", "max_segments") if packed else ("packing",):
+            if getattr(saved.data, name) != getattr(config.data, name):
+                config.data.fail(
+                    name,
+                    f"the run in {run_dir} has {getattr(saved.data, name)!r}; take that, or "
+                    "another --run_dir",
+                )
+        for difference in describe_differences(saved, config):
+            print_line(f"note: continuing with {difference}")
+    path = run_dir / TOKENIZER
+    if path.is_file() and path.read_bytes() != tokenizer:
+        raise ConfigError(
+            f"{run_dir}: has another tokenizer than the text of Data.source gives now; "
+            f"set Data.tokenizer = {str(path)!r}, or take another --run_dir"
+        )
+
+
+def write_run_files(
+    run_dir: Path, config: ExperimentConfig, model_bytes: bytes, start: int
+) -> None:
+    """Writes config and tokenizer, and drops samples of steps after `start`."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_whole(run_dir / "config.gin", dump_config(config).encode())
+        write_whole(run_dir / TOKENIZER, model_bytes)
+        samples = run_dir / SAMPLES
+        if samples.exists():
+            write_whole(samples, _samples_until(samples.read_bytes(), start))
+    except OSError as error:
+        raise ConfigError(
+            f"--run_dir={run_dir}: cannot be written to ({error.strerror}); name another folder"
+        ) from None
+
+
+def append_sample(run_dir: Path, step: int, sample: str) -> None:
+    """Adds the sample of an evaluation."""
+    with (run_dir / SAMPLES).open("ab") as file:
+        file.write(f"--- step {step}\n{sample}\n".encode())
+
+
+def _samples_until(samples: bytes, last_step: int) -> bytes:
+    """The samples up to `last_step`: the steps after it are trained, and sampled, again."""
+    for header in re.finditer(rb"^--- step (\d+)$", samples, re.MULTILINE):
+        if int(header[1]) > last_step:
+            return samples[: header.start()]
+    return samples
 
 
 def fill_run(

@@ -7,236 +7,216 @@ how far the deductive outputs of two sequences are apart (the order parameter of
 A third can be asked for: the loss of the second half of each row with the G_LM of its first half
 (`loss_prefix_g`, and `prefix_gap`, that minus the loss of the second half with the G_LM of it all).
 That is what a prompt as long gives its continuation.
+
+Memory is that of a microbatch, whatever the number of rows: logits are made in the chunks of
+training, and deductive outputs are reduced to sums on the device.
 """
 
-import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pldr_jax.config import ModelConfig
+from pldr_jax.config import ExperimentConfig
+from pldr_jax.data.pipeline import ValidationRows
 from pldr_jax.model.decoder import Params
+from pldr_jax.model.deductive import g_lm_shape
 from pldr_jax.partition import batch_sharding
 from pldr_jax.training.causal import half_lengths
-from pldr_jax.training.losses import TokenLoss, dag_losses, token_loss
+from pldr_jax.training.losses import TokenLoss, dag_losses
+from pldr_jax.training.order_parameter import DeductiveStatistics, pair_sums
 from pldr_jax.training.rows import RowOutputs, forward_rows
+from pldr_jax.training.vocabulary_loss import batch_loss
+
+_NAMES = ("A", "A_LM", "A_P", "G_LM")
 
 
-@dataclasses.dataclass(frozen=True)
-class Spread:
-    """How a deductive output differs between sequences.
+class Carry(NamedTuple):
+    """The last sequence counted before a microbatch, which makes a pair with the first one in it.
 
     Attributes:
-      mean, std: over all entries of all sequences.
-      rmse: between the two sequences of each pair.
+      last: x [L,N,H,J] of each deductive output.
+      exists: whether there was one.
     """
 
-    mean: float
-    std: float
-    rmse: float
-
-    @property
-    def order_parameter(self) -> float:
-        """The RMSE over the magnitude of the mean (arXiv 2603.23539)."""
-        return self.rmse / abs(self.mean) if self.mean else math.inf
-
-    @property
-    def rmse_over_std(self) -> float:
-        """The same over the standard deviation, which also holds where the mean is near zero."""
-        return self.rmse / self.std if self.std else 0.0
+    last: dict[str, jax.Array]
+    exists: jax.Array
 
 
-class DeductiveStatistics:
-    """Running sums of a deductive output over sequences, by layer, in float64 on the host: memory
-    does not grow with rows.
+class Scores(NamedTuple):
+    """What a microbatch comes to; all small.
+
+    Attributes:
+      tokens: with the G_LM of each row ("own") and with the frozen one ("frozen").
+      dag: mean DAG losses of the counted sequences.
+      sums: of each deductive output, `pair_sums`.
+      sequences, pairs: how many were counted.
     """
 
-    def __init__(self) -> None:
-        self._last: np.ndarray | None = None
-        self._sums_L3: np.ndarray = np.zeros(())
-        self._pairs, self._entries = 0, 0
-
-    def add(self, x_LBNHJ: np.ndarray) -> None:
-        """Adds the sequences of one batch; each makes a pair with the next one, also across
-        batches.
-        """
-        x_LBNHJ = np.asarray(x_LBNHJ, np.float64)
-        before = [] if self._last is None else [self._last]
-        chain = np.concatenate([*before, x_LBNHJ], axis=1)
-        self._last = x_LBNHJ[:, -1:]
-        self._add(x_LBNHJ, np.diff(chain, axis=1))
-
-    def add_pairs(self, x_LBNHJ: np.ndarray, y_LBNHJ: np.ndarray) -> None:
-        """Adds pairs of sequences, x and y of each row."""
-        x, y = np.asarray(x_LBNHJ, np.float64), np.asarray(y_LBNHJ, np.float64)
-        self._add(np.concatenate([x, y], axis=1), x - y)
-
-    def _add(self, x_LBNHJ: np.ndarray, differences_LBNHJ: np.ndarray) -> None:
-        axes = (1, 2, 3, 4)
-        sums = (
-            x_LBNHJ.sum(axes),
-            np.square(x_LBNHJ).sum(axes),
-            np.square(differences_LBNHJ).sum(axes),
-        )
-        self._sums_L3 = self._sums_L3 + np.stack(sums, axis=-1)
-        self._entries += x_LBNHJ[0].size
-        self._pairs += differences_LBNHJ[0].size
-
-    def spread(self, layer: int | None = None) -> Spread:
-        """Of one layer, or of all together."""
-        layers = len(self._sums_L3) if layer is None else 1
-        sums = self._sums_L3.sum(0) if layer is None else self._sums_L3[layer]
-        entries, pairs = self._entries * layers, max(self._pairs * layers, 1)
-        mean = float(sums[0]) / entries
-        variance = float(sums[1]) / entries - mean * mean
-        return Spread(mean, math.sqrt(max(variance, 0.0)), math.sqrt(float(sums[2]) / pairs))
-
-    def results(self, name: str) -> dict[str, float]:
-        """`order_parameter`, `rmse` and `rmse_over_std` of all layers."""
-        spread = self.spread()
-        return {
-            f"eval/order_parameter/{name}": spread.order_parameter,
-            f"eval/rmse/{name}": spread.rmse,
-            f"eval/rmse_over_std/{name}": spread.rmse_over_std,
-        }
+    tokens: dict[str, TokenLoss]
+    dag: dict[str, jax.Array]
+    sums: dict[str, jax.Array]
+    sequences: jax.Array
+    pairs: jax.Array
 
 
 class Evaluator:
     """Evaluates parameters on fixed held-out rows.
 
+    A "sequence" of the statistics is a row, or a segment of one. As many rows are counted in them
+    as make whole batches.
+
     Args:
-      config: of the model.
+      config: of the run; the held-out rows have its packing.
       mesh: the rows' batch axis is split over it.
-      rows_RC: int32 [R, C] held-out rows that are scored.
-      calibration_RC: int32 [K, C] other held-out rows; G_LM is frozen from the first.
-      batch_size: rows in one call.
+      held_out: rows that are scored, and calibration rows; G_LM is frozen from the first of these.
       bytes_per_token: of the held-out text, for bits per byte.
-      max_segments: of the rows, which have the packing that is trained on. The loss is over their
-        targets; a "sequence" of the statistics is a row, or a segment of one, and G_LM is frozen
-        from the first.
-      prefix_g: also evaluate the second half of each row with the G_LM of its first.
     """
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: ExperimentConfig,
         mesh: Mesh,
-        rows_RC: np.ndarray,
-        calibration_RC: np.ndarray,
-        batch_size: int,
+        held_out: ValidationRows,
         bytes_per_token: float,
-        max_segments: int = 1,
-        prefix_g: bool = False,
     ) -> None:
-        self._config, self._max_segments = config, max_segments
-        self._prefix_g = prefix_g and config.g_source == "learned"
-        self._batch_size = min(batch_size, len(rows_RC))
-        self._rows = rows_RC
-        self._calibration = calibration_RC[:1]
-        self._bytes_per_token = bytes_per_token
-        self._rows_sharding = batch_sharding(mesh, (self._batch_size, *rows_RC.shape[1:]))
+        self._config, self._rows, self._bytes_per_token = config, held_out.rows_BC, bytes_per_token
+        self._learned = config.model.g_source == "learned"
+        self._prefix_g = config.training.eval_prefix_g and self._learned
+        self._calibration = held_out.calibration_BC[:1]
+        self._batch_size = min(config.data.batch_size, len(self._rows))
+        at_once = config.data.batch_size // config.training.grad_accumulation
+        self._at_once = min(at_once, self._batch_size)
+        self._sharding = batch_sharding(mesh, (self._at_once, *self._rows.shape[1:]))
         # Whole on every device, so that each process can read all of it.
-        whole = NamedSharding(mesh, PartitionSpec())
+        self._whole = whole = NamedSharding(mesh, PartitionSpec())
         self._score: Callable[..., Any] = jax.jit(self._score_rows, out_shardings=whole)
         self._score_halves: Callable[..., Any] = jax.jit(self._second_halves, out_shardings=whole)
         self._calibrate: Callable[..., Any] = jax.jit(self._calibrated_g_lm, out_shardings=whole)
 
+    def __call__(self, params: Params, g_lm: jax.Array | None = None) -> dict[str, float]:
+        """The metrics, named `eval/...`. With a predefined G_LM nothing can leak: no gap, no order
+        parameter.
+        """
+        frozen = self._calibrate(params, self._calibration) if self._learned else None
+        shape = g_lm_shape(self._config.model)
+        zero = np.zeros((shape[0], *shape[2:]), np.float32)
+        nothing = (dict.fromkeys(_NAMES, zero) if self._learned else {}, np.zeros((), bool))
+        carry = Carry(*jax.device_put(nothing, self._whole))
+        scores, halves = [], []
+        for rows, counted_B in self._microbatches():
+            score, carry = self._score(params, rows, counted_B, g_lm, frozen, carry)
+            scores.append(score)
+            if self._prefix_g:
+                halves.append(self._score_halves(params, rows))
+        metrics = self._summary(jax.device_get(scores))
+        if halves:
+            before, whole = (_mean(part) for part in zip(*halves, strict=True))
+            metrics |= {"eval/loss_prefix_g": before, "eval/prefix_gap": before - whole}
+        return metrics
+
+    def _microbatches(self) -> Iterator[tuple[jax.Array, np.ndarray]]:
+        """Rows, laid out on the mesh, and which of them are counted in the statistics. A short last
+        microbatch is filled up with padding, whose targets do not count.
+        """
+        counted = len(self._rows) // self._batch_size * self._batch_size
+        for start in range(0, len(self._rows), self._at_once):
+            rows = self._rows[start : start + self._at_once]
+            padded = np.zeros((self._at_once, *rows.shape[1:]), np.int32)
+            padded[: len(rows)] = rows
+            counted_B = np.arange(start, start + self._at_once) < counted
+            yield jax.device_put(padded, self._sharding), counted_B
+
     def _score_rows(
-        self, params: Params, rows_BC: jax.Array, g_lm: jax.Array | None, frozen: jax.Array | None
-    ) -> tuple[TokenLoss, TokenLoss | None, Any, Any, jax.Array | None]:
-        own, targets_BT, real_B = self._forward(params, rows_BC, g_lm)
-        scored = token_loss(own.logits, targets_BT)
+        self,
+        params: Params,
+        rows_BC: jax.Array,
+        counted_B: jax.Array,
+        g_lm: jax.Array | None,
+        frozen: jax.Array | None,
+        carry: Carry,
+    ) -> tuple[Scores, Carry]:
+        own = self._forward(params, rows_BC, g_lm)
+        tokens = {"own": self._loss(params, own)}
         if frozen is None:
-            return scored, None, {}, {}, None
-        other = token_loss(self._forward(params, rows_BC, frozen).outputs.logits, targets_BT)
-        tensors = dict(own.deductive.items())
-        return scored, other, dag_losses(own.deductive, real_B), tensors, real_B
+            none = jnp.zeros((), jnp.int32)
+            return Scores(tokens, {}, {}, none, none), carry
+        tokens["frozen"] = self._loss(params, self._forward(params, rows_BC, frozen))
+        deductive = own.outputs.deductive
+        counted_BK = jnp.broadcast_to(
+            counted_B[:, None], (len(counted_B), self._config.data.segments_per_row)
+        )
+        if own.real_B is not None:
+            counted_BK &= own.real_B.reshape(counted_BK.shape)
+        sums, last, pairs = {}, {}, jnp.zeros((), jnp.int32)
+        for name, x_LBNHJ in deductive.items():
+            sums[name], pairs, last[name] = pair_sums(
+                x_LBNHJ, counted_BK, carry.last[name], carry.exists
+            )
+        dag = dag_losses(deductive, counted_BK.reshape(-1))
+        score = Scores(tokens, dag, sums, counted_BK.sum(), pairs)
+        return score, Carry(last, carry.exists | counted_BK.any())
 
     def _second_halves(self, params: Params, rows_BC: jax.Array) -> tuple[TokenLoss, TokenLoss]:
         """Of the targets that the first half of the row does not hold: the loss with the G_LM of
         that half, and with that of the whole row.
         """
         half_B = half_lengths(rows_BC)
-        before = forward_rows(self._config, params, rows_BC, g_length_B=half_B)
-        whole = self._forward(params, rows_BC, None).outputs
-        return (
-            token_loss(before.outputs.logits, before.targets_BT),
-            token_loss(whole.logits, before.targets_BT),
-        )
+        before = forward_rows(self._config.model, params, rows_BC, g_length_B=half_B)
+        whole = self._forward(params, rows_BC, None)._replace(targets_BT=before.targets_BT)
+        return self._loss(params, before), self._loss(params, whole)
 
     def _forward(self, params: Params, rows_BC: jax.Array, g_lm: jax.Array | None) -> RowOutputs:
-        return forward_rows(self._config, params, rows_BC, self._max_segments, g_lm)
+        segments = self._config.data.segments_per_row
+        return forward_rows(self._config.model, params, rows_BC, segments, g_lm)
+
+    def _loss(self, params: Params, rows: RowOutputs) -> TokenLoss:
+        return batch_loss(self._config, params, rows.outputs, rows.targets_BT)
 
     def _calibrated_g_lm(self, params: Params, rows_BC: jax.Array) -> jax.Array:
         g_lm = self._forward(params, rows_BC, None).outputs.deductive.G_LM
         assert g_lm is not None
         return g_lm[:, :1]
 
-    def __call__(self, params: Params, g_lm: jax.Array | None = None) -> dict[str, float]:
-        """The metrics, named `eval/...`. With a predefined G_LM nothing can leak: no gap, no order
-        parameter.
-        """
-        learned = self._config.g_source == "learned"
-        frozen = self._calibrate(params, self._calibration) if learned else None
-        own_parts, frozen_parts, dag_parts, half_parts = [], [], [], []
-        statistics: dict[str, DeductiveStatistics] = {}
-        for start in range(0, len(self._rows), self._batch_size):
-            rows = self._rows[start : start + self._batch_size]
-            # A short last batch is filled with padding rows, whose targets do not count.
-            filled = np.zeros((self._batch_size, *rows.shape[1:]), np.int32)
-            filled[: len(rows)] = rows
-            placed = jax.device_put(filled, self._rows_sharding)
-            own, other, dag, tensors, real = self._score(params, placed, g_lm, frozen)
-            own_parts.append(own)
-            if self._prefix_g:
-                half_parts.append(self._score_halves(params, placed))
-            if not learned:
-                continue
-            frozen_parts.append(other)
-            if len(rows) == self._batch_size:
-                dag_parts.append(dag)
-                chosen = slice(None) if real is None else np.flatnonzero(jax.device_get(real))
-                for name, tensor in tensors.items():
-                    x_LBNHJ = jax.device_get(tensor)[:, chosen]
-                    statistics.setdefault(name, DeductiveStatistics()).add(x_LBNHJ)
-        metrics = self._summary(own_parts, frozen_parts, dag_parts, statistics)
-        if half_parts:
-            before, whole = (
-                float(_add_up(list(part)).loss) for part in zip(*half_parts, strict=True)
-            )
-            metrics |= {"eval/loss_prefix_g": before, "eval/prefix_gap": before - whole}
-        return metrics
-
-    def _summary(
-        self,
-        own: list[TokenLoss],
-        frozen: list[Any],
-        dag: list[Any],
-        statistics: dict[str, DeductiveStatistics],
-    ) -> dict[str, float]:
-        total = _add_up(own)
-        loss = float(total.loss)
+    def _summary(self, scores: Sequence[Scores]) -> dict[str, float]:
+        own = [score.tokens["own"] for score in scores]
+        loss = _mean(own)
         metrics = {
             "eval/loss": loss,
-            "eval/accuracy": float(total.accuracy),
+            "eval/accuracy": _mean(own, "correct"),
             "eval/perplexity": math.exp(min(loss, 700.0)),
             "eval/bits_per_byte": loss / math.log(2) / self._bytes_per_token,
         }
-        if frozen:
-            frozen_loss = float(_add_up(frozen).loss)
-            metrics |= {"eval/loss_frozen_g": frozen_loss, "eval/causal_gap": frozen_loss - loss}
-        for name in dag[0] if dag else ():
-            metrics[f"eval/dag_loss/{name}"] = float(np.mean([float(part[name]) for part in dag]))
-        for name, sums in statistics.items():
-            metrics |= sums.results(name)
+        if not self._learned:
+            return metrics
+        frozen_loss = _mean([score.tokens["frozen"] for score in scores])
+        metrics |= {"eval/loss_frozen_g": frozen_loss, "eval/causal_gap": frozen_loss - loss}
+        sequences = np.asarray([score.sequences for score in scores], np.float64)
+        # The mean of each batch, then of the batches.
+        starts = np.arange(len(scores)) * self._at_once // self._batch_size
+        in_batch = np.stack(
+            [starts == batch for batch in range(len(self._rows) // self._batch_size)]
+        )
+        for name in scores[0].dag:
+            losses = sequences * np.asarray([score.dag[name] for score in scores], np.float64)
+            means = (in_batch @ losses) / np.maximum(in_batch @ sequences, 1)
+            metrics[f"eval/dag_loss/{name}"] = float(means.mean())
+        size = math.prod(g_lm_shape(self._config.model)[2:])
+        for name in scores[0].sums:
+            statistics = DeductiveStatistics()
+            for score in scores:
+                statistics.add_sums(
+                    np.asarray(score.sums[name]), int(score.sequences), int(score.pairs), size
+                )
+            metrics |= statistics.results(name)
         return metrics
 
 
-def _add_up(parts: list[TokenLoss]) -> TokenLoss:
-    host = jax.device_get(parts)
-    return jax.tree.map(lambda *leaves: jnp.float32(sum(float(leaf) for leaf in leaves)), *host)
+def _mean(parts: Sequence[TokenLoss], field: str = "loss_sum") -> float:
+    """A field of the parts over all targets that were scored; by default nats a token."""
+    total = sum(float(getattr(part, field)) for part in parts)
+    return total / max(sum(float(part.count) for part in parts), 1)

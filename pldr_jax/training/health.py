@@ -26,7 +26,7 @@ class Health:
 
     Attributes:
       nonfinite: updates left out so far.
-      in_a_row: the last so many of them without a good one between.
+      in_a_row: how many of them the newest steps are.
       spikes: losses far above the mean of the steps before.
     """
 
@@ -47,8 +47,8 @@ class Health:
             setattr(self, name, int(state.get(name, 0)))
         self._losses = collections.deque(state.get("losses", ()), maxlen=WINDOW)
 
-    def look(self, step: int, values: Mapping[str, float], batch: int) -> list[str]:
-        """Names of the metrics that are not finite; all is counted and noted.
+    def check(self, step: int, values: Mapping[str, float], batch: int) -> list[str]:
+        """Counts and notes a step, and returns the names of its metrics that are not finite.
 
         Args:
           step: of the update.

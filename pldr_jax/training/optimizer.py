@@ -45,6 +45,19 @@ def build_optimizer(config: OptimizerConfig, total_steps: int) -> optax.Gradient
     return optax.chain(clip, adamw)
 
 
+def next_learning_rate(config: OptimizerConfig, total_steps: int, opt_state: Any) -> jax.Array:
+    """The learning rate of the next update: it follows the updates that were made, which are fewer
+    than the steps where some were left out.
+    """
+
+    def is_schedule(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    nodes = jax.tree.leaves(opt_state, is_leaf=is_schedule)
+    (made,) = (node.count for node in nodes if is_schedule(node))
+    return jnp.asarray(learning_rate_schedule(config, total_steps)(made), jnp.float32)
+
+
 def decayed_matrices(params: Any) -> Any:
     """True for the parameters that `decay_mask = 'matrices'` decays: all but biases (b_W and b_a
     too) and norms.

@@ -1,7 +1,7 @@
 """A trace of some steps, for TensorBoard or Perfetto: `--profile STEP:COUNT`."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 
@@ -13,8 +13,9 @@ FOLDER = "profile"
 class Profiler:
     """Traces `COUNT` steps from `STEP` on, into `profile/` of the run folder.
 
+    A context manager.
+
     Args:
-      run_dir: run folder.
       wanted: "STEP:COUNT"; None traces nothing.
 
     Raises:
@@ -39,6 +40,12 @@ class Profiler:
         jax.block_until_ready(results)
         self.close()
         return True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Writes what there is."""

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -22,11 +22,10 @@ from pldr_jax.training.losses import (
     dag_losses,
     dag_schedule,
     regularizer,
-    token_loss,
 )
-from pldr_jax.training.optimizer import build_optimizer, global_norm, learning_rate_schedule
+from pldr_jax.training.optimizer import build_optimizer, global_norm, next_learning_rate
 from pldr_jax.training.rows import forward_rows, targets_of
-from pldr_jax.training.vocabulary_loss import chunked_token_loss
+from pldr_jax.training.vocabulary_loss import batch_loss
 
 Metrics = dict[str, jax.Array]
 
@@ -47,19 +46,32 @@ class TrainState(flax.struct.PyTreeNode):
     g_lm: jax.Array | None
 
 
-def _init_state(config: ExperimentConfig, key: jax.Array, g_lm: jax.Array | None) -> TrainState:
-    params = init_params(config.model, key)
+class InitialWeights(NamedTuple):
+    """Weights that a run begins with.
+
+    Attributes:
+      params: of the model that is trained.
+      g_lm: its predefined G_LM [L,1,N,H,J]; None where it is learned or the identity.
+    """
+
+    params: Params
+    g_lm: jax.Array | None
+
+
+def _new_state(config: ExperimentConfig, params: Params, g_lm: jax.Array | None) -> TrainState:
     opt_state = build_optimizer(config.optimizer, config.training.steps).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, g_lm)
+
+
+def _random_state(config: ExperimentConfig, key: jax.Array, g_lm: jax.Array | None) -> TrainState:
+    return _new_state(config, init_params(config.model, key), g_lm)
 
 
 def abstract_state(
     config: ExperimentConfig, mesh: Mesh, g_lm: jax.Array | None = None
 ) -> TrainState:
-    """The state as ShapeDtypeStructs that carry their shardings: what a checkpoint is restored
-    into.
-    """
-    boxed = jax.eval_shape(functools.partial(_init_state, config), jax.random.key(0), g_lm)
+    """The state as ShapeDtypeStructs with their shardings, which a checkpoint is restored into."""
+    boxed = jax.eval_shape(functools.partial(_random_state, config), jax.random.key(0), g_lm)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         nn.unbox(boxed),
@@ -67,11 +79,26 @@ def abstract_state(
     )
 
 
-def create_state(config: ExperimentConfig, mesh: Mesh, g_lm: jax.Array | None = None) -> TrainState:
-    """The initial state, born sharded: no device ever holds more than its part."""
+def create_state(
+    config: ExperimentConfig,
+    mesh: Mesh,
+    g_lm: jax.Array | None = None,
+    params: Params | None = None,
+) -> TrainState:
+    """The state before the first update, sharded from the start: no device holds more than its
+    share.
+
+    Args:
+      g_lm: predefined G_LM.
+      params: to begin with; None draws them with `Training.seed`.
+    """
     target = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh, g_lm))
-    init = jax.jit(lambda key, g_lm: nn.unbox(_init_state(config, key, g_lm)), out_shardings=target)
-    return init(jax.random.key(config.training.seed), g_lm)
+    if params is not None:
+        params = jax.device_put(params, target.params)
+        return jax.jit(functools.partial(_new_state, config), out_shardings=target)(params, g_lm)
+    init = functools.partial(_random_state, config)
+    draw = jax.jit(lambda key, g_lm: nn.unbox(init(key, g_lm)), out_shardings=target)
+    return draw(jax.random.key(config.training.seed), g_lm)
 
 
 def loss_fn(
@@ -82,16 +109,17 @@ def loss_fn(
     g_length_B: jax.Array | None = None,
     dag_scale: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, tuple[TokenLoss, dict[str, jax.Array]]]:
-    """The training loss of rows of any packing: each token given those before it, plus the weighted
-    DAG losses.
+    """The training loss of a batch: the cross-entropy of each token given those before it, plus the
+    weighted DAG losses.
 
     Args:
-      g_length_B: first tokens that G_LM of each row is computed from, `prefix_lengths`.
+      rows_BC: rows of any packing, [B,C] or [B,3,T].
+      g_length_B: tokens at the start of each row that G_LM is computed from, `prefix_lengths`.
       dag_scale: factor of the DAG coefficients, `dag_schedule`.
 
     Returns:
-      The scalar that is minimised, and (cross-entropy and accuracy, the DAG losses that were
-      computed).
+      The scalar that is minimised, and (cross-entropy and accuracy, DAG losses where they are
+      trained on).
     """
     if config.loss.g_from == "neighbour":
         outputs, targets_BT, real_B = forward_neighbour(config, params, rows_BC)
@@ -99,14 +127,9 @@ def loss_fn(
         outputs, targets_BT, real_B = forward_rows(
             config.model, params, rows_BC, config.data.segments_per_row, g_lm, g_length_B
         )
-    if chunk := min(config.loss.chunk, targets_BT.shape[1]):
-        # Nothing reads outputs.logits then, so that the compiler leaves them out.
-        tokens = chunked_token_loss(config.model, params, outputs.hidden, targets_BT, chunk)
-    else:
-        tokens = token_loss(outputs.logits, targets_BT)
+    tokens = batch_loss(config, params, outputs, targets_BT)
     weights = (config.loss.dag_a_lm, config.loss.dag_a_p, config.loss.dag_g_lm)
-    # Their matrix exponentials cost time: in the step only where they are trained on; evaluation
-    # always has them.
+    # Their matrix exponentials cost time.
     dag = dag_losses(outputs.deductive, real_B) if any(weights) else {}
     return tokens.loss + dag_scale * regularizer(config.loss, dag), (tokens, dag)
 
@@ -119,44 +142,44 @@ def accumulated_gradients(
     step: jax.Array | int = 0,
 ) -> tuple[jax.Array, TokenLoss, dict[str, jax.Array], Params]:
     """(Total loss, cross-entropy and accuracy, DAG losses, gradients) of a batch, computed in
-    `Training.grad_accumulation` parts.
+    G = `Training.grad_accumulation` microbatches.
 
-    The parts are weighted by their targets, so that the sum is the gradient of the whole batch, and
-    take rows in turns, so that on a mesh every part is spread over all devices. (DAG losses are
-    averaged over parts, which is another mean where rows hold unequal numbers of segments.)
+    Microbatches are weighted by their targets, so that the sum is the gradient of the whole batch.
+    Each takes every G-th row, so that on a mesh it is spread over all devices. (DAG losses are
+    averaged over microbatches, which is another mean where rows hold unequal numbers of segments.)
 
     Args:
+      rows_BC: rows of any packing, [B,C] or [B,3,T].
       step: updates made before; decides random prefixes and the DAG coefficients.
     """
     g_length_B = prefix_lengths(config, rows_BC, step)
     dag_scale = dag_schedule(config.loss, step)
-    value_and_grad = jax.value_and_grad(functools.partial(loss_fn, config), has_aux=True)
-    parts = config.training.grad_accumulation
-    if parts == 1:
-        (total, (tokens, dag)), grads = value_and_grad(params, g_lm, rows_BC, g_length_B, dag_scale)
+    n_micro = config.training.grad_accumulation
+    if n_micro == 1:
+        loss = jax.value_and_grad(functools.partial(loss_fn, config), has_aux=True)
+        (total, (tokens, dag)), grads = loss(params, g_lm, rows_BC, g_length_B, dag_scale)
         return total, tokens, dag, grads
 
-    def in_turns(x: jax.Array) -> jax.Array:
-        x_PB = jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
-        return constrain(x_PB, None, "batch", *(None,) * (x.ndim - 1))
+    def split(x: jax.Array) -> jax.Array:
+        x_GB = jnp.swapaxes(x.reshape(-1, n_micro, *x.shape[1:]), 0, 1)
+        return constrain(x_GB, None, "batch", *(None,) * (x.ndim - 1))
 
-    split = jax.tree.map(in_turns, (rows_BC, g_length_B))
-    targets_BT = targets_of(rows_BC, g_length_B)
-    count = jnp.maximum((targets_BT != PAD_ID).sum(), 1).astype(jnp.float32)
+    batch_GB = jax.tree.map(split, (rows_BC, g_length_B))
+    count = jnp.maximum((targets_of(rows_BC, g_length_B) != PAD_ID).sum(), 1).astype(jnp.float32)
 
-    def part_loss(params: Params, part: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        _, (tokens, dag) = loss_fn(config, params, g_lm, *part, dag_scale)
-        total = tokens.loss_sum / count + dag_scale * regularizer(config.loss, dag) / parts
-        return total, (tokens, jax.tree.map(lambda value: value / parts, dag))
+    def micro_loss(params: Params, rows: jax.Array, g_length_B: Any) -> tuple[jax.Array, Any]:
+        _, (tokens, dag) = loss_fn(config, params, g_lm, rows, g_length_B, dag_scale)
+        total = tokens.loss_sum / count + dag_scale * regularizer(config.loss, dag) / n_micro
+        return total, (tokens, jax.tree.map(lambda value: value / n_micro, dag))
 
-    def body(carry: Any, part: tuple[jax.Array, Any]) -> tuple[Any, None]:
-        (total, aux), grads = jax.value_and_grad(part_loss, has_aux=True)(params, part)
-        return jax.tree.map(jnp.add, carry, (total, aux, grads)), None
+    value_and_grad = jax.value_and_grad(micro_loss, has_aux=True)
 
-    first = jax.tree.map(lambda x_PB: x_PB[0], split)
-    shapes = jax.eval_shape(jax.value_and_grad(part_loss, has_aux=True), params, first)
-    (total, aux), grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    (total, (tokens, dag), grads), _ = jax.lax.scan(body, (total, aux, grads), split)
+    def body(sums: Any, micro: tuple[jax.Array, Any]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, value_and_grad(params, *micro)), None
+
+    shapes = jax.eval_shape(value_and_grad, params, *jax.tree.map(lambda x_GB: x_GB[0], batch_GB))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    ((total, (tokens, dag)), grads), _ = jax.lax.scan(body, zeros, batch_GB)
     return total, tokens, dag, grads
 
 
@@ -165,37 +188,41 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update. Pure; `jit_train_step` compiles it for a mesh.
 
+    With `Training.skip_nonfinite` an update is made if and only if all its metrics are finite.
+
     Args:
-      rows_BC: int32 [B, context_length] token ids, of which C make C - 1 inputs and targets; of
-        `Data.packing` "document" and "packed" [B,3,T], as in `pldr_jax/data/rows.py`.
+      rows_BC: rows of any packing, int32 [B,C] or [B,3,T] (`pldr_jax/data/rows.py`).
+
+    Returns:
+      The state after it, and its metrics. The norm of the parameters is that of the new ones,
+      also where they are not kept.
     """
-    optimizer = build_optimizer(config.optimizer, config.training.steps)
     total, tokens, dag, grads = accumulated_gradients(
         config, state.params, state.g_lm, rows_BC, state.step
     )
-    grad_norm = global_norm(grads)
     with jax.named_scope("optimizer"):
+        optimizer = build_optimizer(config.optimizer, config.training.steps)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "train/loss": tokens.loss,
+            "train/total_loss": total,
+            "train/accuracy": tokens.accuracy,
+            "train/learning_rate": next_learning_rate(
+                config.optimizer, config.training.steps, state.opt_state
+            ),
+            "train/grad_norm": global_norm(grads),
+            "train/update_norm": global_norm(updates),
+            "train/param_norm": global_norm(params),
+            **{f"train/dag_loss/{name}": value for name, value in dag.items()},
+        }
         if config.training.skip_nonfinite:
-            finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
+            finite = jnp.isfinite(jnp.stack(list(metrics.values()))).all()
             params, opt_state = jax.tree.map(
                 lambda new, old: jnp.where(finite, new, old),
                 (params, opt_state),
                 (state.params, state.opt_state),
             )
-    metrics = {
-        "train/loss": tokens.loss,
-        "train/total_loss": total,
-        "train/accuracy": tokens.accuracy,
-        "train/learning_rate": learning_rate_schedule(config.optimizer, config.training.steps)(
-            state.step
-        ),
-        "train/grad_norm": grad_norm,
-        "train/update_norm": global_norm(updates),
-        "train/param_norm": global_norm(params),
-        **{f"train/dag_loss/{name}": value for name, value in dag.items()},
-    }
     g_length_B = prefix_lengths(config, rows_BC, state.step)
     if g_length_B is not None:
         metrics["train/scored_share"] = scored_share(rows_BC, g_length_B)

@@ -31,7 +31,7 @@ from pldr_jax.api import LanguageModel
 from pldr_jax.config import ConfigError
 from pldr_jax.interop.names import to_tensors
 from pldr_jax.interop.reference import reference_outputs
-from pldr_jax.training.evaluate import DeductiveStatistics, Spread
+from pldr_jax.training.order_parameter import DeductiveStatistics, Spread
 
 NEW_TOKENS = 32
 """Tokens that a prompt is continued by, at most half of a row."""

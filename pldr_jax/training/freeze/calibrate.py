@@ -19,7 +19,7 @@ import numpy as np
 from pldr_jax.config import ConfigError, ExperimentConfig, LossConfig, ModelConfig
 from pldr_jax.data.rows import Rows
 from pldr_jax.model.decoder import Params
-from pldr_jax.training.evaluate import DeductiveStatistics
+from pldr_jax.training.order_parameter import DeductiveStatistics
 from pldr_jax.training.rows import forward_rows
 
 Calibration = Literal["first", "mean"]
