@@ -436,3 +436,50 @@ def test_without_the_harness(
         capsys, evaluate_main, run_dir, "--tasks=pldr_quiz", f"--output={tmp_path / 'out'}"
     )
     assert status != 0 and "pip install 'pldr_jax[eval]'" in error and error.count("\n") == 1
+
+
+def test_data_files_stay_in_their_folder(
+    harness: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pldr_jax.evaluation.task_files import find_tasks
+
+    quiz, _ = own_tasks(tmp_path / "tasks")
+    text = quiz.read_text()
+    outside = tmp_path / "outside.jsonl"
+    outside.write_text((tmp_path / "tasks" / "mine.jsonl").read_text())
+    (tmp_path / "tasks" / "link.jsonl").symlink_to(outside)
+    (tmp_path / "tasks" / "far").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "tasks" / "pipe.jsonl")
+    (task,) = find_tasks(str(quiz))
+    assert task.config is not None
+    for name, message in (
+        ("../outside.jsonl", "must be in the folder of the YAML file"),
+        (str(outside), "must be in the folder of the YAML file"),
+        ("~/x.jsonl", "must be in the folder of the YAML file"),
+        ("[3]", "must be in the folder of the YAML file"),
+        ("link.jsonl", "is a link to elsewhere"),
+        ("l*.jsonl", "is a link to elsewhere"),
+        ("far/outside.jsonl", "is a link to elsewhere"),
+        ("pipe.jsonl", "no such file"),
+    ):
+        quiz.write_text(text.replace("mine.jsonl", name))
+        with pytest.raises(ConfigError, match=message) as error:
+            find_tasks(str(quiz))
+        assert "\n" not in str(error.value)
+    for content in ("[" * 5000, "task: a\ndataset_kwargs: 3\n", "\x00"):
+        quiz.write_text(content)
+        with pytest.raises(ConfigError, match="--tasks: "):
+            find_tasks(str(quiz))
+
+
+def test_model_arguments_of_the_harness(harness: Any, run_dir: Path) -> None:
+    for arguments, message in (
+        (f"path={run_dir},mdoe=full", "mdoe = 'full': there is none of this name"),
+        (f"path={run_dir},rows=4", "rows = 4: there is none"),
+        ("mode=full", "path: is missing"),
+        (f"path={run_dir},batch_size=many", "batch_size = 'many'"),
+        (f"path={run_dir},overlap=0", "overlap = 0"),
+        (f"path={run_dir},mode=fast", "mode = 'fast'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            harness.HarnessModel.create_from_arg_string(arguments, {"device": "cpu"})

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "interop": BASE | {"model", "data", "runs"},
     "training": BASE | {"model", "data", "runs", "inference"},
     "api": BASE | {"model", "data", "runs", "inference", "interop"},
-    "evaluation": {"config", "terminal", "inference", "api"},
+    "evaluation": {"config", "files", "terminal", "inference", "api"},
     "analysis": BASE | {"model", "data", "runs", "inference", "interop", "training", "api"},
     "cli": BASE
     | {

@@ -43,8 +43,12 @@ class HarnessModel(LM):
       path: a checkpoint that `pldr_jax.load` opens.
       scorer: in place of `path`.
       mode: "full", "causal" or "frozen".
-      batch_size: texts side by side; no result depends on it.
+      batch_size: texts side by side, or "auto"; no result depends on it.
       overlap: tokens of context of the later windows of rolling requests.
+      max_batch_size, device: of the harness's own program; of no use here.
+
+    Raises:
+      ConfigError: an argument that cannot be used, or that does not exist.
     """
 
     def __init__(
@@ -54,11 +58,21 @@ class HarnessModel(LM):
         mode: Any = "causal",
         batch_size: int | str = 8,
         overlap: int = 1,
-        **_: Any,
+        max_batch_size: Any = None,
+        device: Any = None,
+        **unknown: Any,
     ) -> None:
         super().__init__()
-        rows = int(batch_size) if str(batch_size).isdecimal() else 8
-        self.scorer = scorer or TextScorer(load(path), mode, rows, overlap=int(overlap))
+        for name, value in unknown.items():
+            raise ConfigError(
+                f"model argument {name} = {value!r}: there is none of this name; there are path, "
+                "mode, batch_size and overlap"
+            )
+        rows = 8 if str(batch_size).startswith("auto") else _whole("batch_size", batch_size)
+        if scorer is None and not path:
+            raise ConfigError("model argument path: is missing; name a checkpoint")
+        overlap = _whole("overlap", overlap)
+        self.scorer = scorer or TextScorer(load(path), mode, rows, overlap=overlap)
 
     def loglikelihood(self, requests: list[Instance], **_: Any) -> list[tuple[float, bool]]:
         """See `TextScorer.loglikelihood`."""
@@ -140,6 +154,12 @@ class TaskSet:
                 task.set_config("num_fewshot", self._fewshot or 0)
             task.set_fewshot_seed(_SEEDS["fewshot"])
         return loaded
+
+
+def _whole(name: str, value: Any) -> int:
+    if not str(value).isdecimal() or int(value) < 1:
+        raise ConfigError(f"model argument {name} = {value!r}: must be a number from 1 on")
+    return int(value)
 
 
 def _metrics(row: dict[str, Any]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pldr_jax.config import ConfigError
+from pldr_jax.files import read_regular_file, user_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ def find_tasks(names: str) -> list[Task]:
 
 
 def _find(name: str) -> Task:
-    path = Path(name).expanduser()
+    path = user_path(name, "--tasks")
     if path.suffix not in (".yaml", ".yml"):
         path = task_folder() / f"{name}.yaml"
         if not path.is_file():
@@ -64,10 +65,10 @@ def _read(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = yaml.safe_load(read_regular_file(path).decode("utf-8"))
     except OSError as error:
         raise ConfigError(f"--tasks: {path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"--tasks: {path}: is no YAML of plain values ({reason})") from None
     if not isinstance(config, dict) or not ("task" in config or "group" in config):
@@ -76,12 +77,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _located(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """`dataset_kwargs` with the paths of the data files, which are relative to the YAML file.
+    """`dataset_kwargs` with the paths of the data files, which lie beside the YAML file or below.
 
     Raises:
       ConfigError: no data files, or one that is not there.
     """
-    kwargs = dict(config.get("dataset_kwargs") or {})
+    kwargs = config.get("dataset_kwargs")
+    kwargs = dict(kwargs) if isinstance(kwargs, dict) else {}
     files = kwargs.get("data_files")
     if not isinstance(files, dict) or not files:
         raise ConfigError(
@@ -89,12 +91,22 @@ def _located(path: Path, config: dict[str, Any]) -> dict[str, Any]:
         )
     located = {}
     for split, names in files.items():
-        found = []
-        for name in [names] if isinstance(names, str) else names:
-            where = Path(path.resolve().parent / Path(name).expanduser())
-            matches = sorted(str(match) for match in where.parent.glob(where.name))
-            if not matches:
-                raise ConfigError(f"--tasks: {path}: data_files.{split} = {name!r}: no such file")
-            found += matches
-        located[split] = found
+        where = f"--tasks: {path}: data_files.{split}"
+        names = names if isinstance(names, list) else [names]
+        located[split] = [file for name in names for file in _data_files(path, name, where)]
     return {"dataset_kwargs": {**kwargs, "data_files": located}}
+
+
+def _data_files(path: Path, name: Any, where: str) -> list[str]:
+    """The files of a name or glob in the folder of a YAML file, or below it."""
+    folder = path.resolve().parent
+    if not isinstance(name, str) or Path(name).is_absolute() or {"..", "~"} & set(Path(name).parts):
+        raise ConfigError(f"{where} = {name!r}: must be in the folder of the YAML file")
+    pattern = folder / name
+    files = sorted(file for file in pattern.parent.glob(pattern.name) if file.is_file())
+    if not files:
+        raise ConfigError(f"{where} = {name!r}: no such file")
+    for file in files:
+        if not file.resolve().is_relative_to(folder):
+            raise ConfigError(f"{where}: {file} is a link to elsewhere; put the file itself there")
+    return list(map(str, files))
