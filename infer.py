@@ -1,6 +1,6 @@
 """Generates text from a checkpoint; `python infer.py --help` lists every flag."""
 
-from pldr_jax.cli.infer import main
+from pldr_jax.cli.scripts import infer
 
 if __name__ == "__main__":
-    main()
+    infer()

@@ -1,6 +1,6 @@
 """Trains a model; `python train.py --help` lists every flag."""
 
-from pldr_jax.cli.train import main
+from pldr_jax.cli.scripts import train
 
 if __name__ == "__main__":
-    main()
+    train()

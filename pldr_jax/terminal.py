@@ -23,6 +23,11 @@ def visible(text: str) -> str:
     return _INVISIBLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
+def one_line(text: str) -> str:
+    r"""The same on a single line; a newline is spelled out as `\n`."""
+    return visible(text).replace("\n", "\\n")
+
+
 def print_line(text: str, to_stderr: bool = False) -> None:
     """Prints a message. A stream that is closed, broken or full, or whose encoding lacks a
     character, is no reason to end a program: what cannot be printed is dropped or spelled out.
@@ -199,6 +204,12 @@ def _write(stream: TextIO | None, text: str) -> None:
             _discard(stream)  # nobody reads it any more
         else:
             atexit.register(_flush_or_discard, stream)
+
+
+def flush_streams() -> None:
+    """At the end of a program: what stdout and stderr do not take is dropped."""
+    for stream in (sys.stdout, sys.stderr):
+        _flush_or_discard(stream)
 
 
 def _flush_or_discard(stream: TextIO) -> None:

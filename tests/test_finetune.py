@@ -25,7 +25,6 @@ from helpers import (
     train_here,
 )
 
-from pldr_jax.cli.finetune import start_from
 from pldr_jax.cli.train import train_main
 from pldr_jax.config import ExperimentConfig
 from pldr_jax.config.load import config_from_dict, config_to_dict, load_config
@@ -35,6 +34,7 @@ from pldr_jax.model.decoder import init_params
 from pldr_jax.runs.checkpoint import read_weights
 from pldr_jax.runs.folder import write_run
 from pldr_jax.training import loop
+from pldr_jax.training.finetune.begin import start_from
 from pldr_jax.training.freeze.calibrate import without_plga
 from pldr_jax.training.start import first_state
 

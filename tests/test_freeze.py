@@ -15,19 +15,27 @@ from helpers import WORDS, make_corpus, run_here
 from safetensors.numpy import save_file
 
 import pldr_jax
-from pldr_jax.cli.freeze import freeze, freeze_main
+from pldr_jax.cli.freeze import freeze_main
 from pldr_jax.cli.infer import infer_main
 from pldr_jax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig, TrainingConfig
 from pldr_jax.config.load import config_to_dict, load_config
 from pldr_jax.data.mixture import open_training_text
 from pldr_jax.data.pipeline import validation_rows
-from pldr_jax.data.rows import TokenRows
+from pldr_jax.data.rows import SEGMENTS, TokenRows, join_rows
 from pldr_jax.model.decoder import forward, init_params
 from pldr_jax.model.deductive import predefined_g_lm
 from pldr_jax.model.shapes import count_params, param_shapes
 from pldr_jax.runs.checkpoint import Checkpointer
-from pldr_jax.training.freeze.calibrate import frozen_config, split_rows, without_plga
+from pldr_jax.training.freeze.calibrate import (
+    calibrate,
+    frozen_config,
+    some_rows,
+    split_rows,
+    without_plga,
+)
 from pldr_jax.training.freeze.certificate import kl_divergence, spectrum
+from pldr_jax.training.freeze.freeze import freeze
+from pldr_jax.training.freeze.settings import FreezeConfig
 
 MODEL = ModelConfig(
     vocab_size=300,
@@ -80,9 +88,8 @@ def frozen(text, tmp_path_factory):
     held_out = write_run(run_dir, experiment(text)).texts[0].validation
     full = pldr_jax.load(run_dir)
     saved = folder / "g_lm.npz"
-    certificate = freeze(
-        run_dir, output, rows=ROWS, rank_budgets=BUDGETS, log=lines.append, save_g=saved
-    )
+    settings = FreezeConfig(rows=ROWS, rank_budget=BUDGETS, save_g=str(saved))
+    certificate = freeze(run_dir, output, settings, log=lines.append)
     shutil.rmtree(run_dir)
     rows = validation_rows([TokenRows(held_out, MODEL.context_length)], EVAL_ROWS, ROWS)
     return full, rows, certificate, output, lines
@@ -129,7 +136,7 @@ def test_the_saved_g_lm_is_what_another_run_trains_with(frozen, tmp_path) -> Non
     }
     for path, reason in refused.items():
         with pytest.raises(ConfigError, match=rf"^--save_g=.*: {reason}"):
-            freeze(frozen[3], tmp_path / "out", save_g=path)
+            freeze(frozen[3], tmp_path / "out", FreezeConfig(save_g=path))
 
 
 def test_nothing_of_plga_is_left(frozen) -> None:
@@ -294,9 +301,8 @@ def test_other_text_first_row_and_no_warning(text, tmp_path, capsys) -> None:
 def test_warning_where_g_lm_depends_on_the_input(frozen, text, tmp_path) -> None:
     write_run(tmp_path / "run", experiment(text))
     lines: list[str] = []
-    certificate = freeze(
-        tmp_path / "run", tmp_path / "out", rows=1, kl_threshold=1e-9, log=lines.append
-    )
+    settings = FreezeConfig(rows=1, kl_threshold=1e-9)
+    certificate = freeze(tmp_path / "run", tmp_path / "out", settings, log=lines.append)
     assert not certificate["input_invariant"] and certificate["g_lm"]["rmse"] is None
     (warning,) = [line for line in lines if line.startswith("warning: ")]
     assert "\n" not in warning and "depends on its input" in warning
@@ -310,14 +316,28 @@ def test_rows_of_a_packing_that_the_run_did_not_have(text, tmp_path, own: bool) 
     certificate = freeze(
         tmp_path / "run",
         tmp_path / "out",
-        None if own else str(text),
-        rows=2,
-        eval_rows=2,
+        FreezeConfig(text=None if own else text, rows=2, eval_rows=2),
         overrides=["Data.packing=packed"],
         log=lines.append,
     )
     (line,) = [line for line in lines if line.startswith("Data.max_segments = ")]
     assert "filled" in line and certificate["evaluation"]["rows"] == 2
+
+
+@pytest.mark.parametrize("packing", ["document", "packed"])
+@pytest.mark.parametrize("rows", [1, 5, 17])
+def test_padding_is_no_calibration_token(text, packing: str, rows: int) -> None:
+    config = experiment(text)
+    segments = 2 if packing == "packed" else None
+    data = dataclasses.replace(config.data, packing=packing, max_segments=segments)
+    prepared = open_training_text(data, MODEL.vocab_size)
+    held_out = join_rows(prepared.rows("validation", MODEL.context_length, data))
+    chosen = some_rows(held_out, rows)
+    params = nn.unbox(jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(2)))
+    calibrated = calibrate(MODEL, params, chosen)
+    inputs = sum(int((held_out[k][SEGMENTS] > 0).sum()) for k in chosen.order)
+    assert calibrated.tokens == inputs < rows * (MODEL.context_length - 1)
+    assert calibrated.rows == len(chosen.order)
 
 
 def test_what_cannot_be_frozen_is_one_line(frozen, text, tmp_path) -> None:
@@ -328,11 +348,11 @@ def test_what_cannot_be_frozen_is_one_line(frozen, text, tmp_path) -> None:
         "g_source = 'external'": (frozen[3], {}),
         "--rows": (tmp_path / "sdpa", {"rows": 0}),
         "--calibration": (tmp_path / "sdpa", {"calibration": "median"}),
-        "--rank_budget": (tmp_path / "sdpa", {"rank_budgets": [0.1, 2.0]}),
+        "--rank_budget": (tmp_path / "sdpa", {"rank_budget": [0.1, 2.0]}),
     }
     for named, (folder, options) in cases.items():
         with pytest.raises(ConfigError, match=named) as caught:
-            freeze(folder, tmp_path / "out", **options)
+            freeze(folder, tmp_path / "out", FreezeConfig(**options))
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 

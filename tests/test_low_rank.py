@@ -286,7 +286,7 @@ def test_on_a_mesh() -> None:
 def test_one_g_lm_for_all_is_needed() -> None:
     learned = dataclasses.replace(CONFIG, **LEARNED)
     lm = LanguageModel(learned, params_of(learned), rank_budget=1e-2)
-    with pytest.raises(ConfigError, match=r"rank_budget: .*--freeze_g") as caught:
+    with pytest.raises(ConfigError, match=r"rank_budget: .*pldr-freeze") as caught:
         lm.generate([PROMPTS[0]], 4)
     assert "\n" not in str(caught.value)
     # Of the first prompt, or given with the call.

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import flax.linen as nn
 import jax
@@ -23,8 +23,12 @@ from pldr_jax.data.rows import row_shape
 from pldr_jax.model.decoder import init_params
 from pldr_jax.model.flops import forward_flops, repeated_flops, training_flops
 from pldr_jax.partition import build_mesh
+from pldr_jax.training import loop
 from pldr_jax.training.plan import compile as plans
-from pldr_jax.training.plan.chips import CHIPS, Chip
+from pldr_jax.training.plan import plan as planning
+from pldr_jax.training.plan.chips import CHIPS, Chip, ChipName
+from pldr_jax.training.plan.predict import predict
+from pldr_jax.training.plan.settings import PlanConfig
 from pldr_jax.training.step import create_state, loss_fn
 
 CONFIG = ExperimentConfig(
@@ -137,28 +141,80 @@ def test_parts_that_do_not_divide_are_not_split() -> None:
 def test_prediction_is_a_roofline() -> None:
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, dtype="bfloat16"))
     fast = Chip("fast", 1e14, 1e11, 1e30, 1e30, 1e30)
-    exact = plans.predict(config, PLAN, fast)
+    exact = predict(config, PLAN, fast)
     assert exact.low == pytest.approx(1) and exact.high == pytest.approx(1)
     # 8 devices gather 4 GB of parameters twice and scatter 4 GB of gradients, 7/8 of them each.
-    linked = plans.predict(config, PLAN, dataclasses.replace(fast, link=1e10))
+    linked = predict(config, PLAN, dataclasses.replace(fast, link=1e10))
     assert linked.links == pytest.approx(3 * 4e9 * 7 / 8 / 1e10)
     assert linked.high == pytest.approx(0.125 / linked.links)
     assert linked.low == pytest.approx(0.125 / (0.125 + linked.links))
     # Over more than one node it is the network that counts.
     nodes = dataclasses.replace(fast, link=1e10, network=1e9, node=4)
-    assert plans.predict(config, PLAN, nodes).links == pytest.approx(10 * linked.links)
+    assert predict(config, PLAN, nodes).links == pytest.approx(10 * linked.links)
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    plans.check_fits(PLAN, CHIPS["v5e"])
+    planning.check_fits(PLAN, CHIPS["v5e"])
     with pytest.raises(ConfigError, match=r"does not fit v5e: 21.50 GB a chip \(state 1.50 GB"):
-        plans.check_fits(dataclasses.replace(PLAN, step_bytes=2 * 10**10), CHIPS["v5e"])
+        planning.check_fits(dataclasses.replace(PLAN, step_bytes=2 * 10**10), CHIPS["v5e"])
     with pytest.raises(ConfigError, match="^Data.batch_size = 6: must be a multiple of the 4"):
         config = dataclasses.replace(CONFIG, data=DataConfig(batch_size=6))
         plans.make_plan(config, build_mesh(CONFIG.mesh), "")
 
 
+def test_a_plan_counts_microbatches() -> None:
+    mesh = build_mesh(CONFIG.mesh)
+
+    def planned(parts: int) -> plans.Plan:
+        training = dataclasses.replace(CONFIG.training, grad_accumulation=parts)
+        return plans.make_plan(dataclasses.replace(CONFIG, training=training), mesh, "")
+
+    whole, half = planned(1), planned(2)
+    assert half.saved_bytes < 0.6 * whole.saved_bytes
+    assert (half.model_flops, half.state_bytes) == (whole.model_flops, whole.state_bytes)
+    # The parameters of each microbatch are gathered anew; the products stay.
+    slow = dataclasses.replace(CHIPS["h100"], link=1e6, network=1e6)
+    training = dataclasses.replace(CONFIG.training, grad_accumulation=2)
+    one = predict(CONFIG, PLAN, slow)
+    two = predict(dataclasses.replace(CONFIG, training=training), PLAN, slow)
+    assert two.compute == one.compute and two.links > 1.9 * one.links
+    assert two.memory > one.memory
+    lines = planning.plan_lines(dataclasses.replace(CONFIG, training=training), half, None, None)
+    assert "in 2 microbatches" in lines["batch"]
+
+
+@pytest.mark.parametrize("parts,batch", [(1, 6), (2, 4), (3, 8)])
+def test_a_plan_refuses_what_training_refuses_in_the_same_words(
+    tmp_path: Path, parts: int, batch: int
+) -> None:
+    training = dataclasses.replace(CONFIG.training, grad_accumulation=parts)
+    config = dataclasses.replace(CONFIG, training=training, data=DataConfig(batch_size=batch))
+    with pytest.raises(ConfigError) as planned:
+        plans.make_plan(config, build_mesh(CONFIG.mesh), "")
+    with pytest.raises(ConfigError) as trained:
+        loop.train(config, tmp_path / "run")
+    assert str(planned.value) == str(trained.value) and "must be a multiple of" in str(
+        trained.value
+    )
+
+
+def test_a_plan_reads_the_g_file_that_training_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+    model = dataclasses.replace(CONFIG.model, g_source="external", g_file=str(tmp_path / "no.npz"))
+    config = dataclasses.replace(CONFIG, model=model)
+    with pytest.raises(ConfigError, match="Model.g_file"):
+        planning.plan_run(config, PlanConfig(devices=8))
+    # A checkpoint that fine-tuning begins with holds its own.
+    assert planning.plan_run(config, PlanConfig(devices=8), True, log=lambda line: None).parameters
+
+
 def test_mesh_size() -> None:
+    assert get_args(ChipName) == tuple(CHIPS)
+    with pytest.raises(ConfigError, match="^Mesh: makes 4,611,686"):
+        plans.mesh_size(MeshConfig(2**31 - 1, 2**31 - 1, 1), None)
+
     assert plans.mesh_size(MeshConfig(-1, 4, 2), None) == 8
     assert plans.mesh_size(MeshConfig(-1, 4, 2), 16) == 16
     with pytest.raises(ConfigError, match="must make 6, the number of devices"):
@@ -183,14 +239,14 @@ def test_program_prints_a_plan_and_refuses_in_one_line(
     for text in ("data 1 x fsdp 2 x tensor 1 = 2 devices", "state", "h100: 989", "predicted MFU"):
         assert text in out
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(plans, "make_plan", lambda *_: PLAN)
+    monkeypatch.setattr(planning, "make_plan", lambda *_: PLAN)
     tiny = dataclasses.replace(CHIPS["h100"], memory=1000)
     monkeypatch.setitem(CHIPS, "h100", tiny)
     status, out, err = run_here(capsys, train_main, *arguments)
     assert status == 2 and "together" in out
     assert err.startswith("error: Mesh = (1, 8, 1): does not fit h100: ") and err.count("\n") == 1
     shown: list[ExperimentConfig] = []
-    monkeypatch.setattr(plans, "make_plan", lambda config, *_: shown.append(config) or PLAN)
+    monkeypatch.setattr(planning, "make_plan", lambda config, *_: shown.append(config) or PLAN)
     plan = ["--plan", "--gin.Data.packing=packed", "--gin.Data.max_segments=3", *FLAGS]
     assert "2 a device, 3 documents in each at" in run_here(capsys, train_main, *plan)[1]
     text = make_corpus(tmp_path / "text", 30)

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "runs": BASE | {"model"},
     "inference": BASE | {"model"},
     "interop": BASE | {"model", "data", "runs"},
-    "training": BASE | {"model", "data", "runs", "inference"},
+    "training": BASE | {"model", "data", "runs", "inference", "interop"},
     "api": BASE | {"model", "data", "runs", "inference", "interop"},
     "evaluation": {"config", "files", "terminal", "inference", "api"},
     "analysis": BASE | {"model", "data", "runs", "inference", "interop", "training", "api"},
@@ -38,6 +38,7 @@ MAY_IMPORT = {
         "evaluation",
         "analysis",
     },
+    "freeze": {"cli"},  # python -m pldr_jax.freeze
     "": {"api", "config"},
 }
 """What each part may import, besides itself; "" is the package's own __init__."""

@@ -1,28 +1,31 @@
 """Sweeps: which runs, in which folders; what is done about finished, broken and failing ones."""
 
 import csv
+import dataclasses
 import json
 import shutil
 import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers import QUICK, contents, corpus_of, flags, rows_of, run_here
+from helpers import QUICK, contents, corpus_of, flags, rows_of, run_here, untrained_run
 
-from pldr_jax.cli import sweep as cli
 from pldr_jax.cli.train import train_main
 from pldr_jax.config import ConfigError, ExperimentConfig
-from pldr_jax.config.load import load_config, parse_values
+from pldr_jax.config.load import dump_config, load_config, parse_values
 from pldr_jax.runs.curves import write_comparison
 from pldr_jax.terminal import Display
+from pldr_jax.training.finetune.begin import model_of
 from pldr_jax.training.progress import SweepProgress
 from pldr_jax.training.signals import StopRequest
 from pldr_jax.training.sweep import runs as sweeps
 from pldr_jax.training.sweep.phase import PANELS, _value, write_phase_diagram
+from pldr_jax.training.sweep.points import SweepRun, runs_of, share
+from pldr_jax.training.sweep.settings import Command, SweepConfig
+from pldr_jax.training.sweep.sweep import list_runs
 from pldr_jax.training.sweep.table import table_text, write_table
 
 RATE, WARMUP = "Optimizer.learning_rate", "Optimizer.warmup_steps"
@@ -36,17 +39,17 @@ FIELDS = {
 }
 
 
-def options(*sweep: str, **others: Any) -> Any:
-    fields = {"sweep_zip": False, "sweep_seeds": None, "sweep_index": None, "sweep_list": False}
-    return SimpleNamespace(sweep=list(sweep), gin_files=[], overrides=[], **{**fields, **others})
+def runs_here(folder: Path, *sweep: str, overrides: Sequence[str] = (), **others: Any) -> Any:
+    command = Command(overrides=overrides)
+    return runs_of(SweepConfig(sweep=sweep, **others), folder, command.config)
 
 
 def names(*sweep: str, **others: Any) -> list[str]:
-    return [run.name for run in cli.plan_runs(options(*sweep, **others), Path("runs"))]
+    return [run.name for run in runs_here(Path("runs"), *sweep, **others)]
 
 
 def test_a_grid_is_every_combination_each_in_its_own_folder() -> None:
-    runs = cli.plan_runs(options(f"{RATE}=8e-4,1e-3", f"{WARMUP}=100,200"), Path("runs"))
+    runs = runs_here(Path("runs"), f"{RATE}=8e-4,1e-3", f"{WARMUP}=100,200")
     assert [run.name for run in runs] == [
         "learning_rate=0.0008,warmup_steps=100",
         "learning_rate=0.0008,warmup_steps=200",
@@ -70,15 +73,111 @@ def test_zip_pairs_values() -> None:
 
 
 def test_seeds_repeat_each_point() -> None:
-    asked = options(f"{RATE}=8e-4,1e-3", sweep_seeds=2)
-    asked.overrides = ["Training.seed=5", "Data.seed=7"]
-    runs = cli.plan_runs(asked, Path("runs"))
+    seeds = ["Training.seed=5", "Data.seed=7"]
+    runs = runs_here(Path("runs"), f"{RATE}=8e-4,1e-3", sweep_seeds=2, overrides=seeds)
     assert [run.name for run in runs] == [
         f"learning_rate={rate},seed={seed}" for rate in (0.0008, 0.001) for seed in (5, 6)
     ]
     assert [(r.config.training.seed, r.config.data.seed) for r in runs] == [(5, 7), (6, 8)] * 2
     with pytest.raises(ConfigError, match="^--sweep_seeds: Data.seed is given by --sweep"):
         names("Data.seed=1,2", sweep_seeds=2)
+    # The seeds of later repetitions are bounded as any other.
+    last = [f"Training.seed={2**32 - 2}"]
+    assert len(runs_here(Path("runs"), f"{RATE}=1e-3", sweep_seeds=2, overrides=last)) == 2
+    with pytest.raises(ConfigError, match=r"Training.seed = 4294967296: must be at most"):
+        runs_here(Path("runs"), f"{RATE}=1e-3", sweep_seeds=3, overrides=last)
+
+
+def test_as_many_runs_as_nobody_can_make_are_refused_at_once() -> None:
+    values = ",".join(str(n) for n in range(1, 300))
+    with pytest.raises(ConfigError, match="^--sweep: makes 26,730,899 runs; at most 10,000"):
+        names(f"Data.seed={values}", f"Data.batch_size={values}", f"Training.eval_rows={values}")
+    with pytest.raises(ConfigError, match="^--sweep_seeds=1000000: must be at most"):
+        names(f"{RATE}=1e-3", sweep_seeds=10**6)
+
+
+def test_tuple_fields_can_be_swept(tmp_path: Path) -> None:
+    mixture = ["Data.mixture=('a', 'b')"]
+    runs = runs_here(
+        tmp_path, "Data.mixture_weights=(1,2),[0.5, 1],()", "Data.seed=1,2", overrides=mixture
+    )
+    assert [run.config.data.mixture_weights for run in runs[::2]] == [(1, 2), (0.5, 1), ()]
+    assert [run.name for run in runs[:3]] == [
+        "mixture_weights=_1.0__2.0_,seed=1",
+        "mixture_weights=_1.0__2.0_,seed=2",
+        "mixture_weights=_0.5__1.0_,seed=1",
+    ]
+    assert load_config([], [*mixture, *runs[2].overrides]) == runs[2].config
+    # Folders have long names, which the names of runs shorten, and stay apart.
+    long = "/data/" + "x" * 100
+    swept = f"Data.mixture=('{long}/a', '{long}/c'),('{long}/b',)"
+    first, second = runs_here(tmp_path, swept)
+    assert first.config.data.mixture == (f"{long}/a", f"{long}/c")
+    assert first.name != second.name and len(first.name) < 80
+    # Brackets are nothing special in a field of another type.
+    prompts = runs_here(tmp_path, "Training.sample_prompt=f(,g(")
+    assert [run.config.training.sample_prompt for run in prompts] == ["f(", "g("]
+    outcomes = [sweeps.outcome(run) for run in runs]
+    assert "(1.0, 2.0)" in write_table(tmp_path, outcomes).read_text()
+
+
+@pytest.mark.parametrize("packing", ["packed", "concat"])
+def test_a_sweep_whose_runs_choose_their_segments_goes_on(tmp_path: Path, packing: str) -> None:
+    sweep, command = SweepConfig(sweep=(f"{RATE}=1e-3",)), [f"Data.packing={packing}"]
+
+    def listed(*more: str) -> list[str]:
+        runs = list_runs(sweep, tmp_path, Command(overrides=[*command, *more]))
+        return [one.status for one in runs]
+
+    (run,) = runs_here(tmp_path, *sweep.sweep, overrides=command)
+    record(run, 3, loss=2.0)
+    data = run.config.data
+    if packing == "packed":
+        data = dataclasses.replace(data, max_segments=5)  # as chosen when the run began
+    kept = dataclasses.replace(run.config, data=data)
+    (run.folder / "config.gin").write_text(dump_config(kept))
+    assert listed() == ["unfinished"]
+    for other in ("Data.batch_size=4", "Data.tokenizer=/a.model", "Model.num_layers=7"):
+        with pytest.raises(ConfigError, match="another config"):
+            listed(other)
+    if packing == "packed":
+        assert listed("Data.max_segments=5") == ["unfinished"]
+        with pytest.raises(ConfigError, match="Data.max_segments: 5 -> 6"):
+            listed("Data.max_segments=6")
+
+
+def test_a_sweep_of_fine_tuning_goes_on(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    source = untrained_run(tmp_path_factory.getbasetemp())
+    base = shutil.copytree(source, tmp_path / "base")
+    folder, model = tmp_path / "sweep", model_of(base)
+    sweep = SweepConfig(sweep=(f"{RATE}=1e-3,2e-3",))
+    command = Command(init_from=str(base))
+    first = list_runs(sweep, folder, command)[0].run
+    assert first.config.model == model and first.config.data.tokenizer is None
+    record(first, 3, loss=2.0)
+    data = dataclasses.replace(first.config.data, tokenizer=str(base / "tokenizer.model"))
+    kept = dataclasses.replace(first.config, data=data)
+    (first.folder / "config.gin").write_text(dump_config(kept))
+
+    def listed(*overrides: str) -> list[str]:
+        asked = Command(overrides=overrides, init_from=str(base))
+        return [one.status for one in list_runs(sweep, folder, asked)]
+
+    assert listed() == ["unfinished"] * 2
+    assert f"--init_from={base}" in command.arguments(first.overrides, first.folder)
+    for other in ("Data.batch_size=4", "Data.tokenizer=/a.model", "Model.num_layers=7"):
+        with pytest.raises(ConfigError, match="another config"):
+            listed(other)
+    # As for a run that goes on, the checkpoint need not be there any more.
+    shutil.rmtree(base)
+    assert listed() == ["unfinished"] * 2
+    with pytest.raises(ConfigError, match="another config"):
+        listed("Model.num_layers=7")
+    shutil.rmtree(first.folder)
+    with pytest.raises(ConfigError, match=f"--init_from={base}: "):
+        listed()
 
 
 def test_values_of_a_sweep() -> None:
@@ -116,9 +215,9 @@ def test_options_that_need_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_shares_of_a_job_array_are_all_runs_once() -> None:
-    runs = cli.plan_runs(options(f"{RATE}=1e-3,2e-3,3e-3,4e-3,5e-3"), Path("runs"))
-    assert [sweeps.share(runs, str(i))[0] for i in range(5)] == runs
-    parts = [sweeps.share(runs, f"{i}/2") for i in range(2)]
+    runs = runs_here(Path("runs"), f"{RATE}=1e-3,2e-3,3e-3,4e-3,5e-3")
+    assert [share(runs, str(i))[0] for i in range(5)] == runs
+    parts = [share(runs, f"{i}/2") for i in range(2)]
     assert [len(part) for part in parts] == [3, 2]
     assert sorted(run.name for part in parts for run in part) == [run.name for run in runs]
     for index, message in [
@@ -127,16 +226,15 @@ def test_shares_of_a_job_array_are_all_runs_once() -> None:
         ("-1", "expected I"),
     ]:
         with pytest.raises(ConfigError, match=message):
-            sweeps.share(runs, index)
+            share(runs, index)
 
 
-def sweep_runs(folder: Path, *sweep: str) -> list[sweeps.SweepRun]:
-    asked = options(*sweep)
-    asked.overrides = [f"Training.steps={STEPS}", f"{WARMUP}=1"] if WARMUP not in str(sweep) else []
-    return cli.plan_runs(asked, folder)
+def sweep_runs(folder: Path, *sweep: str) -> list[SweepRun]:
+    few = [f"Training.steps={STEPS}", f"{WARMUP}=1"] if WARMUP not in str(sweep) else []
+    return runs_here(folder, *sweep, overrides=few)
 
 
-def record(run: sweeps.SweepRun, step: int, **values: float) -> None:
+def record(run: SweepRun, step: int, **values: float) -> None:
     """What a run leaves behind, as far as a sweep looks at it."""
     (run.folder / "checkpoints" / str(step)).mkdir(parents=True)
     row = {"step": step, **{f"eval/{name.replace('__', '/')}": v for name, v in values.items()}}
@@ -148,12 +246,10 @@ def python(code: str) -> list[str]:
 
 
 def execute(
-    runs: Sequence[sweeps.SweepRun], command: Any, stop: StopRequest | None = None
+    runs: Sequence[SweepRun], command: Any, stop: StopRequest | None = None
 ) -> dict[str, str]:
     with SweepProgress(len(runs), Display(terminal=False)) as progress:
-        return sweeps.execute(
-            runs, command, sweeps.child_environment(Path()), progress, stop or StopRequest()
-        )
+        return sweeps.execute(runs, command, progress, stop or StopRequest())
 
 
 def test_a_failure_does_not_stop_the_rest_and_finished_runs_are_left_alone(
@@ -165,7 +261,7 @@ def test_a_failure_does_not_stop_the_rest_and_finished_runs_are_left_alone(
     before = contents(runs[0].folder)
     started: list[str] = []
 
-    def command(run: sweeps.SweepRun) -> list[str]:
+    def command(run: SweepRun) -> list[str]:
         started.append(run.name)
         if run is runs[2]:
             return python("print('error: no luck'); raise SystemExit(3)")

@@ -1,6 +1,6 @@
 """`python -m pldr_jax.analysis`: the same as `pldr-analyze`."""
 
-from pldr_jax.cli.analyze import main
+from pldr_jax.cli.scripts import analyze
 
 if __name__ == "__main__":
-    main()
+    analyze()

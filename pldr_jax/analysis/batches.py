@@ -8,11 +8,8 @@ import numpy as np
 
 from pldr_jax.analysis.statistics import RunningStatistics
 from pldr_jax.api import LanguageModel
-from pldr_jax.config import ConfigError, ModelConfig
+from pldr_jax.config import CALIBRATION_ROWS, ConfigError, ModelConfig
 from pldr_jax.model.deductive import identity_g_lm
-
-CALIBRATION_ROWS = 16
-"""Rows whose mean G_LM stands for all texts, at most; never more than a quarter of all, but one."""
 
 
 def check_rows(config: ModelConfig, rows_RC: np.ndarray, least: int = 1) -> None:

@@ -1,11 +1,12 @@
 """What the programs share: options, one-line errors, the compilation cache."""
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from pldr_jax.cli.huge_pages import use_huge_pages
 from pldr_jax.cli.options import Option
 from pldr_jax.config import ConfigError
+from pldr_jax.terminal import one_line, print_line
 
 USAGE, FAILURE = 2, 1
 
@@ -23,18 +24,16 @@ STEP = Option(
 )
 
 
-def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
-    """Runs a program; an error its user can mend is one line on stderr and a non-zero exit
+def run(program: Callable[[list[str]], None], argv: Sequence[str] | None = None) -> None:
+    """Runs a program; an error that its user can mend is one line on stderr and a non-zero exit
     status.
 
     Args:
-      main: of the program; takes its arguments.
-      argv: the arguments; None takes those of the command line, and huge pages.
+      program: takes its arguments.
+      argv: the arguments; None takes those of this process.
     """
-    if argv is None:
-        use_huge_pages()
     try:
-        main(sys.argv[1:] if argv is None else argv)
+        program(list(sys.argv[1:] if argv is None else argv))
     except ConfigError as error:
         _exit(error, USAGE)
     except KeyboardInterrupt:
@@ -52,7 +51,7 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> Non
 
 
 def _exit(error: Exception, status: int) -> None:
-    print(f"error: {error}", file=sys.stderr)
+    print_line(f"error: {one_line(str(error))}", to_stderr=True)
     raise SystemExit(status)
 
 
@@ -64,5 +63,6 @@ def keep_compiled_programs(cache_dir: str | None) -> None:
 
     from pldr_jax.files import cache_folder
 
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder(cache_dir) / "xla"))
+    with contextlib.suppress(ConfigError):  # there is no home folder: every start compiles
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder(cache_dir) / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

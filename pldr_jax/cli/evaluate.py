@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pldr_jax.cli.common import STEP, keep_compiled_programs, run
 from pldr_jax.cli.options import Option, Options, parse_args
 from pldr_jax.cli.tasks import open_tasks
-from pldr_jax.config import ConfigError
+from pldr_jax.config import CALIBRATION_ROWS, ConfigError
 from pldr_jax.config.load import load_config
 from pldr_jax.files import TOKENIZER
 from pldr_jax.inference.modes import SCORE_MODES
@@ -53,7 +53,6 @@ OPTIONS = (
     ),
 )
 RESULTS, TABLE = "results.json", "results.md"
-CALIBRATION_ROWS = 16
 
 
 def evaluate_main(argv: list[str]) -> None:
@@ -154,7 +153,7 @@ def _given_g_lm(options: Options, lm: "LanguageModel") -> Any:
     from pldr_jax.config import DataConfig
     from pldr_jax.data.mixture import open_training_text
     from pldr_jax.data.rows import join_rows
-    from pldr_jax.training.freeze.calibrate import calibrate, check_learned, rows_at_once, some_rows
+    from pldr_jax.training.freeze.calibrate import calibrate, check_learned, some_rows
 
     check_learned(lm.config, options.run)
     path = Path(options.run) / TOKENIZER
@@ -162,7 +161,7 @@ def _given_g_lm(options: Options, lm: "LanguageModel") -> Any:
     text = open_training_text(data, lm.config.vocab_size)
     rows = join_rows(text.rows("train", lm.config.context_length, data))
     some = some_rows(rows, CALIBRATION_ROWS)
-    return calibrate(lm.config, lm.params, some, "mean", rows_at_once(lm.config)).g_lm
+    return calibrate(lm.config, lm.params, some).g_lm
 
 
 def main() -> None:

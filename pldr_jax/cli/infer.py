@@ -5,7 +5,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from pldr_jax.cli.common import CHECKPOINT, FAILURE, STEP, keep_compiled_programs, run
-from pldr_jax.cli.freeze import freeze_main
 from pldr_jax.cli.options import Option, Options, parse_args
 from pldr_jax.config import ConfigError, ExperimentConfig
 from pldr_jax.config.load import load_config
@@ -56,14 +55,7 @@ OPTIONS = (
     ),
     Option("seed", "same as --gin.Generation.seed", type=int, metavar="SEED"),
     Option("rows", "same as --gin.Generation.rows", type=int, metavar="N"),
-    Option(
-        "freeze_g",
-        "generate nothing, but write a checkpoint with one calibrated G_LM in place of the PLGA "
-        "network to the folder --output; see infer.py --freeze_g --help",
-        type=bool,
-    ),
 )
-FREEZE = "--freeze_g"
 SHORTHANDS = (
     "truncate",
     "max_new_tokens",
@@ -83,9 +75,8 @@ def infer_main(argv: list[str]) -> None:
     Raises:
       SystemExit: status 1 if a prompt failed; the others are written all the same.
     """
-    if FREEZE in argv:
-        freeze_main([argument for argument in argv if argument != FREEZE])
-        return
+    if "--freeze_g" in argv:
+        raise ConfigError("--freeze_g: is the program pldr-freeze now, with the same options")
     options = parse_args(argv, "infer.py", DESCRIPTION, OPTIONS)
     shorthands = [
         f"Generation.{name}={getattr(options, name)}"

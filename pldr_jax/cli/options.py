@@ -7,20 +7,27 @@ the fields of the dataclasses in `pldr_jax/config/`; `pldr_jax/config/load.py` r
 import argparse
 import dataclasses
 import textwrap
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from pldr_jax.config import GROUPS, ConfigError
-from pldr_jax.config.annotations import choices, suggest, type_name
+from pldr_jax.config import GROUPS, ConfigError, expand_home
+from pldr_jax.config.annotations import alternatives, choices, suggest, type_name
+from pldr_jax.config.fields import FlagGroup
 from pldr_jax.config.gin import format_value, parse_override
 from pldr_jax.config.load import FIELDS, summary_line, unknown_field
+from pldr_jax.terminal import one_line
 
+Group = typing.TypeVar("Group", bound=FlagGroup)
 _WIDTH = 100
 _DOC_COLUMN = 63
 _SIGNS = (("low", ">="), ("above", ">"), ("high", "<="))
 
 Options = argparse.Namespace
 """A parsed command line: plain options, `gin_files` and `overrides`."""
+
+_PATHS = ("DIR", "FILE", "OUT", "PATH", "RUN")
+"""What stands for a path in help; its value may begin with `~`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +50,49 @@ class Option:
     place: bool = False
 
 
+def flags_of(config_class: type[FlagGroup]) -> tuple[Option, ...]:
+    """The options that set the fields of a class; a tuple repeats."""
+    return tuple(map(_flag, dataclasses.fields(config_class)))  # type: ignore[arg-type]
+
+
+def _flag(field: dataclasses.Field[Any]) -> Option:
+    kinds = [kind for kind in alternatives(field.type) if kind is not type(None)]
+    repeat = typing.get_origin(kinds[0]) is tuple
+    listed = choices(field.type)
+    kind = typing.get_args(kinds[0])[0] if repeat else str if listed else kinds[0]
+    return Option(
+        field.name,
+        field.metadata["doc"],
+        kind,
+        None if repeat else field.default,
+        repeat=repeat,
+        choices=listed or None,
+        metavar=field.metadata["metavar"],
+    )
+
+
+def settings_of(config_class: type[Group], options: Options) -> Group:
+    """The object that the options of `flags_of` describe.
+
+    Raises:
+      ConfigError: names the flag that is out of bounds.
+    """
+    names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
+    return config_class(**{name: getattr(options, name) for name in names})
+
+
+def _path(text: str) -> str:
+    try:
+        return expand_home(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse with one-line errors, and the config fields in its help."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
     fields = True
 
@@ -72,6 +117,31 @@ def parse_args(
         SystemExit: status 0 after printing the help for `--help`; status 2 after one line on
             stderr where a flag is unknown, malformed or missing.
     """
+    parser = _parser(program, description, options, fields)
+    try:
+        plain, overrides = _split_overrides(argv) if fields else (list(argv), [])
+    except ConfigError as error:
+        parser.error(str(error))
+    # Only this one takes flags between the arguments of a place that repeats.
+    several = any(option.place and option.repeat for option in options)
+    parse = parser.parse_known_intermixed_args if several else parser.parse_known_args
+    namespace, unknown = parse(plain)
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        if not flag.startswith("-"):
+            parser.error(f"{flag!r} follows no flag")
+        known = ["--help", *(f"--{option.name}" for option in options)]
+        near = suggest(flag, [*known, "--gin_file"] if fields else known)
+        parser.error(f"{flag}: no such flag{near}")
+    for option in options:
+        if (option.place or option.required) and getattr(namespace, option.name) in (None, []):
+            name = option.metavar or option.name if option.place else f"--{option.name}"
+            parser.error(f"{name} is required: {option.doc}")
+    namespace.overrides = overrides
+    return namespace
+
+
+def _parser(program: str, description: str, options: Sequence[Option], fields: bool) -> _Parser:
     places = [
         (option.metavar or option.name) + (" ..." if option.repeat else "")
         for option in options
@@ -95,54 +165,35 @@ def parse_args(
             default=[],
             dest="gin_files",
             metavar="PATH",
+            type=_path,
             help="config file; repeatable, a later file wins, and --gin.* flags win over files",
         )
     for option in options:
-        if option.place:
-            # Its absence is reported below, in the words of every other option.
-            nargs = "*" if option.repeat else "?"
-            parser.add_argument(
-                option.name, nargs=nargs, type=option.type, metavar=option.metavar, help=option.doc
-            )
-            continue
-        note = " (required)" if option.required else " (repeatable)" if option.repeat else ""
-        if option.default is not None and option.type is not bool:
-            note += f" (default {option.default})"
-        keywords: dict[str, Any] = {"help": (option.doc + note).replace("%", "%%")}
-        if option.type is bool:
-            keywords |= {"action": "store_true"}
-        else:
-            keywords |= {"type": option.type, "choices": option.choices, "default": option.default}
-            keywords |= {"metavar": option.metavar}
-            keywords |= {"action": "append", "default": []} if option.repeat else {}
-        parser.add_argument(f"--{option.name}", dest=option.name, **keywords)
-    try:
-        plain, overrides = _split_overrides(argv) if fields else (list(argv), [])
-    except ConfigError as error:
-        parser.error(str(error))
-    # Only this one takes flags between the arguments of a place that repeats.
-    several = any(option.place and option.repeat for option in options)
-    parse = parser.parse_known_intermixed_args if several else parser.parse_known_args
-    namespace, unknown = parse(plain)
-    if unknown:
-        flag = unknown[0].partition("=")[0]
-        known = [
-            *(["--gin_file"] if fields else []),
-            "--help",
-            *(f"--{option.name}" for option in options),
-        ]
-        parser.error(
-            f"{flag}: no such flag{suggest(flag, known)}"
-            if flag.startswith("-")
-            else f"{flag!r} follows no flag"
+        _add(parser, option)
+    return parser
+
+
+def _add(parser: _Parser, option: Option) -> None:
+    """Adds an option to the parser."""
+    kind = _path if option.metavar in _PATHS and option.type is str else option.type
+    if option.place:
+        # Its absence is an error of `parse_args`, in the words of every other option.
+        nargs = "*" if option.repeat else "?"
+        parser.add_argument(
+            option.name, nargs=nargs, type=kind, metavar=option.metavar, help=option.doc
         )
-    for option in options:
-        if option.place and getattr(namespace, option.name) in (None, []):
-            parser.error(f"{option.metavar or option.name} is required: {option.doc}")
-        if option.required and getattr(namespace, option.name) in (None, []):
-            parser.error(f"--{option.name} is required: {option.doc}")
-    namespace.overrides = overrides
-    return namespace
+        return
+    note = " (required)" if option.required else " (repeatable)" if option.repeat else ""
+    if option.default is not None and option.type is not bool:
+        note += f" (default {option.default})"
+    keywords: dict[str, Any] = {"help": (option.doc + note).replace("%", "%%")}
+    if option.type is bool:
+        keywords |= {"action": "store_true"}
+    else:
+        keywords |= {"type": kind, "choices": option.choices, "metavar": option.metavar}
+        keywords |= {"action": "append", "default": []} if option.repeat else {}
+        keywords.setdefault("default", option.default)
+    parser.add_argument(f"--{option.name}", dest=option.name, **keywords)
 
 
 def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:

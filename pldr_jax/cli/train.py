@@ -5,7 +5,6 @@ from pathlib import Path
 from pldr_jax.cli import plan as planning
 from pldr_jax.cli import sweep as sweeping
 from pldr_jax.cli.common import keep_compiled_programs, run
-from pldr_jax.cli.finetune import start_from
 from pldr_jax.cli.options import Option, Options, parse_args
 from pldr_jax.cli.tasks import task_metrics
 from pldr_jax.config import ConfigError
@@ -74,6 +73,8 @@ def train_main(argv: list[str]) -> None:
     if options.init_from is None:
         config = load_config(options.gin_files, options.overrides)
     else:
+        from pldr_jax.training.finetune.begin import start_from
+
         config, initial = start_from(
             options.init_from, run_dir, options.gin_files, options.overrides
         )
@@ -99,7 +100,7 @@ def _forwarded(options: Options) -> list[str]:
     return [
         f"--{option.name}" if option.type is bool else f"--{option.name}={given[option.name]}"
         for option in OPTIONS
-        if option.name != "run_dir" and given[option.name] != option.default
+        if option.name not in ("run_dir", "init_from") and given[option.name] != option.default
     ]
 
 
@@ -109,4 +110,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from pldr_jax.cli.scripts import train
+
+    train()

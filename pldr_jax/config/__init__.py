@@ -15,6 +15,7 @@ from pldr_jax.config.fields import expand_home as expand_home
 from pldr_jax.config.fields import group_name as group_name
 from pldr_jax.config.model import HOW_COMPUTED as HOW_COMPUTED
 from pldr_jax.config.model import ModelConfig as ModelConfig
+from pldr_jax.config.training import CALIBRATION_ROWS as CALIBRATION_ROWS
 from pldr_jax.config.training import CheckpointConfig as CheckpointConfig
 from pldr_jax.config.training import LossConfig as LossConfig
 from pldr_jax.config.training import MeshConfig as MeshConfig

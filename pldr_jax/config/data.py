@@ -1,7 +1,6 @@
 """The group `Data` of the configuration."""
 
 import dataclasses
-import math
 from typing import Literal
 
 from pldr_jax.config.fields import SEED_LIMIT, Validated, field
@@ -23,7 +22,7 @@ class DataConfig(Validated):
         path=True,
     )
     mixture_weights: tuple[float, ...] = field(
-        (), "shares of the rows, one a folder of mixture; () is by their tokens"
+        (), "shares of the rows, one a folder of mixture; () is by their tokens", above=0
     )
     tokenizer: str | None = field(
         None,
@@ -67,8 +66,6 @@ class DataConfig(Validated):
         super().__post_init__()
         if self.mixture_weights and len(self.mixture_weights) != len(self.mixture):
             self.fail("mixture_weights", f"must be one a folder of mixture, {len(self.mixture)}")
-        if any(not 0 < weight < math.inf for weight in self.mixture_weights):
-            self.fail("mixture_weights", "must all be greater than 0")
 
     @property
     def segments_per_row(self) -> int:

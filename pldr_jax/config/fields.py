@@ -32,11 +32,14 @@ def field(
     above: float | None = None,
     high: float | None = None,
     path: bool = False,
+    metavar: str | None = None,
 ) -> Any:
     """A dataclass field with its meaning and bounds: `low` <= value, `above` < value, value <=
-    `high`. A `path`, or a tuple of them, may begin with `~`.
+    `high`. A `path`, or a tuple of them, may begin with `~`. `metavar` stands for the value in the
+    help of a field that is a flag.
     """
-    metadata = {"doc": doc, "low": low, "above": above, "high": high, "path": path}
+    metadata: dict[str, Any] = {"doc": doc, "low": low, "above": above, "high": high, "path": path}
+    metadata["metavar"] = metavar
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -90,8 +93,9 @@ class Validated:
                 except ValueError as error:
                     self.fail(one.name, str(error))
             object.__setattr__(self, one.name, value)
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                self._check_bounds(one.name, value, bounds)
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, (int, float)) and not isinstance(number, bool):
+                    self._check_bounds(one.name, number, bounds)
 
     def _check_bounds(self, name: str, value: float, bounds: typing.Mapping[str, Any]) -> None:
         high = bounds["high"]
@@ -111,6 +115,18 @@ class Validated:
         raise ConfigError(
             f"{group_name(type(self))}.{name} = {show(getattr(self, name))}: {remedy}"
         )
+
+
+class FlagGroup(Validated):
+    """Settings that are plain flags of a program: `rows` is `--rows`, and its errors say so."""
+
+    def fail(self, name: str, remedy: str) -> NoReturn:
+        """Raises the one-line `ConfigError` for flag `name`."""
+        raise ConfigError(f"--{name}={_shown(getattr(self, name))}: {remedy}")
+
+
+def _shown(value: object) -> str:
+    return value if isinstance(value, str) else show(value)
 
 
 @functools.cache

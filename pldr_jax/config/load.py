@@ -26,7 +26,6 @@ from pldr_jax.config.gin import (
     resolve,
 )
 
-_VALUE = re.compile(r"""(?:^|(?<=,))((?:"[^"]*"|'[^']*'|[^,])*)""")
 _ATTRIBUTES = {group_name(type(f.default)): f.name for f in dataclasses.fields(ExperimentConfig)}
 FIELDS = {
     f"{group}.{name}": annotation
@@ -142,8 +141,8 @@ def _bind(bindings: Sequence[Binding], base: ExperimentConfig) -> ExperimentConf
 
 
 def parse_values(text: str, flag: str) -> tuple[str, tuple[str, ...]]:
-    """`Group.field=A,B` -> the field and its values, as texts for `load_config`; a value with a
-    comma in it is quoted.
+    """`Group.field=A,B` -> the field and its values, as texts for `load_config`. A value with a
+    comma in it is quoted; tuples, of a field that takes one, stand in their brackets.
 
     Raises:
         ConfigError: there is no such field, or no value.
@@ -154,10 +153,18 @@ def parse_values(text: str, flag: str) -> tuple[str, tuple[str, ...]]:
         raise ConfigError(f"{shown}: expected Group.field=A,B,...")
     if problem := unknown_field(key):
         raise ConfigError(f"{shown}: {problem}")
-    parts = tuple(part.strip() for part in _VALUE.findall(values))
-    if not all(parts):
+    tuples = any(typing.get_origin(kind) is tuple for kind in alternatives(FIELDS[key]))
+    parts, depth = [""], 0
+    for piece in re.findall(r"""\"[^\"]*\"|'[^']*'|.""", values, re.DOTALL):
+        depth += tuples * ((piece in "([") - (piece in ")]"))
+        if piece == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += piece
+    stripped = tuple(part.strip() for part in parts)
+    if not all(stripped):
         raise ConfigError(f"{shown}: a value is missing")
-    return key, parts
+    return key, stripped
 
 
 def _build(

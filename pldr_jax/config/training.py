@@ -5,6 +5,9 @@ from typing import Literal
 
 from pldr_jax.config.fields import SEED_LIMIT, ConfigError, Validated, field
 
+CALIBRATION_ROWS = 16
+"""Rows that a calibrated G_LM is the mean of, where nothing else is asked for."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig(Validated):

@@ -1,6 +1,6 @@
 """`python -m pldr_jax.data`."""
 
-from pldr_jax.cli.data import main
+from pldr_jax.cli.scripts import data
 
 if __name__ == "__main__":
-    main()
+    data()

@@ -16,7 +16,7 @@ import numpy as np
 from absl.flags import FLAGS
 from grain.experimental import index_shuffle
 
-from pldr_jax.config import ConfigError
+from pldr_jax.config import CALIBRATION_ROWS, ConfigError
 from pldr_jax.data.rows import Rows, filled_share, join_rows, stack_rows
 
 _READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
@@ -230,7 +230,7 @@ class ValidationRows:
 def validation_rows(
     rows_of_texts: Sequence[Rows],
     count: int,
-    calibration_rows: int = 16,
+    calibration_rows: int = CALIBRATION_ROWS,
     seed: int = 0,
     weights: Sequence[float] = (1.0,),
 ) -> ValidationRows:

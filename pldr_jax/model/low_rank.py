@@ -161,6 +161,6 @@ def no_shared_g_lm(config: ModelConfig) -> ConfigError:
     if config.g_source == "identity":
         return ConfigError("rank_budget: G_LM is the identity here, of full rank; leave it out")
     return ConfigError(
-        "rank_budget: G_LM differs between prompts here; freeze the checkpoint (infer.py "
-        "--freeze_g), or let all prompts share one (Generation.g_mode = 'first' or 'frozen')"
+        "rank_budget: G_LM differs between prompts here; freeze the checkpoint "
+        "(pldr-freeze), or let all prompts share one (Generation.g_mode = 'first' or 'frozen')"
     )

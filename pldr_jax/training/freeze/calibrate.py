@@ -17,13 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pldr_jax.config import ConfigError, ExperimentConfig, LossConfig, ModelConfig
-from pldr_jax.data.rows import Rows
+from pldr_jax.data.rows import SEGMENTS, Rows
 from pldr_jax.model.decoder import Params
 from pldr_jax.training.order_parameter import DeductiveStatistics
 from pldr_jax.training.rows import forward_rows
 
 Calibration = Literal["first", "mean"]
-CALIBRATIONS = ("first", "mean")
 
 LOGITS_AT_ONCE = 1 << 24
 """Entries of one batch's logits, at most: a batch of any model then takes some 100 MB."""
@@ -102,40 +101,55 @@ class CalibratedG:
 
     Attributes:
       g_lm: [L,1,N,H,J], float32.
+      method: the G_LM of the first row, or their mean.
+      rows, tokens: that it was calibrated on; padding is no token.
       rmse: between the G_LM of successive rows; None with a single row.
       order_parameter: that, divided by the magnitude of the mean.
     """
 
     g_lm: jax.Array
+    method: Calibration
+    rows: int
+    tokens: int
     rmse: float | None
     order_parameter: float | None
 
 
 def calibrate(
-    config: ModelConfig, params: Params, rows: RowSet, method: Calibration, batch_size: int
+    config: ModelConfig, params: Params, rows: RowSet, method: Calibration = "mean"
 ) -> CalibratedG:
     """G_LM of the first row, or its mean over all rows, or all segments of rows, summed in float64;
     inputs are those of training.
     """
     g_lm_of = jax.jit(functools.partial(_g_lm, config, rows.rows.max_segments))
-    statistics, total, n_rows = DeductiveStatistics(), np.zeros(()), 0
-    for batch_BC, real in rows.batches(batch_size):
+    statistics, total, n_sequences, n_tokens = DeductiveStatistics(), np.zeros(()), 0, 0
+    for batch_BC, real in rows.batches(rows_at_once(config)):
         g_lm, real_B = jax.device_get(g_lm_of(params, batch_BC))
         chosen = np.arange(real) if real_B is None else np.flatnonzero(real_B)
         g_lm_LBNHJ = np.asarray(g_lm, np.float64)[:, chosen]
         statistics.add(g_lm_LBNHJ)
         if method == "mean":
             total = total + g_lm_LBNHJ.sum(1, keepdims=True)
-        elif n_rows == 0:
+        elif n_sequences == 0:
             total = g_lm_LBNHJ[:, :1]
-        n_rows += len(chosen)
-    mean = total / (n_rows if method == "mean" else 1)
-    results: Mapping[str, float | None] = statistics.results("G_LM") if n_rows > 1 else {}
+        n_sequences += len(chosen)
+        n_tokens += _count_inputs(batch_BC[:real])
+    mean = total / (n_sequences if method == "mean" else 1)
+    results: Mapping[str, float | None] = statistics.results("G_LM") if n_sequences > 1 else {}
     return CalibratedG(
         jnp.asarray(mean, jnp.float32),
+        method,
+        len(rows.order),
+        n_tokens,
         results.get("eval/rmse/G_LM"),
         results.get("eval/order_parameter/G_LM"),
     )
+
+
+def _count_inputs(rows: np.ndarray) -> int:
+    """Inputs of rows [B,C] or [B,3,T] that are not padding."""
+    whole = rows.ndim == 2
+    return rows[:, :-1].size if whole else int(np.count_nonzero(rows[:, SEGMENTS]))
 
 
 def _g_lm(
@@ -154,10 +168,14 @@ def check_learned(config: ModelConfig, where: str | Path) -> None:
         )
 
 
+def frozen_model(config: ModelConfig) -> ModelConfig:
+    """The frozen model's: G_LM from outside, in no file."""
+    return dataclasses.replace(config, g_source="external", g_file=None)
+
+
 def frozen_config(config: ExperimentConfig) -> ExperimentConfig:
-    """The config of the frozen model: G_LM from outside, in no file, and nothing to regularise."""
-    model = dataclasses.replace(config.model, g_source="external", g_file=None)
-    return dataclasses.replace(config, model=model, loss=LossConfig())
+    """That with everything else of the run; there is nothing left to regularise."""
+    return dataclasses.replace(config, model=frozen_model(config.model), loss=LossConfig())
 
 
 def without_plga(params: Params) -> Params:

@@ -15,7 +15,13 @@ from pldr_jax.config import ModelConfig
 from pldr_jax.model.decoder import Params
 from pldr_jax.model.reductions import most_probable
 from pldr_jax.model.spectra import RANK_TOLERANCE, numerical_rank, singular_values
-from pldr_jax.training.freeze.calibrate import CalibratedG, Calibration, RowSet, without_plga
+from pldr_jax.training.freeze.calibrate import (
+    CalibratedG,
+    RowSet,
+    frozen_model,
+    rows_at_once,
+    without_plga,
+)
 from pldr_jax.training.losses import PAD_ID, TokenLoss, token_loss
 from pldr_jax.training.rows import forward_rows
 
@@ -94,17 +100,16 @@ def kl_divergence(p_logits: jax.Array, q_logits: jax.Array) -> jax.Array:
 
 def compare(
     config: ModelConfig,
-    frozen: ModelConfig,
     params: Params,
     rows_BC: jax.Array,
     g_lm: jax.Array,
     max_segments: int = 1,
 ) -> Difference:
-    """The full model, and the frozen one with its own parameters and `g_lm` [L,1,N,H,J], on rows
-    of tokens, [B,C] or [B,3,T]; a pure function.
+    """The full model and the one frozen with `g_lm` [L,1,N,H,J], on rows of tokens, [B,C] or
+    [B,3,T]; a pure function.
     """
     outputs, targets_BT, _ = forward_rows(config, params, rows_BC, max_segments)
-    bare = without_plga(params)
+    frozen, bare = frozen_model(config), without_plga(params)
     other = forward_rows(frozen, bare, rows_BC, max_segments, g_lm).outputs.logits
     return difference(outputs.logits, other, targets_BT)
 
@@ -127,22 +132,13 @@ def difference(own: jax.Array, other: jax.Array, targets_BT: jax.Array) -> Diffe
     )
 
 
-def measure(
-    config: ModelConfig,
-    frozen: ModelConfig,
-    params: Params,
-    g_lm: jax.Array,
-    rows: RowSet,
-    batch_size: int,
-) -> dict[str, Any]:
+def measure(config: ModelConfig, params: Params, g_lm: jax.Array, rows: RowSet) -> dict[str, Any]:
     """`compare` over all rows, batch by batch: the certificate's "evaluation", "loss",
     "logit_difference", "kl" and "greedy_agreement".
     """
-    compared = jax.jit(
-        functools.partial(compare, config, frozen, max_segments=rows.rows.max_segments)
-    )
+    compared = jax.jit(functools.partial(compare, config, max_segments=rows.rows.max_segments))
     totals = Totals()
-    for batch_BC, _ in rows.batches(batch_size):
+    for batch_BC, _ in rows.batches(rows_at_once(config)):
         totals.add(compared(params, batch_BC, g_lm))
     return {
         "evaluation": {"rows": len(rows.order), "tokens": totals.tokens},
@@ -167,28 +163,23 @@ def spectrum(g_lm_L1NHJ: jax.Array | np.ndarray) -> dict[str, Any]:
 
 def certify(
     config: ModelConfig,
-    frozen: ModelConfig,
     params: Params,
     calibrated: CalibratedG,
-    method: Calibration,
-    calibration: RowSet,
     evaluation: RowSet,
-    batch_size: int,
     kl_threshold: float,
 ) -> dict[str, Any]:
     """The certificate, plain values for JSON: losses and divergences in nats a token, logits as
     they are.
     """
     before, after = _count(params), _count(without_plga(params))
-    n_rows = len(calibration.order)
-    measured = measure(config, frozen, params, calibrated.g_lm, evaluation, batch_size)
+    measured = measure(config, params, calibrated.g_lm, evaluation)
     mean = measured["kl"]["mean"]
     return {
         "parameters": {"before": before, "after": after, "removed": before - after},
         "calibration": {
-            "method": method,
-            "rows": n_rows,
-            "tokens": n_rows * (config.context_length - 1),
+            "method": calibrated.method,
+            "rows": calibrated.rows,
+            "tokens": calibrated.tokens,
         },
         **measured,
         "g_lm": {

@@ -1,6 +1,7 @@
 """Accelerators, as their makers state them."""
 
 import dataclasses
+from typing import Literal
 
 GIB = 2**30
 USABLE = 0.92
@@ -40,6 +41,7 @@ _CUBES = {
     512: "8x8x8",
 }  # fmt: skip
 
+ChipName = Literal["v5e", "v5p", "v6e", "a100", "h100", "h200"]
 CHIPS = {
     chip.name: chip
     for chip in (

@@ -23,11 +23,17 @@ from pldr_jax.model.deductive import g_lm_shape
 from pldr_jax.model.flops import BACKWARD, forward_flops, repeated_flops, training_flops
 from pldr_jax.model.shapes import count_params
 from pldr_jax.partition import batch_sharding, build_mesh
-from pldr_jax.training.plan.chips import USABLE, Chip
+from pldr_jax.training.plan.chips import Chip
+from pldr_jax.training.plan.settings import MOST_DEVICES
+from pldr_jax.training.start import check_batch_size
 from pldr_jax.training.step import TrainState, abstract_state, jit_train_step, loss_fn
 
+REMEDY = (
+    "raise Mesh.fsdp, Mesh.tensor or Training.grad_accumulation, lower Data.batch_size, or set "
+    "Model.remat = 'full'"
+)
 QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}
-"""Of the CPU's compiler: it skips what changes no buffer."""
+"""Of the CPU's compiler: it skips the optimisations that change no buffer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +46,8 @@ class Plan:
       compiler: who has compiled the step.
       state_bytes: parameters and optimiser state.
       step_bytes: activations and temporaries.
-      saved_bytes: what the forward pass saves for the backward pass, before a compiler computes
-        parts of it again.
+      saved_bytes: what the forward pass of a microbatch saves for the backward pass, before a
+        compiler computes parts of it again.
       model_flops: without what rematerialisation repeats.
       device_flops: of the busiest device, with it.
       tokens: inputs of a step.
@@ -63,26 +69,15 @@ class Plan:
         return self.state_bytes + self.step_bytes
 
 
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """Seconds of a step on a chip, by what bounds it, and the utilisation that follows.
-
-    Attributes:
-      compute, memory, links: seconds of matrix products at the full rate, of memory traffic, and of
-        collectives.
-      low, high: model FLOP utilisation if nothing overlaps, and if all does.
-    """
-
-    compute: float
-    memory: float
-    links: float
-    low: float
-    high: float
-
-
 def mesh_size(config: MeshConfig, devices: int | None) -> int:
-    """Devices of the mesh: `devices`, or else what the config states, -1 taken for 1."""
+    """Devices of the mesh: `devices`, or else what the config states, -1 taken for 1.
+
+    Raises:
+      ConfigError: more than can be simulated.
+    """
     stated = math.prod(max(size, 1) for size in (config.data, config.fsdp, config.tensor))
+    if stated > MOST_DEVICES:
+        raise ConfigError(f"Mesh: makes {stated:,} devices; at most {MOST_DEVICES:,} are planned")
     return stated if devices is None else devices
 
 
@@ -111,18 +106,14 @@ def make_plan(config: ExperimentConfig, mesh: Mesh, compiler: str) -> Plan:
     """Compiles the step of `config` for `mesh` and reads off what it needs.
 
     Raises:
-      ConfigError: the batch does not divide, or the compiler says that it does not fit.
+      ConfigError: what training refuses, or the compiler says that it does not fit.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.data.batch_size % shards:
-        config.data.fail(
-            "batch_size", f"must be a multiple of the {shards} devices of Mesh.data x Mesh.fsdp"
-        )
+    check_batch_size(config, mesh)
     model, rows, length = config.model, config.data.batch_size, config.model.context_length - 1
     segments = config.data.segments_per_row
     predefined = model.g_source in ("random", "external")
     g_lm: Any = jax.ShapeDtypeStruct(g_lm_shape(model), "float32") if predefined else None
-    state, batch = abstract_state(config, mesh, g_lm), _batch(config, mesh)
+    state, batch = abstract_state(config, mesh, g_lm), _batch(config, mesh, rows)
     simulated = mesh.devices.flat[0].platform == "cpu"
     with jax.set_mesh(mesh):
         step_fn: Any = jit_train_step(config, mesh, state)
@@ -130,7 +121,8 @@ def make_plan(config: ExperimentConfig, mesh: Mesh, compiler: str) -> Plan:
         memory = _compiled(step, QUICK if simulated else None).memory_analysis()
     cpu_mesh = mesh if simulated else build_mesh(config.mesh, jax.devices()[: mesh.size])
     with jax.set_mesh(cpu_mesh):
-        passed = _forward(config, abstract_state(config, cpu_mesh, g_lm), _batch(config, cpu_mesh))
+        microbatch = _batch(config, cpu_mesh, rows // config.training.grad_accumulation)
+        passed = _forward(config, abstract_state(config, cpu_mesh, g_lm), microbatch)
         saved = _compiled(passed, QUICK).memory_analysis()
     return Plan(
         parameters=count_params(model),
@@ -145,10 +137,9 @@ def make_plan(config: ExperimentConfig, mesh: Mesh, compiler: str) -> Plan:
     )
 
 
-def _batch(config: ExperimentConfig, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """Rows of tokens, as the step takes them."""
-    one = row_shape(config.data.packing, config.model.context_length)
-    shape = (config.data.batch_size, *one)
+def _batch(config: ExperimentConfig, mesh: Mesh, rows: int) -> jax.ShapeDtypeStruct:
+    """Rows of tokens, as the step takes them, or those of one of its microbatches."""
+    shape = (rows, *row_shape(config.data.packing, config.model.context_length))
     return jax.ShapeDtypeStruct(shape, "int32", sharding=batch_sharding(mesh, shape))
 
 
@@ -170,11 +161,6 @@ def _compiled(lowered: Any, options: dict[str, Any] | None) -> Any:
                 f"Mesh: the step needs {found[1]} of the {found[2]} a chip has; {REMEDY}"
             ) from None
         raise
-
-
-REMEDY = (
-    "raise Mesh.fsdp or Mesh.tensor, lower Data.batch_size, or set Model.remat = 'full'"
-)  # fmt: skip
 
 
 def _bytes(tree: Any) -> int:
@@ -200,99 +186,3 @@ def _device_flops(config: ExperimentConfig, mesh: dict[str, int]) -> float:
     )
     rows = config.data.batch_size / (mesh["data"] * mesh["fsdp"])
     return rows * split * (1 + BACKWARD + repeated)
-
-
-def predict(config: ExperimentConfig, plan: Plan, chip: Chip) -> Prediction:
-    """A roofline: the step cannot be faster than its slowest part, nor, if all parts are at their
-    stated rates, slower than their sum.
-
-    Memory traffic is the optimiser's (7 passes over its float32 shards), weights read in each pass,
-    what is saved written and read, and the logits four times; collectives are those of
-    `pldr_jax/partition.py`: parameters gathered twice and gradients scattered over fsdp, gradients
-    summed over data, activations summed four times a layer over tensor.
-    """
-    model, mesh = config.model, plan.mesh
-    data, fsdp, tensor = mesh["data"], mesh["fsdp"], mesh["tensor"]
-    rows = config.data.batch_size / (data * fsdp)
-    tokens = rows * (model.context_length - 1)
-    width = 2 if model.dtype == "bfloat16" else 4
-    shard = plan.state_bytes / 3  # parameters and two moments
-    whole = 4 * plan.parameters / tensor
-    passes = 2 if model.remat == "none" else 3
-    memory = 7 * shard + passes * whole * width / 4 + 2 * plan.saved_bytes
-    memory += 4 * 4 * tokens * model.vocab_size / tensor
-    activations = 4 * model.num_layers * tokens * model.model_dim * width
-    links = 0.0
-    for size, inner, volume in (
-        (tensor, 1, 2 * activations),
-        (fsdp, tensor, 3 * whole),
-        (data, tensor * fsdp, 2 * shard),
-    ):
-        inside = chip.node is None or size * inner <= chip.node
-        links += volume * (size - 1) / size / (chip.link if inside else chip.network)
-    compute, memory = plan.device_flops / chip.flops, memory / chip.bandwidth
-    ideal = plan.model_flops / (chip.flops * math.prod(mesh.values()))
-    slowest = max(compute, memory, links)
-    low, high = ideal / (compute + memory + links), ideal / slowest
-    return Prediction(compute, memory, links, low, high)
-
-
-def check_fits(plan: Plan, chip: Chip) -> None:
-    """Refuses what a chip has no room for.
-
-    Raises:
-      ConfigError: naming what is needed, what there is, and remedies.
-    """
-    limit = USABLE * chip.memory
-    if plan.bytes > limit:
-        raise ConfigError(
-            f"Mesh = {tuple(plan.mesh.values())}: does not fit {chip.name}: "
-            f"{gigabytes(plan.bytes)} a chip (state {gigabytes(plan.state_bytes)}, "
-            f"step {gigabytes(plan.step_bytes)}) of {gigabytes(limit)}; {REMEDY}"
-        )
-
-
-def plan_lines(
-    config: ExperimentConfig, plan: Plan, chip: Chip | None, prediction: Prediction | None
-) -> dict[str, str]:
-    """The plan as rows of a table of two columns."""
-    mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
-    shards = plan.mesh["data"] * plan.mesh["fsdp"]
-    rows, segments = config.data.batch_size, config.data.segments_per_row
-    side_by_side = f", {segments} documents in each at most" if segments > 1 else ""
-    lines = {
-        "parameters": f"{plan.parameters:,}",
-        "mesh": f"{mesh} = {math.prod(plan.mesh.values())} devices",
-        "batch": f"{rows} rows of {config.model.context_length} tokens, {rows // shards} a device"
-        f"{side_by_side}",
-        "compiled by": plan.compiler,
-        "state": f"{gigabytes(plan.state_bytes)} a device: parameters and optimiser",
-        "step": f"{gigabytes(plan.step_bytes)} a device: activations and temporaries",
-        "saved": f"{gigabytes(plan.saved_bytes)} a device: activations that the forward pass keeps "
-        "for the backward pass, before the compiler saves on them",
-        "together": f"{gigabytes(plan.bytes)} a device",
-        "FLOPs": f"{plan.model_flops:.3e} a step, {plan.model_flops / plan.tokens:.3e} a token; "
-        f"{plan.device_flops:.3e} a device, with what is computed twice",
-    }
-    if chip is None:
-        return lines
-    lines["chip"] = (
-        f"{chip.name}: {chip.flops / 1e12:.0f} TFLOP/s bfloat16, {chip.bandwidth / 1e12:.2f} TB/s, "
-        f"{gigabytes(USABLE * chip.memory)} of {gigabytes(chip.memory)} to use"
-    )
-    if prediction is None:
-        lines["predicted MFU"] = "only for Model.dtype = 'bfloat16'"
-        return lines
-    p = prediction
-    seconds = p.compute + p.memory + p.links, max(p.compute, p.memory, p.links)
-    lines["seconds a step"] = (
-        f"products {p.compute:.3f}, memory {p.memory:.3f}, links {p.links:.3f}, at stated rates"
-    )
-    lines["predicted MFU"] = f"{p.low:.0%} if nothing overlaps, {p.high:.0%} if everything does"
-    lines["predicted speed"] = " to ".join(f"{plan.tokens / s:,.0f}" for s in seconds) + " tokens/s"
-    return lines
-
-
-def gigabytes(count: float) -> str:
-    """`1.32 GB`, of 10^9 bytes."""
-    return f"{count / 1e9:.2f} GB"

@@ -22,7 +22,8 @@ from pldr_jax.plots import (
     png,
 )
 from pldr_jax.runs.curves import CONDENSED
-from pldr_jax.training.sweep.runs import SEED_FIELDS, Outcome, label
+from pldr_jax.training.sweep.points import SEED_FIELDS, label
+from pldr_jax.training.sweep.runs import Outcome
 
 FILE_NAME = "phase.png"
 LEARNING_RATE, WARMUP = "Optimizer.learning_rate", "Optimizer.warmup_steps"

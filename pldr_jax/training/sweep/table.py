@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pldr_jax.files import write_whole
-from pldr_jax.training.sweep.runs import Outcome, label
+from pldr_jax.training.sweep.points import label
+from pldr_jax.training.sweep.runs import Outcome
 
 FILE_NAME = "sweep.csv"
 METRICS = (

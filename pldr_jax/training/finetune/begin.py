@@ -1,16 +1,44 @@
-"""`train.py --init_from`: the config of a run that begins with the weights of a checkpoint."""
+"""Fine-tuning: a run that begins with the weights of a checkpoint, and nothing else of it."""
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from pldr_jax.config import HOW_COMPUTED, ConfigError, ExperimentConfig
+from pldr_jax.config import (
+    HOW_COMPUTED,
+    CheckpointConfig,
+    ConfigError,
+    ExperimentConfig,
+    ModelConfig,
+)
 from pldr_jax.config.load import config_from_dict, load_config
+from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.files import TOKENIZER
+from pldr_jax.interop.config_json import model_from_json
+from pldr_jax.interop.folder import read_json
+from pldr_jax.interop.transformers import CONFIG
+from pldr_jax.interop.weights import open_checkpoint
+from pldr_jax.model.shapes import count_params
+from pldr_jax.runs.checkpoint import Checkpointer
+from pldr_jax.runs.folder import check_same_model
+from pldr_jax.terminal import print_line
+from pldr_jax.training.step import InitialWeights
 
-if TYPE_CHECKING:
-    from pldr_jax.training.step import InitialWeights
+
+def model_of(init_from: str | Path) -> ModelConfig:
+    """The model of a checkpoint, whose weights are not read.
+
+    Raises:
+      ConfigError: the folder holds none.
+    """
+    folder = Path(init_from)
+    if (folder / CONFIG).is_file():
+        return model_from_json(read_json(folder / CONFIG), folder / CONFIG)
+    with Checkpointer(folder, CheckpointConfig()) as checkpointer:
+        stored = checkpointer.read_config()
+    if stored is None:
+        raise ConfigError(f"--init_from={init_from}: holds no complete checkpoint")
+    return config_from_dict(stored, str(folder)).model
 
 
 def start_from(
@@ -18,7 +46,7 @@ def start_from(
     run_dir: Path,
     gin_files: Sequence[str | Path],
     overrides: Sequence[str],
-) -> tuple[ExperimentConfig, "InitialWeights | None"]:
+) -> tuple[ExperimentConfig, InitialWeights | None]:
     """The config, and the weights, unless the run goes on from a checkpoint of its own.
 
     The model is that of the checkpoint, and so is the tokenizer; everything else is what files and
@@ -28,23 +56,16 @@ def start_from(
       ConfigError: they say another model, or the checkpoint has no tokenizer and they name none.
       CheckpointError: the checkpoint cannot be read.
     """
-    from pldr_jax.config import CheckpointConfig
-    from pldr_jax.runs.checkpoint import Checkpointer
-
     with Checkpointer(run_dir, CheckpointConfig()) as checkpointer:
         stored = checkpointer.read_config() if checkpointer.latest_step() is not None else None
     if stored is not None:
-        print(f"--init_from={init_from}: not read again, {run_dir} goes on from its own checkpoint")
+        print_line(
+            f"--init_from={init_from}: not read again, {run_dir} goes on from its own checkpoint"
+        )
         saved = config_from_dict(stored, str(run_dir))
         base = dataclasses.replace(ExperimentConfig(), model=saved.model)
         config = load_config(gin_files, overrides, base)
         return _with_tokenizer(config, saved.data.tokenizer, run_dir / TOKENIZER), None
-
-    from pldr_jax.interop.weights import open_checkpoint
-    from pldr_jax.model.shapes import count_params
-    from pldr_jax.runs.folder import check_same_model
-    from pldr_jax.training.step import InitialWeights
-
     opened = open_checkpoint(init_from, flag="--init_from")
     base = dataclasses.replace(ExperimentConfig(), model=opened.config.model)
     config = load_config(gin_files, overrides, base)
@@ -57,7 +78,7 @@ def start_from(
     )
     config = _checked_tokenizer(config, opened.folder)
     layout = "transformers layout" if opened.step is None else f"step {opened.step}"
-    print(
+    print_line(
         f"weights of {init_from} ({layout}): {count_params(config.model):,} parameters, G_LM "
         f"{config.model.g_source}; optimiser, schedule and data begin anew"
     )
@@ -84,7 +105,6 @@ def _checked_tokenizer(config: ExperimentConfig, folder: Path) -> ExperimentConf
     if named is None:
         data = dataclasses.replace(config.data, tokenizer=str(path))
         return dataclasses.replace(config, data=data)
-    from pldr_jax.data.text.tokenizer import Tokenizer
 
     if Tokenizer.load(named).digest != Tokenizer.load(path).digest:
         raise ConfigError(f"Data.tokenizer = {named!r}: is another one than {path}; leave it out")
