@@ -13,7 +13,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-import yaml
 from helpers import contents, run_here
 from test_convert import MODEL, QUIET, TINY, own_run, refused, save_pth, variant
 
@@ -273,6 +272,7 @@ def test_auto_map_of_own_exports(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ],
 )
 def test_the_model_card_is_text(licence: str, tmp_path: Path) -> None:
+    yaml = pytest.importorskip("yaml", reason="pip install pyyaml")
     own_run(tmp_path / "run", None, MODEL)
     export_run(tmp_path / "run", tmp_path / "hub", licences=Licences(licence, licence), **QUIET)
     card = (tmp_path / "hub" / "README.md").read_bytes().decode()
