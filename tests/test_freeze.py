@@ -326,10 +326,15 @@ def test_rows_of_a_packing_that_the_run_did_not_have(text, tmp_path, own: bool) 
 
 @pytest.mark.parametrize("packing", ["document", "packed"])
 @pytest.mark.parametrize("rows", [1, 5, 17])
-def test_padding_is_no_calibration_token(text, packing: str, rows: int) -> None:
+def test_padding_is_no_calibration_token(text, tmp_path, packing: str, rows: int) -> None:
+    for n in range(200):
+        (tmp_path / f"{n}.txt").write_text(f"def {n}")
     config = experiment(text)
     segments = 2 if packing == "packed" else None
     data = dataclasses.replace(config.data, packing=packing, max_segments=segments)
+    prepared = open_training_text(data, MODEL.vocab_size)
+    data = dataclasses.replace(data, source=str(tmp_path), tokenizer=str(tmp_path / "t.model"))
+    prepared.tokenizer.save(data.tokenizer)
     prepared = open_training_text(data, MODEL.vocab_size)
     held_out = join_rows(prepared.rows("validation", MODEL.context_length, data))
     chosen = some_rows(held_out, rows)

@@ -1,11 +1,14 @@
 """What the programs share: options, one-line errors, the compilation cache."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from pldr_jax.cli.options import Option
 from pldr_jax.config import ConfigError
+from pldr_jax.config.annotations import LONGEST_LINE, shorten
 from pldr_jax.terminal import one_line, print_line
 
 USAGE, FAILURE = 2, 1
@@ -38,20 +41,38 @@ def run(program: Callable[[list[str]], None], argv: Sequence[str] | None = None)
         _exit(error, USAGE)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:  # the reader of stdout has seen enough
+        raise SystemExit(FAILURE) from None
+    except OSError as error:
+        place = "" if error.filename is None else f"{error.filename}: "
+        _exit(f"{place}{error.strerror or error}", FAILURE)
+    except MemoryError:
+        _exit("there is too little memory", FAILURE)
     except RuntimeError as error:
-        # Imported only now: --help and a typo must not wait for JAX.
-        from pldr_jax.data.shards.records import DataError
-        from pldr_jax.runs.checkpoint import CheckpointError
-        from pldr_jax.runs.metrics import MetricsError
-        from pldr_jax.training.loop import TrainingError
-
-        if not isinstance(error, (CheckpointError, DataError, MetricsError, TrainingError)):
+        if (known := _known(error)) is None:
             raise
-        _exit(error, FAILURE)
+        _exit(known, FAILURE)
 
 
-def _exit(error: Exception, status: int) -> None:
-    print_line(f"error: {one_line(str(error))}", to_stderr=True)
+def _known(error: RuntimeError) -> str | None:
+    """What to say of an error that is no fault of the program; None of one that may be."""
+    text = str(error).partition("\n")[0]
+    if "RESOURCE_EXHAUSTED" in text:
+        return f"the device has too little memory: {text}"
+    if "Unable to initialize backend" in text:
+        return f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {text}"
+    # Imported only now: --help and a typo must not wait for JAX.
+    from pldr_jax.data.shards.records import DataError
+    from pldr_jax.runs.checkpoint import CheckpointError
+    from pldr_jax.runs.metrics import MetricsError
+    from pldr_jax.training.loop import TrainingError
+
+    ours = isinstance(error, (CheckpointError, DataError, MetricsError, TrainingError))
+    return str(error) if ours else None
+
+
+def _exit(error: object, status: int) -> NoReturn:
+    print_line(f"error: {shorten(one_line(str(error)), LONGEST_LINE)}", to_stderr=True)
     raise SystemExit(status)
 
 

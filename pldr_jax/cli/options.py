@@ -12,7 +12,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from pldr_jax.config import GROUPS, ConfigError, expand_home
-from pldr_jax.config.annotations import alternatives, choices, suggest, type_name
+from pldr_jax.config.annotations import (
+    LONGEST_LINE,
+    alternatives,
+    choices,
+    shorten,
+    suggest,
+    type_name,
+)
 from pldr_jax.config.fields import FlagGroup
 from pldr_jax.config.gin import format_value, parse_override
 from pldr_jax.config.load import FIELDS, summary_line, unknown_field
@@ -92,7 +99,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse with one-line errors, and the config fields in its help."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
+        self.exit(2, f"{self.prog}: error: {shorten(one_line(message), LONGEST_LINE)}\n")
 
     fields = True
 
@@ -207,11 +214,12 @@ def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         text = argument.removeprefix("--gin.")
         key = text.partition("=")[0]
         if "." in key and (problem := unknown_field(key)):
-            raise ConfigError(f"--gin.{key}: {problem}")
+            raise ConfigError(f"--gin.{shorten(key)}: {problem}")
         if "=" not in text:
             value = next(rest, None)
             if value is None or value.startswith("--"):
-                raise ConfigError(f"{argument}: needs a value, as in {argument}=VALUE")
+                shown = shorten(argument)
+                raise ConfigError(f"{shown}: needs a value, as in {shown}=VALUE")
             text = f"{key}={value}"
         parse_override(text)
         overrides.append(text)

@@ -4,6 +4,9 @@ Notebooks and tests call `pldr_jax.cli.train.main` and its like, which leave the
 """
 
 import importlib
+import io
+import os
+import sys
 
 from pldr_jax.cli.huge_pages import use_huge_pages
 from pldr_jax.terminal import flush_streams, open_missing_streams
@@ -16,6 +19,11 @@ def start(name: str) -> None:
       name: of its file in `pldr_jax/cli/`.
     """
     open_missing_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a character it lacks ends nothing
+            stream.reconfigure(errors="backslashreplace")
+    # Every dtype is named, and arrays of 64 bits would be other ones.
+    os.environ.pop("JAX_ENABLE_X64", None)
     use_huge_pages()
     try:
         importlib.import_module(f"pldr_jax.cli.{name}").main()

@@ -6,7 +6,8 @@ import typing
 from collections.abc import Sequence
 from typing import Any, Literal
 
-_LONGEST_SHOWN = 80
+_LONGEST_SHOWN, LONGEST_LINE = 80, 1000
+"""Characters of a value in a message, and of a whole message, at most."""
 
 
 def coerce(value: object, annotation: Any) -> Any:
@@ -82,5 +83,10 @@ def show(value: object) -> str:
         text = "an integer of thousands of digits"
     except RecursionError:
         text = f"a nested {type(value).__name__}"
-    text = text.replace("\n", "\\n")
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+    return shorten(text)
+
+
+def shorten(text: str, longest: int = _LONGEST_SHOWN) -> str:
+    """The text on one line of bounded length."""
+    text = text.replace("\n", "\\n").replace("\r", "\\r")
+    return text if len(text) <= longest else f"{text[:longest]}..."

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from pldr_jax.config.annotations import show, suggest
+from pldr_jax.config.annotations import shorten, show, suggest
 from pldr_jax.config.fields import ConfigError, expand_home
 from pldr_jax.config.reading import read_small_file
 
@@ -54,7 +54,7 @@ class Binding:
 
     def error(self, message: str) -> ConfigError:
         """The one-line error about this setting."""
-        place = self.where if self.raw is not None else f"{self.where}: {self.key}"
+        place = self.where if self.raw is not None else f"{self.where}: {shorten(self.key)}"
         return ConfigError(f"{place}: {message}")
 
 
@@ -105,7 +105,7 @@ def parse_override(text: str) -> Binding:
     Raises:
         ConfigError: there is no `=`, or no name before it.
     """
-    shown = "--gin." + text.replace("\n", "\\n").replace("\r", "\\r")
+    shown = "--gin." + shorten(text)
     key, equals, raw = text.partition("=")
     if not equals or not _KEY.fullmatch(key):
         raise ConfigError(f"{shown}: expected Group.field=value, without a space before '='")
@@ -164,7 +164,9 @@ class _Reader:
             elif assignment := _ASSIGNMENT.fullmatch(statement):
                 key = assignment["key"]
                 if key in lines:
-                    raise ConfigError(f"{where}: {key}: is already set on line {lines[key]}")
+                    raise ConfigError(
+                        f"{where}: {shorten(key)}: is already set on line {lines[key]}"
+                    )
                 lines[key] = line
                 yield self._binding(key, assignment["value"], where)
             else:
@@ -175,12 +177,12 @@ class _Reader:
     def _binding(self, key: str, text: str, where: str) -> Binding:
         if "." in key:
             if problem := self._problem(key):
-                raise ConfigError(f"{where}: {key}: {problem}")
+                raise ConfigError(f"{where}: {shorten(key)}: {problem}")
             return Binding(key, parse_checked(text, f"{where}: {key}"), where)
         try:
             return Binding(key, parse_value(text), where)
         except ValueError:
-            raise ConfigError(f"{where}: {key}: cannot read the value") from None
+            raise ConfigError(f"{where}: {shorten(key)}: cannot read the value") from None
 
 
 def _home(path: str, where: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pldr_jax.config import GROUPS, ConfigError, ExperimentConfig, group_name
-from pldr_jax.config.annotations import alternatives, choices, coerce, show, suggest
+from pldr_jax.config.annotations import alternatives, choices, coerce, shorten, show, suggest
 from pldr_jax.config.gin import (
     Binding,
     Macro,
@@ -136,7 +136,7 @@ def _bind(bindings: Sequence[Binding], base: ExperimentConfig) -> ExperimentConf
     for name, binding in macros.items():
         if name not in used:
             hint = _same_field(name) or suggest(name, sorted(used), "%")
-            raise binding.error(f"nothing uses %{name}{hint}")
+            raise binding.error(f"nothing uses %{shorten(name)}{hint}")
     return _build(base, groups, {b.key: b.where for b in settings})
 
 
@@ -148,7 +148,7 @@ def parse_values(text: str, flag: str) -> tuple[str, tuple[str, ...]]:
         ConfigError: there is no such field, or no value.
     """
     key, equals, values = text.partition("=")
-    shown = f"{flag} {text}"
+    shown = f"{flag} {shorten(text)}"
     if not equals or "." not in key:
         raise ConfigError(f"{shown}: expected Group.field=A,B,...")
     if problem := unknown_field(key):

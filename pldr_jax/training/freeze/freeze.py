@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +87,19 @@ def freeze(
     if settings.save_g is not None:
         np.savez(settings.save_g, G_LM=np.asarray(calibrated.g_lm)[:, 0])
         log(f"G_LM: {settings.save_g}")
-    lines = certificate_lines(certificate) | budget_lines(certificate.get("low_rank", ()))
-    log(summary_table(lines))
-    if warning := invariance_warning(certificate):
-        log(warning)
+    for text in _shown(certificate):
+        log(text)
     log(f"frozen checkpoint of step {step}: {output}")
     return certificate
+
+
+def _shown(certificate: dict[str, Any]) -> Iterator[str]:
+    """The certificate as a table, and the warning that it may call for."""
+    yield summary_table(
+        certificate_lines(certificate) | budget_lines(certificate.get("low_rank", ()))
+    )
+    if warning := invariance_warning(certificate):
+        yield warning
 
 
 def _check_new_file(path: Path) -> None:
