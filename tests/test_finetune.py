@@ -128,6 +128,16 @@ def test_from_the_transformers_layout_with_its_g_lm(
     assert int(state.step) == 0
 
 
+def test_the_files_of_an_import_are_kept(train: Any, base: Path, tmp_path: Path) -> None:
+    hub, run_dir = tmp_path / "hub", tmp_path / "run"
+    export_run(base, hub, log=lambda line: None)
+    (hub / "chat_template.jinja").write_text("{{ messages }}")
+    status, _, error = train(run_dir, hub)
+    assert status == 0, error
+    export_run(run_dir, tmp_path / "again", log=lambda line: None)
+    assert (tmp_path / "again" / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
 def test_what_does_not_fit_is_one_line(
     train: Any, base: Path, source: Path, tmp_path: Path
 ) -> None:

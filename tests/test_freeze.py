@@ -22,6 +22,7 @@ from pldr_jax.config.load import config_to_dict, load_config
 from pldr_jax.data.mixture import open_training_text
 from pldr_jax.data.pipeline import validation_rows
 from pldr_jax.data.rows import SEGMENTS, TokenRows, join_rows
+from pldr_jax.interop.convert import export_run
 from pldr_jax.model.decoder import forward, init_params
 from pldr_jax.model.deductive import predefined_g_lm
 from pldr_jax.model.shapes import count_params, param_shapes
@@ -296,6 +297,22 @@ def test_other_text_first_row_and_no_warning(text, tmp_path, capsys) -> None:
     # Nothing is written over.
     status, _, error = run_here(capsys, freeze_main, *arguments)
     assert status == 2 and "--output" in error and error.count("\n") == 1
+
+
+def test_the_files_of_an_import_are_kept(text, tmp_path, capsys) -> None:
+    write_run(tmp_path / "run", experiment(text))
+    hub, out = tmp_path / "hub", tmp_path / "out"
+    export_run(tmp_path / "run", hub, log=lambda line: None)
+    (hub / "chat_template.jinja").write_text("{{ messages }}")
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(f"{k} " + " ".join(WORDS[k % 7 :]) for k in range(400)))
+    arguments = ("--checkpoint", hub, "--output", out, "--text", other)
+    status, _, error = run_here(capsys, freeze_main, *arguments, "--rows=2", "--eval_rows=2")
+    assert (status, error) == (0, ""), error
+    export_run(out, tmp_path / "again", log=lambda line: None)
+    assert (tmp_path / "again" / "chat_template.jinja").read_text() == "{{ messages }}"
+    raw = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert raw["custom_G_type"] == "external" and "--modeling_pldrllm" in str(raw["auto_map"])
 
 
 def test_warning_where_g_lm_depends_on_the_input(frozen, text, tmp_path) -> None:

@@ -10,13 +10,12 @@ import jax
 
 from pldr_jax.config import HOW_COMPUTED, CheckpointConfig, ConfigError, ExperimentConfig
 from pldr_jax.config.load import describe_differences, dump_config
-from pldr_jax.files import new_folder, write_whole
+from pldr_jax.files import TOKENIZER, new_folder, write_whole
 from pldr_jax.model.decoder import Params
 from pldr_jax.runs.checkpoint import Checkpointer
 from pldr_jax.terminal import print_line
 
 SAMPLES = "samples.txt"
-TOKENIZER = "tokenizer.model"
 
 
 def check_same_model(
@@ -78,13 +77,22 @@ def check_same_run(
 
 
 def write_run_files(
-    run_dir: Path, config: ExperimentConfig, model_bytes: bytes, start: int
+    run_dir: Path,
+    config: ExperimentConfig,
+    model_bytes: bytes,
+    start: int,
+    others: Mapping[str, bytes],
 ) -> None:
-    """Writes config and tokenizer, and drops samples of steps after `start`."""
+    """Writes config, tokenizer and other files by their paths, and drops samples of steps after
+    `start`.
+    """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_whole(run_dir / "config.gin", dump_config(config).encode())
         write_whole(run_dir / TOKENIZER, model_bytes)
+        for name, content in others.items():
+            (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+            write_whole(run_dir / name, content)
         samples = run_dir / SAMPLES
         if samples.exists():
             write_whole(samples, _samples_until(samples.read_bytes(), start))

@@ -108,7 +108,8 @@ def train(
                 state, start, position = first_state(config, mesh, initial), 0, {}
             check_enough_text(config, start, data.batches.batches_left)
             if is_main:
-                write_run_files(run_dir, config, data.tokenizer.model_bytes, start)
+                files = initial.files if initial is not None and not start else {}
+                write_run_files(run_dir, config, data.tokenizer.model_bytes, start, files)
             with profiler, Record(config, run_dir, start, data.tokens_per_step) as record:
                 record.health.state = position.get("health", {})
                 trainer = Trainer(data, mesh, checkpointer, record, stop, task_metrics)

@@ -1,7 +1,7 @@
 """The train state and the train step: pure functions, jitted once, the state donated."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -52,10 +52,12 @@ class InitialWeights(NamedTuple):
     Attributes:
       params: of the model that is trained.
       g_lm: its predefined G_LM [L,1,N,H,J]; None where it is learned or the identity.
+      files: of the checkpoint, which the run folder keeps, by their paths there.
     """
 
     params: Params
     g_lm: jax.Array | None
+    files: Mapping[str, bytes] = {}
 
 
 def _new_state(config: ExperimentConfig, params: Params, g_lm: jax.Array | None) -> TrainState:

@@ -16,6 +16,7 @@ from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.files import TOKENIZER
 from pldr_jax.interop.config_json import model_from_json
 from pldr_jax.interop.folder import read_json
+from pldr_jax.interop.record import inherited_files
 from pldr_jax.interop.transformers import CONFIG
 from pldr_jax.interop.weights import open_checkpoint
 from pldr_jax.model.shapes import count_params
@@ -82,7 +83,7 @@ def start_from(
         f"weights of {init_from} ({layout}): {count_params(config.model):,} parameters, G_LM "
         f"{config.model.g_source}; optimiser, schedule and data begin anew"
     )
-    return config, InitialWeights(opened.params, opened.g_lm)
+    return config, InitialWeights(opened.params, opened.g_lm, inherited_files(opened.folder))
 
 
 def _with_tokenizer(config: ExperimentConfig, saved: str | None, copy: Path) -> ExperimentConfig:

@@ -14,6 +14,7 @@ from pldr_jax.data.mixture import open_training_text
 from pldr_jax.data.rows import join_rows
 from pldr_jax.data.segment_count import with_segment_count
 from pldr_jax.files import TOKENIZER, check_output
+from pldr_jax.interop.record import inherited_files
 from pldr_jax.interop.weights import held_out_text, open_checkpoint
 from pldr_jax.model.flops import row_flops
 from pldr_jax.runs.curves import summary_table
@@ -79,6 +80,7 @@ def freeze(
         )
     files = {
         "config.gin": dump_config(frozen).encode(),
+        **inherited_files(opened.folder),
         CERTIFICATE: (json.dumps(certificate, indent=2, allow_nan=False) + "\n").encode(),
     }
     if (folder / TOKENIZER).is_file():
