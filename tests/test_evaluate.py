@@ -22,6 +22,7 @@ from pldr_jax.data.pipeline import ValidationRows
 from pldr_jax.model.decoder import Params, forward, init_params
 from pldr_jax.partition import build_mesh
 from pldr_jax.training.evaluate import Evaluator
+from pldr_jax.training.losses import PAD_ID
 from pldr_jax.training.order_parameter import DeductiveStatistics, pair_sums
 
 CONFIG = ModelConfig(
@@ -29,7 +30,7 @@ CONFIG = ModelConfig(
 )
 RNG = np.random.default_rng(0)
 ROWS = RNG.integers(1, 40, (10, 12)).astype(np.int32)
-ROWS[3, 7:] = 0  # padding targets do not count
+ROWS[3, 7:] = PAD_ID  # padding targets do not count
 FORWARD = jax.jit(functools.partial(forward, CONFIG))
 PREDEFINED = {"eval/loss", "eval/accuracy", "eval/perplexity", "eval/bits_per_byte"}
 CALIBRATION = RNG.integers(1, 40, (3, 12)).astype(np.int32)
@@ -75,12 +76,12 @@ def evaluate(
 def direct(params: Params, rows: np.ndarray, g_lm=None) -> tuple[float, float]:
     """Loss and accuracy, row by row, in float64."""
     nats, hits = [], []
-    batch = np.asarray(FORWARD(params, rows[:, :-1], g_lm).logits, np.float64)
+    batch = np.asarray(FORWARD(params, np.maximum(rows[:, :-1], 0), g_lm).logits, np.float64)
     for logits, targets in zip(batch, rows[:, 1:], strict=True):
         log_z = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
         losses = log_z - logits[np.arange(len(targets)), targets]
-        nats += list(losses[targets != 0])
-        hits += list((logits.argmax(-1) == targets)[targets != 0])
+        nats += list(losses[targets != PAD_ID])
+        hits += list((logits.argmax(-1) == targets)[targets != PAD_ID])
     return float(np.mean(nats)), float(np.mean(hits))
 
 
@@ -147,7 +148,7 @@ def test_no_gap_where_g_lm_is_the_same_for_every_input(params) -> None:
 
 def test_statistics_and_dag_losses_of_the_rows(params) -> None:
     metrics = evaluate(params, 4)  # two whole batches; the short one is left out
-    outputs = FORWARD(params, ROWS[:8, :-1]).deductive
+    outputs = FORWARD(params, np.maximum(ROWS[:8, :-1], 0)).deductive
     for name, tensor in outputs.items():
         x = np.asarray(tensor, np.float64)
         rmse = math.sqrt(np.mean((x[:, 1:] - x[:, :-1]) ** 2))

@@ -12,6 +12,7 @@ from conftest import Golden
 from pldr_jax.config import LossConfig
 from pldr_jax.model.deductive import DeductiveOutputs
 from pldr_jax.training.losses import (
+    PAD_ID,
     dag_loss,
     dag_losses,
     dag_schedule,
@@ -101,12 +102,12 @@ def test_regularizer_weighs_each_loss() -> None:
 def test_token_loss_leaves_padding_out() -> None:
     rng = np.random.default_rng(5)
     logits = rng.normal(size=(2, 4, 7)).astype(np.float32)
-    targets = np.array([[3, 0, 6, 0], [1, 5, 0, 0]])
-    logits[0, 0, 3] = logits[1, 0, 0] = 9.0  # one target found; at the other, the pad id is
+    targets = np.array([[3, PAD_ID, 6, PAD_ID], [0, 5, PAD_ID, PAD_ID]])
+    logits[0, 0, 3] = logits[1, 1, 0] = 9.0  # one target found; at another, the first id is
     nats = -(
         logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum(-1))[..., None]
     )
-    rows, columns = np.nonzero(targets)
+    rows, columns = np.nonzero(targets != PAD_ID)
     each = nats[rows, columns, targets[rows, columns]]
     tokens = token_loss(jnp.asarray(logits), jnp.asarray(targets))
     assert float(tokens.count) == 4
@@ -129,7 +130,7 @@ def test_token_loss_sums_add_up_over_batches() -> None:
 
 
 def test_a_batch_of_padding_has_loss_zero() -> None:
-    logits, targets = jnp.zeros((2, 3, 5)), jnp.zeros((2, 3), jnp.int32)
+    logits, targets = jnp.zeros((2, 3, 5)), jnp.full((2, 3), PAD_ID)
     tokens = token_loss(logits, targets)
     assert (float(tokens.loss), float(tokens.accuracy)) == (0.0, 0.0)
     gradient = jax.grad(lambda x: token_loss(x, targets).loss)(logits)

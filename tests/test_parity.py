@@ -32,7 +32,7 @@ from pldr_jax.model.decoder import Decoder, ModelOutputs, forward, unstack_layer
 from pldr_jax.model.deductive import DeductiveOutputs
 from pldr_jax.model.kernels import attention_scores
 from pldr_jax.model.plga import PowerLawGraphAttention
-from pldr_jax.training.losses import dag_losses, token_loss
+from pldr_jax.training.losses import PAD_ID, dag_losses, token_loss
 from pldr_jax.training.optimizer import build_optimizer, learning_rate_schedule
 from pldr_jax.training.step import TrainState, train_step
 
@@ -82,7 +82,7 @@ def test_loss_accuracy_and_padding(case: Golden) -> None:
     assert float(tokens.loss) == pytest.approx(case.values["loss"], rel=FORWARD)
     assert float(tokens.accuracy) == pytest.approx(case.values["accuracy"], abs=1e-6)
     padded = targets.copy()
-    padded[0, -5:] = 0
+    padded[0, -5:] = PAD_ID
     expected = case.values["loss_with_5_padded_targets_in_row_0"]
     assert abs(expected - case.values["loss"]) > 1e-2
     assert float(token_loss(logits, jnp.asarray(padded)).loss) == pytest.approx(

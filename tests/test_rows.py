@@ -2,6 +2,8 @@
 
 import pickle
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import shard_of
@@ -9,10 +11,12 @@ from helpers import shard_of
 from pldr_jax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig
 from pldr_jax.data.rows import (
     INPUTS,
+    PAD_ID,
     SEGMENTS,
     TARGETS,
     SegmentRows,
     TokenRows,
+    blank_rows,
     filled_share,
     join_rows,
     make_rows,
@@ -20,6 +24,8 @@ from pldr_jax.data.rows import (
     stack_rows,
 )
 from pldr_jax.data.shards.prepared import ShardedTokens
+from pldr_jax.training.losses import token_loss
+from pldr_jax.training.rows import inputs_of, targets_of
 
 EOS = 3
 
@@ -131,6 +137,23 @@ def test_the_fused_kernel_knows_no_segments() -> None:
     ExperimentConfig(model=model, data=DataConfig(packing="document"))
     with pytest.raises(ConfigError, match=r"^Model\.attention_kernel = 'cudnn': .*no segments"):
         ExperimentConfig(model=model, data=DataConfig(packing="packed"))
+
+
+@pytest.mark.parametrize("packing", ["concat", "document", "packed"])
+def test_every_id_can_be_a_target(tmp_path, packing: str) -> None:
+    """An end piece of id 0, as some tokenizers have it, is learnt like any other token."""
+    tokens = np.asarray([5, 6, 0, 7, 0, 8, 9, 4, 0])
+    store = shard_of(tmp_path, tokens, np.asarray([3, 2, 4]))
+    rows = make_rows(store, 5, DataConfig(packing=packing, max_segments=2))  # type: ignore[arg-type]
+    batch = jnp.asarray(stack_rows(rows, range(len(rows))))
+    filled = jnp.concatenate([batch, blank_rows(3, rows.row_shape)])
+    targets = np.asarray(targets_of(filled))
+    assert (targets != PAD_ID).sum() == rows.n_targets
+    assert (targets == 0).sum() == (2 if packing == "concat" else 3)
+    logits = jax.nn.one_hot(targets, 10) * 50
+    loss = token_loss(logits, jnp.asarray(targets))
+    assert float(loss.count) == rows.n_targets and float(loss.accuracy) == 1
+    assert int(inputs_of(filled).min()) >= 0
 
 
 @pytest.mark.parametrize("packing", ["concat", "document", "packed"])

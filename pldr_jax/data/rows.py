@@ -26,6 +26,9 @@ from pldr_jax.config import DataConfig
 INPUTS, TARGETS, SEGMENTS = 0, 1, 2
 """The planes of a row."""
 
+PAD_ID = -1
+"""A target that is not counted. No token has it, so that any id can be that of the end piece."""
+
 
 class TokenStore(Protocol):
     """Tokens of a split, documents one after another, each with its end piece."""
@@ -75,6 +78,11 @@ def stack_rows(rows: Rows, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
     for place, k in enumerate(numbers):
         rows.write(int(k), batch_BC[place])
     return batch_BC
+
+
+def blank_rows(count: int, shape: Sequence[int]) -> np.ndarray:
+    """Rows without a token, int32 [B,C] or [B,3,T], to fill up a batch with."""
+    return np.full((count, *shape), 0 if len(shape) == 2 else PAD_ID, np.int32)
 
 
 def make_rows(store: TokenStore, context_length: int, config: DataConfig) -> Rows:

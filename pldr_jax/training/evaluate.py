@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pldr_jax.config import ExperimentConfig
 from pldr_jax.data.pipeline import ValidationRows
+from pldr_jax.data.rows import blank_rows
 from pldr_jax.model.decoder import Params
 from pldr_jax.model.deductive import g_lm_shape
 from pldr_jax.partition import batch_sharding
@@ -126,7 +127,7 @@ class Evaluator:
         counted = len(self._rows) // self._batch_size * self._batch_size
         for start in range(0, len(self._rows), self._at_once):
             rows = self._rows[start : start + self._at_once]
-            padded = np.zeros((self._at_once, *rows.shape[1:]), np.int32)
+            padded = blank_rows(self._at_once, rows.shape[1:])
             padded[: len(rows)] = rows
             counted_B = np.arange(start, start + self._at_once) < counted
             yield jax.device_put(padded, self._sharding), counted_B

@@ -8,11 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from pldr_jax.config import LossConfig
+from pldr_jax.data.rows import PAD_ID as PAD_ID
 from pldr_jax.model.deductive import DeductiveOutputs
 from pldr_jax.model.reductions import most_probable
-
-PAD_ID = 0
-"""Targets with this id are not counted."""
 
 TAYLOR_TERMS = 8
 SCALED_NORM = 0.5

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from pldr_jax.config import ModelConfig
-from pldr_jax.data.rows import INPUTS, SEGMENTS, TARGETS
+from pldr_jax.data.rows import INPUTS, PAD_ID, SEGMENTS, TARGETS
 from pldr_jax.model.decoder import ModelOutputs, Params, forward
 from pldr_jax.model.segments import Segments
-from pldr_jax.training.losses import PAD_ID
 
 
 class RowOutputs(NamedTuple):
@@ -28,7 +27,7 @@ class RowOutputs(NamedTuple):
 
 def inputs_of(rows: jax.Array) -> jax.Array:
     """What the model reads of rows [B,C] or [B,3,T]."""
-    return rows[:, :-1] if rows.ndim == 2 else rows[:, INPUTS]
+    return jnp.maximum(rows[:, :-1], 0) if rows.ndim == 2 else rows[:, INPUTS]
 
 
 def targets_of(rows: jax.Array, g_length_B: jax.Array | None = None) -> jax.Array:
@@ -37,7 +36,9 @@ def targets_of(rows: jax.Array, g_length_B: jax.Array | None = None) -> jax.Arra
     With `g_length_B`, padding stands where the G_LM of the first g_length_B tokens knows the
     target: what position g_length_B - 1 predicts is the first token that is left.
     """
-    targets_BT = rows[:, 1:] if rows.ndim == 2 else rows[:, TARGETS]
+    targets_BT = rows[:, 1:]
+    if rows.ndim == 3:
+        targets_BT = jnp.where(rows[:, SEGMENTS] > 0, rows[:, TARGETS], PAD_ID)
     if g_length_B is None:
         return targets_BT
     known_BT = jnp.arange(targets_BT.shape[1]) < g_length_B[:, None] - 1

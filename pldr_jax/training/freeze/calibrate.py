@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pldr_jax.config import ConfigError, ExperimentConfig, LossConfig, ModelConfig
-from pldr_jax.data.rows import SEGMENTS, Rows
+from pldr_jax.data.rows import SEGMENTS, Rows, blank_rows, stack_rows
 from pldr_jax.model.decoder import Params
 from pldr_jax.training.order_parameter import DeductiveStatistics
 from pldr_jax.training.rows import forward_rows
@@ -42,14 +42,13 @@ class RowSet:
     order: np.ndarray
 
     def batches(self, size: int) -> Iterator[tuple[np.ndarray, int]]:
-        """(int32 [size,C] or [size,3,T], real rows of it); the last batch is filled up with rows of
-        zeros, padding.
+        """(int32 [size,C] or [size,3,T], real rows of it); the last batch is filled up with
+        rows without a token.
         """
         for start in range(0, len(self.order), size):
             chosen = self.order[start : start + size]
-            batch_BC = np.zeros((size, *self.rows.row_shape), np.int32)
-            for i, k in enumerate(chosen):
-                batch_BC[i] = self.rows[k]
+            batch_BC = blank_rows(size, self.rows.row_shape)
+            batch_BC[: len(chosen)] = stack_rows(self.rows, chosen)
             yield batch_BC, len(chosen)
 
 
