@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import sys
 import types
 
@@ -13,6 +14,7 @@ from pldr_jax.config import ConfigError
 from pldr_jax.data.text import inputs
 from pldr_jax.data.text.inputs import Piece, find_inputs, plan_units
 from pldr_jax.data.text.readers import Document, Problem, ReadSettings, read_documents
+from pldr_jax.data.text.tokenizer import Tokenizer
 
 TEXTS = ["one\nline", "zwei äöü", "三 文字", "d" * 5000]
 
@@ -230,3 +232,198 @@ def test_without_a_network_the_message_says_so(monkeypatch) -> None:
     with pytest.raises(ConfigError, match=r"is there a network.*Couldn't reach the hub") as error:
         find_inputs(["hf:owner/name"])
     assert "\n" not in str(error.value)
+
+
+MARK = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("documents", ["file", "line", "paragraph", "block"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_byte_order_mark_is_no_text(tmp_path, documents: str, pack) -> None:
+    ending = "" if pack is bytes else ".gz"
+    (tmp_path / f"a.txt{ending}").write_bytes(pack(MARK + b"one\n"))
+    (tmp_path / f"b.jsonl{ending}").write_bytes(pack(MARK + jsonl()))
+    items = read_all(find_inputs([str(tmp_path)]), documents=documents)
+    assert [text.rstrip("\n") for text in texts(items)] == ["one", *TEXTS] and not kinds(items)
+
+
+def test_a_marked_file_in_parts_loses_no_row(tmp_path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(MARK + jsonl())
+    for unit_bytes in (1, 5, 30, 4000):
+        units = plan_units(find_inputs([str(tmp_path)]), unit_bytes, by_line=False)
+        assert texts(read_all([p for unit in units for p in unit.pieces])) == TEXTS
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+@pytest.mark.parametrize("documents", ["file", "line"])
+def test_wide_text_with_a_mark_is_read(tmp_path, encoding: str, documents: str) -> None:
+    lines = ["one", "zwei äöü", "三 文字"]
+    (tmp_path / "a.txt").write_bytes("\n".join(lines).encode(encoding))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(jsonl().decode().encode(encoding)))
+    pieces = find_inputs([str(tmp_path)])
+    units = plan_units(pieces, 10, by_line=documents == "line")
+    items = read_all([p for unit in units for p in unit.pieces], documents=documents)
+    expected = ["\n".join(lines)] if documents == "file" else lines
+    assert texts(items) == [*expected, *TEXTS] and not kinds(items)
+    (tmp_path / "a.txt").write_bytes("one".encode(encoding)[:-1])  # half a character
+    assert kinds(read_all(find_inputs([str(tmp_path / "a.txt")]))) == ["bad_utf8"]
+
+
+@pytest.mark.parametrize("window", [27, 28, 31])
+def test_zstandard_with_a_long_window(tmp_path, window: int) -> None:
+    """A frame of unknown size, as a pipe gives it, asks for all of its window."""
+    zstandard = pytest.importorskip("zstandard")
+    settings = zstandard.ZstdCompressionParameters(window_log=window, hash_log=10, chain_log=10)
+    content = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    packed = content.compress(jsonl()) + content.flush()
+    (tmp_path / "a.jsonl.zst").write_bytes(packed)
+    assert texts(read_all(find_inputs([str(tmp_path)]))) == TEXTS
+    (tmp_path / "a.jsonl.zst").write_bytes(packed[:-9])
+    assert kinds(read_all(find_inputs([str(tmp_path)])))[-1] == "damaged"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.txt.zst"])
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "I/O")])
+def test_what_cannot_be_read_is_not_damaged(tmp_path, monkeypatch, name: str, error) -> None:
+    (tmp_path / name).write_bytes(b"")
+    pieces = find_inputs([str(tmp_path)])
+
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("builtins.open", refuse)
+    (problem,) = read_all(pieces)
+    assert isinstance(problem, Problem) and problem.kind == "unreadable"
+    assert name in str(problem) and error.strerror in str(problem)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "b.arrow"])
+def test_columns_that_cannot_be_read_are_not_damaged(tmp_path, name: str) -> None:
+    pytest.importorskip("pyarrow")
+    (problem,) = read_all([Piece(str(tmp_path / name), inputs.kind_of(name), 0)])
+    assert isinstance(problem, Problem) and problem.kind == "unreadable"
+
+
+@pytest.mark.parametrize("cut", [4, 100])
+def test_a_cut_parquet_file_of_any_size_is_named(tmp_path, cut: int) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(arrow.table({"text": TEXTS}), tmp_path / "a.parquet", row_group_size=1)
+    path = tmp_path / "a.parquet"
+    path.write_bytes(path.read_bytes()[:-cut])
+    for unit_bytes in (50, 1 << 20):
+        units = plan_units(find_inputs([str(path)]), unit_bytes, by_line=False)
+        items = read_all([p for unit in units for p in unit.pieces])
+        assert kinds(items) == ["damaged"] and "a.parquet" in str(items[0])
+
+
+def tree(folder) -> None:
+    """Three texts, and links to a folder above, beside, around and to one of the files."""
+    (folder / "sub" / "deep").mkdir(parents=True)
+    for name in ("a.txt", "sub/b.txt", "sub/deep/c.txt"):
+        (folder / name).write_text(name)
+    (folder / "sub" / "up").symlink_to("..")
+    (folder / "sub" / "self").symlink_to(".")
+    (folder / "sub" / "deep" / "around").symlink_to(folder)
+    (folder / "twin").symlink_to("sub")
+    (folder / "a2.txt").symlink_to("a.txt")
+
+
+@pytest.mark.parametrize("pattern", ["", "/**", "/**/*.txt", "/**/**/*.txt"])
+def test_trees_with_links_are_read_once_and_end(tmp_path, pattern: str) -> None:
+    tree(tmp_path / "text")
+    (tmp_path / "beside.txt").write_text("not asked for")
+    found = find_inputs([f"{tmp_path}/text{pattern}"])
+    assert sorted(texts(read_all(found))) == ["a.txt", "sub/b.txt", "sub/deep/c.txt"]
+
+
+def test_a_link_to_texts_elsewhere_is_followed(tmp_path) -> None:
+    tree(tmp_path / "elsewhere")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "link").symlink_to(tmp_path / "elsewhere")
+    for pattern in (f"{tmp_path}/text", f"{tmp_path}/text/**/*.txt"):
+        assert len(texts(read_all(find_inputs([pattern])))) == 3
+
+
+@pytest.mark.parametrize("pattern", ["", "/**/*.txt", "/*/*.txt"])
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch, pattern: str) -> None:
+    tree(tmp_path / "text")
+    lists = {name: getattr(os, name) for name in ("scandir", "listdir")}
+
+    def refuse(name: str):
+        def call(path):
+            if str(path).endswith("deep" if pattern != "/*/*.txt" else "sub"):
+                raise PermissionError(13, "Permission denied", str(path))
+            return lists[name](path)
+
+        return call
+
+    for name in lists:
+        monkeypatch.setattr(os, name, refuse(name))
+    (tmp_path / "text" / "other").mkdir()
+    (tmp_path / "text" / "other" / "d.txt").write_text("d")
+    items = read_all(find_inputs([f"{tmp_path}/text{pattern}"]))
+    assert "unreadable" in kinds(items)
+    named = next(item for item in items if isinstance(item, Problem))
+    assert "Permission denied" in str(named) and str(tmp_path) in named.where
+
+
+def test_pipes_devices_and_broken_links_are_not_opened(tmp_path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    items = read_all(find_inputs([str(tmp_path)]))
+    assert texts(items) == ["a"] and kinds(items) == ["special", "special"]
+    for path in (tmp_path / "pipe.txt", tmp_path / "gone.txt", "/dev/zero", "/dev/null"):
+        with pytest.raises(ConfigError, match=r"^Data\.source = .*: no text files found") as error:
+            find_inputs([str(path)])
+        assert "\n" not in str(error.value)
+        with pytest.raises(ConfigError, match=r"^Data\.tokenizer = .*cannot be read"):
+            Tokenizer.load(path)
+
+
+def test_what_a_dataset_caches_is_no_data(tmp_path) -> None:
+    arrow = pytest.importorskip("pyarrow", reason="Arrow needs pyarrow")
+    table = arrow.table({"text": TEXTS})
+    for name in ("data-00000-of-00001", "cache-0123456789abcdef", "tmpab_cd12"):
+        with arrow.ipc.new_stream(tmp_path / f"{name}.arrow", table.schema) as writer:
+            writer.write_table(table)
+    (tmp_path / "state.json").write_text("{}")
+    for pattern in ("", "/*.arrow", "/**/*.arrow"):
+        assert texts(read_all(find_inputs([f"{tmp_path}{pattern}"]))) == TEXTS
+    (tmp_path / "state.json").unlink()  # then they are files like any others
+    assert len(texts(read_all(find_inputs([str(tmp_path)])))) == 3 * len(TEXTS)
+
+
+def test_large_files_are_cut_into_blocks(tmp_path) -> None:
+    lines = "".join(f"line {k} äöü\n" for k in range(2000)).encode()
+    (tmp_path / "a.txt").write_bytes(lines)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "c.txt").write_text("文" * 9000, encoding="utf-8")  # nowhere a newline
+    (tmp_path / "d.txt").write_bytes(lines[: lines.rfind(b"\n", 0, 4096) + 1])
+    for name, blocks in (("a.txt", 25), ("b.txt.gz", 25), ("c.txt", 20), ("d.txt", 1)):
+        found = read_all(find_inputs([str(tmp_path / name)]), documents="block", block_bytes=1024)
+        assert not kinds(found) and len(texts(found)) >= blocks
+        content = (tmp_path / name).read_bytes()
+        whole = gzip.decompress(content) if name.endswith(".gz") else content
+        assert "".join(texts(found)).encode() == whole
+        sizes = [len(text.encode()) for text in texts(found)]
+        assert max(sizes) <= (4096 if blocks == 1 else 2048)
+        if name[0] in "ab":
+            assert all(text.endswith("\n") for text in texts(found))
+
+
+@pytest.mark.parametrize("pattern", ["", "~nobody-of-this-name/text", "a\0b"])
+def test_what_is_no_path_is_one_line(pattern: str) -> None:
+    with pytest.raises(ConfigError, match=r"^Data\.source = ") as error:
+        find_inputs([pattern])
+    assert "\n" not in str(error.value)
+
+
+def test_the_home_folder_is_meant_by_its_sign(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("a")
+    for pattern in ("~/text", "~/text/a.txt", "~/text/*.txt", "~/**/*.txt"):
+        assert texts(read_all(find_inputs([pattern]))) == ["a"]
