@@ -37,10 +37,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pldr_jax.cli.huge_pages import use_huge_pages
-from pldr_jax.config import ModelConfig
+from pldr_jax.config import ModelConfig, SamplingConfig
+from pldr_jax.config.sampling import MAX_STOP_IDS
 from pldr_jax.inference.decode import full_step
-from pldr_jax.inference.sampling import Sampling
-from pldr_jax.inference.slots import Limits, Slots, admit, decode_slots, empty_slots
+from pldr_jax.inference.sampling import slot_sampling
+from pldr_jax.inference.slots import Slots, admit, decode_slots, empty_slots
 from pldr_jax.model.decoder import Params, init_params, unstack_layers
 from pldr_jax.model.deductive import random_g_lm
 from pldr_jax.training.freeze.calibrate import without_plga
@@ -95,7 +96,7 @@ def _half_full(slots: Slots) -> Slots:
     return slots.replace(
         cache=slots.cache.replace(length_B=half),
         active_B=jnp.ones_like(slots.active_B),
-        limits=slots.limits.replace(left_B=jnp.full_like(slots.limits.left_B, 2**20)),
+        left_B=jnp.full_like(slots.left_B, 2**20),
     )
 
 
@@ -120,7 +121,10 @@ class Variant:
             self.g_lm = random_g_lm(self.config, 0)
         self.unstacked = jax.jit(functools.partial(unstack_layers, self.config))(self.params)
         self._decode = jax.jit(
-            functools.partial(decode_slots, self.config, steps=steps), donate_argnames="slots"
+            functools.partial(
+                decode_slots, self.config, steps=steps, pieces=self.config.vocab_size
+            ),
+            donate_argnames="slots",
         )
         self._admit = jax.jit(
             functools.partial(admit, self.config, keep=self.keep), donate_argnames="slots"
@@ -133,7 +137,7 @@ class Variant:
     ) -> tuple[int, float]:
         """Makes slots and decodes; returns how often that compiled the decode step, and seconds."""
         self.slots = self._rewind(
-            empty_slots(self.config, batch, context, 1, self.g_lm, self.keep, self.config.dtype)
+            empty_slots(self.config, batch, context, self.g_lm, self.keep, self.config.dtype)
         )
         count, seconds_before = compilations.count, compilations.seconds
         self.slots, _ = self._decode(self.unstacked, slots=self.slots)
@@ -148,7 +152,7 @@ class Variant:
         start = time.perf_counter()
         self.slots, emitted = jax.block_until_ready(self._decode(self.unstacked, slots=slots))
         taken = (time.perf_counter() - start) / self.steps
-        assert np.all(emitted.valid_CB), "a row ended early: nothing was timed"
+        assert np.all(emitted.valid_XB), "a text ended early: nothing was timed"
         return taken
 
     def prefill(self, tokens: int) -> float:
@@ -161,8 +165,8 @@ class Variant:
             slot=np.int32(0),
             tokens_T=np.ones((tokens,), np.int32),
             length=np.int32(tokens),
-            sampling=Sampling.create(1),
-            limits=Limits(jnp.ones((1,), jnp.int32), jnp.full((1, 1), -1, jnp.int32)),
+            sampling=slot_sampling([SamplingConfig(1)]),
+            stop_Z=np.full((MAX_STOP_IDS,), -1, np.int32),
             g_lm_LBNHJ=self.g_lm,
         )
         jax.block_until_ready(self.slots)

@@ -8,11 +8,11 @@ print(lm.generate(["def "], max_new_tokens=64)[0].text)
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["ConfigError", "LanguageModel", "load"]
+__all__ = ["ConfigError", "LanguageModel", "SamplingConfig", "load"]
 
 if TYPE_CHECKING:
     from pldr_jax.api import LanguageModel, load
-    from pldr_jax.config import ConfigError
+    from pldr_jax.config import ConfigError, SamplingConfig
 
 
 def __getattr__(name: str) -> Any:
@@ -21,8 +21,8 @@ def __getattr__(name: str) -> Any:
         from pldr_jax import api
 
         return getattr(api, name)
-    if name == "ConfigError":
-        from pldr_jax.config import ConfigError
+    if name in ("ConfigError", "SamplingConfig"):
+        from pldr_jax import config
 
-        return ConfigError
+        return getattr(config, name)
     raise AttributeError(f"module 'pldr_jax' has no attribute {name!r}")

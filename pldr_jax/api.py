@@ -1,6 +1,9 @@
 """The Python API: `load` a checkpoint, call it, generate with it."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import dataclasses
+import operator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -10,11 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pldr_jax.config import ConfigError, MeshConfig, ModelConfig
+from pldr_jax.config import ConfigError, MeshConfig, ModelConfig, SamplingConfig
+from pldr_jax.config.annotations import show
+from pldr_jax.config.sampling import override
 from pldr_jax.data.text.tokenizer import Tokenizer
-from pldr_jax.inference.engine import Engine, bucket
+from pldr_jax.inference.engine import Engine
 from pldr_jax.inference.modes import ScoreMode
-from pldr_jax.inference.request import CacheMode, Completion, Generation, Request
+from pldr_jax.inference.request import (
+    Completion,
+    DecodeOptions,
+    Generation,
+    Request,
+    bucket,
+    check_request,
+)
 from pldr_jax.inference.score import Score, score
 from pldr_jax.inference.text import find_stop, text_of
 from pldr_jax.model.decoder import ModelOutputs, Params, forward
@@ -22,7 +34,8 @@ from pldr_jax.model.low_rank import LowRankG, check_budget, factorize
 from pldr_jax.model.shapes import place_params
 from pldr_jax.partition import build_mesh, mesh_scope, on_every_device
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | np.ndarray | jax.Array
+Prompts = Prompt | Iterable[Prompt]
 
 
 class LanguageModel:
@@ -61,7 +74,8 @@ class LanguageModel:
                 self.low_rank = factorize(g_lm, rank_budget, shards=tensor)
         self.g_lm = g_lm if self.low_rank is None else self.low_rank.G_LM
         own = g_lm if self.low_rank is None else self.low_rank
-        self._engine = Engine(config, self.params, own, cache_dtype, mesh, rank_budget)
+        pieces = None if tokenizer is None else tokenizer.vocab_size
+        self._engine = Engine(config, self.params, own, cache_dtype, mesh, rank_budget, pieces)
         self._forward = _compiled_forward(config, mesh)
 
     def __call__(
@@ -99,156 +113,117 @@ class LanguageModel:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int = 0,
-        stop_ids: Sequence[int] | None = None,
-        stop: Sequence[str] = (),
+        prompts: Prompts,
+        sampling: SamplingConfig | int | None = None,
         g_lm: jax.Array | np.ndarray | None = None,
-        share_first_g: bool = False,
-        kv_cache: bool = True,
-        g_cache: str = "G_LM",
-        rows: int = 8,
+        **overrides: Any,
     ) -> list[Generation]:
         """Continues the prompts.
 
         Args:
-          prompts: strings or lists of token ids; a single one is a list of one.
-          max_new_tokens: at most this many new tokens each.
-          temperature: 0 is greedy.
-          top_k, top_p, min_p: restrict the draw; 0, 1 and 0 are off.
-          repetition_penalty: above 1 makes tokens already there less probable.
-          seed: prompt i draws with seed + i.
-          stop_ids: tokens that end a text; None is the tokenizer's end token, if there is one.
-          stop: strings that end a text, which is cut before them.
+          prompts: strings or token ids of any kind; a single one is a list of one.
+          sampling: how the next token is drawn and what ends a text; a number is
+            `max_new_tokens`. Prompt i draws with seed + i. `stop_ids` None is the tokenizer's end
+            token, if there is one.
           g_lm: one G_LM for every prompt, [L,N,H,J]; None takes what each prompt gives.
-          share_first_g: the G_LM of the first prompt serves all.
-          kv_cache: cache keys and values.
-          g_cache: "G_LM" keeps the prompt's G_LM, "A" its metric tensor, "none" recomputes G_LM at
-            every token (the definition of the model; without a kv cache).
-          rows: prompts decoded side by side.
+          overrides: fields of `SamplingConfig` and of `DecodeOptions`, such as `temperature=0.7`,
+            `stop="\n\n"`, `batch_size=32`, `share_first_g=True`, `kv_cache=False`.
 
         Returns:
-          One `Generation` a prompt, with `.tokens` and `.text`.
+          One `Generation` a prompt, with `.tokens` and `.text`. That of a prompt that cannot be
+          decoded has `.error`, which is also warned of, and no tokens.
 
         Raises:
-          ConfigError: no prompts, a prompt that cannot be decoded, or a setting out of range.
+          ConfigError: no prompt at all can be decoded, or a setting is out of range.
         """
         results: dict[int, Generation] = {}
-        for index, result in self.stream(
-            prompts,
-            max_new_tokens,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            repetition_penalty,
-            seed,
-            stop_ids,
-            stop,
-            g_lm,
-            share_first_g,
-            kv_cache,
-            g_cache,
-            rows,
-            steps=8,
-        ):
-            if result.error is not None:
-                raise ConfigError(f"prompt {index}: {result.error}")
+        for index, result in self.stream(prompts, sampling, g_lm, **{"steps": 8, **overrides}):
             results[index] = result
-        if not results:
-            raise ConfigError("prompts: none were given")
+        errors = {i: r.error for i, r in sorted(results.items()) if r.error is not None}
+        lines = [f"prompt {index}: {error}" for index, error in errors.items()]
+        if len(lines) == len(results):
+            raise ConfigError(lines[0] if lines else "prompts: none were given")
+        for line in lines:
+            warnings.warn(f"{line}; its result has .error", stacklevel=2)
         return [results[index] for index in sorted(results)]
 
     def stream(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int = 0,
-        stop_ids: Sequence[int] | None = None,
-        stop: Sequence[str] = (),
+        prompts: Prompts,
+        sampling: SamplingConfig | int | None = None,
         g_lm: jax.Array | np.ndarray | None = None,
-        share_first_g: bool = False,
-        kv_cache: bool = True,
-        g_cache: str = "G_LM",
-        rows: int = 8,
-        steps: int = 1,
+        **overrides: Any,
     ) -> Iterator[tuple[int, Generation]]:
         """As `generate`, yielding (index of the prompt, its text so far) as the texts grow.
 
         A prompt that cannot be decoded yields one result with `.error`, and the others go on.
+        `steps=N` is the number of tokens between two yields, 1 unless told otherwise.
+        """
+        if not isinstance(sampling, SamplingConfig):
+            sampling = SamplingConfig() if sampling is None else SamplingConfig(sampling)
+        shared, options = override(_renamed(overrides), sampling, DecodeOptions(steps=1))
+        requests = [
+            self.request(prompt, shared.of_prompt(i)) for i, prompt in enumerate(as_list(prompts))
+        ]
+        return self.run(requests, options, g_lm)
+
+    def request(self, prompt: Prompt, sampling: SamplingConfig, cut_left: bool = False) -> Request:
+        """What the engine is asked for a prompt, or why it cannot be.
 
         Args:
-          steps: tokens between two yields.
+          cut_left: a prompt that is too long keeps its end, so that `max_new_tokens` fit, or half
+            of the model's context where they alone would fill it.
         """
-        if stop_ids is None:
-            stop_ids = [self.tokenizer.eos_id] if self.tokenizer else []
-        shared: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "stop_ids": tuple(stop_ids),
-            "stop_strings": tuple(stop),
-        }
-        requests = [
-            Request(prompt=tuple(self.encode(prompt)), seed=seed + i, **shared)
-            for i, prompt in enumerate(_as_list(prompts))
-        ]
-        yield from self.run(
-            requests,
-            rows=rows,
-            g_lm=g_lm,
-            share_first_g=share_first_g,
-            mode=CacheMode(kv=kv_cache, g=g_cache),
-            steps=steps,
-        )
+        context = self.config.context_length
+        try:
+            if sampling.stop and self.tokenizer is None:
+                raise ConfigError("stop: this checkpoint has no tokenizer; use stop_ids")
+            tokens = tuple(self.encode(prompt))
+        except ConfigError as error:
+            return Request((), sampling, str(error))
+        if cut_left:
+            kept = context - sampling.max_new_tokens
+            tokens = tokens[-(kept if kept > 0 else context // 2) :]
+        pieces = self.config.vocab_size
+        if self.tokenizer is not None:
+            pieces = min(pieces, self.tokenizer.vocab_size)
+        if sampling.stop_ids is None:
+            end = self.tokenizer.eos_id if self.tokenizer is not None else -1
+            ends = (end,) if 0 <= end < pieces else ()
+            sampling = dataclasses.replace(sampling, stop_ids=ends)
+        request = Request(tokens, sampling)
+        return dataclasses.replace(request, error=check_request(request, self.config, pieces))
 
     def run(
         self,
         requests: Iterable[Request],
-        rows: int = 8,
-        length: int | None = None,
+        options: DecodeOptions | None = None,
         g_lm: jax.Array | np.ndarray | None = None,
-        share_first_g: bool = False,
-        mode: CacheMode | None = None,
-        steps: int = 8,
+        **overrides: Any,
     ) -> Iterator[tuple[int, Generation]]:
         """Decodes a queue of requests, each with its own settings; see `Engine.run`.
 
         Args:
-          requests: a sequence, or a generator that is read as rows become free.
-          length: tokens that a row can hold; None is what a sequence of requests needs, and the
-            model's context for a generator.
+          requests: a sequence, or a generator that is read as slots become free.
+          options: a capacity of None is what a sequence of requests needs, and the model's context
+            for a generator.
+          g_lm: one G_LM for every request, [L,N,H,J]; None takes what each prompt gives.
+          overrides: fields of `DecodeOptions`.
         """
+        (options,) = override(_renamed(overrides), options or DecodeOptions())
         if isinstance(requests, Sequence):
-            rows = max(1, min(rows, 1 << (len(requests) - 1).bit_length()) if requests else 1)
-            needs = [len(r.prompt) + r.max_new_tokens for r in requests if r.prompt]
             context = self.config.context_length
-            length = length or bucket(min(max(needs, default=1), context), context)
-        for completion in self._engine.run(
-            requests,
-            rows=rows,
-            length=length,
-            g_lm=self._checked_g_lm(g_lm),
-            share_first=share_first_g,
-            mode=mode,
-            steps=steps,
-            find_stop=None if self.tokenizer is None else partial(find_stop, self.tokenizer),
-        ):
-            yield completion.index, self._generation(completion)
+            needs = [len(r.prompt) + r.sampling.max_new_tokens for r in requests if not r.error]
+            capacity = bucket(min(max(needs, default=1), context), context)
+            several = 1 << max(len(requests) - 1, 0).bit_length()
+            options = dataclasses.replace(
+                options,
+                batch_size=min(options.batch_size, several),
+                capacity=options.capacity or capacity,
+            )
+        stop = None if self.tokenizer is None else partial(find_stop, self.tokenizer)
+        completions = self._engine.run(requests, options, self._checked_g_lm(g_lm), stop)
+        return ((completion.index, self._generation(completion)) for completion in completions)
 
     def score(
         self,
@@ -256,12 +231,12 @@ class LanguageModel:
         continuations: Prompt | Sequence[Prompt],
         mode: ScoreMode = "full",
         g_lm: jax.Array | np.ndarray | None = None,
-        rows: int = 8,
+        batch_size: int = 8,
+        rows: int | None = None,
     ) -> list[Score]:
         """Log-probability of each continuation after its context.
 
-        Two strings are tokenised joined: what the tokens of both have in common with those of the
-        context alone is the context.
+        Two strings are tokenised as `encode_pair` says.
 
         Args:
           contexts, continuations: as many of each; strings or lists of token ids, a single one is
@@ -269,12 +244,12 @@ class LanguageModel:
           mode: "full" takes G_LM from context and continuation, so that a token's score depends on
             what follows it; "causal" from the context alone; "frozen" from `g_lm` or the model.
           g_lm: one G_LM for every text, [L,N,H,J]; for "causal" and "frozen".
-          rows: texts scored side by side.
+          batch_size: texts scored side by side; no score depends on it. Formerly `rows`.
 
         Raises:
           ConfigError: a text that cannot be scored, or a mode that the model or `g_lm` rules out.
         """
-        before, after = _as_list(contexts), _as_list(continuations)
+        before, after = as_list(contexts), as_list(continuations)
         if len(before) != len(after):
             raise ConfigError(
                 f"continuations: {len(after)} for {len(before)} contexts; give one for each"
@@ -282,29 +257,38 @@ class LanguageModel:
         pairs = [self.encode_pair(*pair) for pair in zip(before, after, strict=True)]
         given = self.g_lm if g_lm is None else self._checked_g_lm(g_lm)
         with mesh_scope(self.mesh):
-            return score(self.config, self.params, pairs, mode, given, rows)
+            batch = batch_size if rows is None else rows
+            return score(self.config, self.params, pairs, mode, given, batch)
 
     def encode_pair(self, context: Prompt, continuation: Prompt) -> tuple[list[int], list[int]]:
-        """Token ids of a context and its continuation; two strings are tokenised joined."""
-        alone = self.encode(context)
+        """Token ids of a context and its continuation, as every backend of lm-evaluation-harness
+        splits two strings: trailing white space of the context belongs to the continuation, and of
+        the tokens of both together as many are the context as the context alone has.
+        """
         if not (isinstance(context, str) and isinstance(continuation, str)):
-            return alone, self.encode(continuation)
-        joined = self.encode(context + continuation)
-        same = (i for i, (x, y) in enumerate(zip(alone, joined, strict=False)) if x != y)
-        cut = next(same, min(len(alone), len(joined)))
-        return joined[:cut], joined[cut:]
+            return self.encode(context), self.encode(continuation)
+        bare = context.rstrip()
+        alone = self.encode(bare)
+        return alone, self.encode(context + continuation)[len(alone) :]
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt.
 
         Raises:
-          ConfigError: a string, and the checkpoint has no tokenizer.
+          ConfigError: neither a string nor token ids; or a string, and the checkpoint has no
+            tokenizer.
         """
-        if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
-        if self.tokenizer is None:
-            raise ConfigError("prompt: this checkpoint has no tokenizer; pass lists of token ids")
-        return self.tokenizer.encode(prompt)
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ConfigError(
+                    "prompt: this checkpoint has no tokenizer; pass lists of token ids"
+                )
+            return self.tokenizer.encode(prompt)
+        if isinstance(prompt, Iterable) and not isinstance(prompt, (bytes, bytearray, Mapping)):
+            tokens = list(prompt)
+            if all(map(_is_token, tokens)):
+                return [operator.index(token) for token in tokens]
+        raise ConfigError(f"prompt {show(prompt)}: must be a string or a list of token ids")
 
     def _generation(self, completion: Completion) -> Generation:
         return Generation(
@@ -336,12 +320,37 @@ def _compiled_forward(config: ModelConfig, mesh: Mesh | None) -> Callable[..., M
     return jax.jit(partial(forward, config))
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def as_list(prompts: Prompts) -> list[Prompt]:
+    """Several prompts, or a single one, as a list.
+
+    Raises:
+      ConfigError: neither.
+    """
     if isinstance(prompts, str):
         return [prompts]
-    if len(prompts) and all(isinstance(item, (int, np.integer)) for item in prompts):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, bytearray, Mapping)):
+        raise ConfigError(
+            f"prompts: {show(prompts)}: must be a string, a list of token ids, or a list of these"
+        )
+    listed: list[Any] = list(prompts)
+    return [listed] if listed and all(map(_is_token, listed)) else listed
+
+
+def _is_token(value: Any) -> bool:
+    """Whether a value is an integer of any kind, a scalar of an array included."""
+    if isinstance(value, (bool, np.bool_, str)) or np.ndim(value):
+        return False
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _renamed(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords by their present names."""
+    names = {"rows": "batch_size", "length": "capacity"}
+    return {names.get(name, name): value for name, value in overrides.items()}
 
 
 def load(

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import IO, Any, TextIO
 
 from pldr_jax.config import ConfigError, expand_home
 
@@ -230,6 +230,18 @@ def _locked_file(folder: Path, flag: str, wait: bool) -> TextIO:
             file.flush()
             return file
         file.close()
+
+
+def hold(file: IO[Any]) -> bool:
+    """Holds an open file until it is closed; False where another process holds it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.ENOLCK):  # a file system without locks
+            raise
+    return True
 
 
 def _umask() -> int:

@@ -116,7 +116,7 @@ def fails(message: str, function: Callable[..., Any], *args: Any, **kwargs: Any)
 
 
 def test_bad_prompts(lm: Any) -> None:
-    fails("prompt 1: the prompt is empty", lm.generate, [[1], []])
+    fails("prompt 0: the prompt is empty", lm.generate, [[], []])
     fails("prompts: none", lm.generate, [])
     fails("prompt 0: the prompt has 48 tokens, .*context of 48", lm.generate, [[1] * 48])
     fails("prompt 0: .*outside the vocabulary of 61", lm.generate, [1, 61])
@@ -124,7 +124,7 @@ def test_bad_prompts(lm: Any) -> None:
     fails("no tokenizer", lm.generate, "text")
     fails("max_new_tokens = 0", lm.generate, [1], max_new_tokens=0)
     fails("top_p = 0", lm.generate, [1], top_p=0.0)
-    fails("must be 'G_LM', 'A' or 'none'", lm.generate, [1], g_cache="B")
+    fails("g_cache = 'B': is not one of 'G_LM', 'A', 'none'", lm.generate, [1], g_cache="B")
     fails("turn the key-value cache off", lm.generate, [1], g_cache="none")
 
 

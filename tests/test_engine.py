@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from conftest import Golden
 
-from pldr_jax.config import MeshConfig, ModelConfig
+from pldr_jax.config import ConfigError, MeshConfig, ModelConfig, SamplingConfig
 from pldr_jax.inference.decode import prefill
-from pldr_jax.inference.engine import Engine, bucket
-from pldr_jax.inference.request import CacheMode, Request
-from pldr_jax.inference.sampling import Sampling
-from pldr_jax.inference.slots import Limits, Slots, admit, decode_slots, empty_slots
+from pldr_jax.inference.engine import Engine
+from pldr_jax.inference.request import DecodeOptions, Request, bucket
+from pldr_jax.inference.sampling import slot_sampling
+from pldr_jax.inference.slots import Slots, admit, decode_slots, empty_slots
 from pldr_jax.model.decoder import Params, forward, init_params, unstack_layers
 from pldr_jax.model.deductive import random_g_lm
 from pldr_jax.model.shapes import place_params
@@ -56,7 +56,11 @@ def prompts_of(config: ModelConfig, lengths: tuple[int, ...] = LENGTHS) -> list[
 def requests_of(config: ModelConfig, **settings: Any) -> list[Request]:
     """Requests of different lengths; each has its own seed."""
     settings = {"max_new_tokens": 10, **settings}
-    return [Request(p, seed=i, **settings) for i, p in enumerate(prompts_of(config))]
+    return [asked(p, seed=i, **settings) for i, p in enumerate(prompts_of(config))]
+
+
+def asked(prompt: tuple[int, ...], max_new_tokens: int = 128, **settings: Any) -> Request:
+    return Request(prompt, SamplingConfig(max_new_tokens, **settings))
 
 
 # Exactness
@@ -65,7 +69,8 @@ def requests_of(config: ModelConfig, **settings: Any) -> list[Request]:
 @functools.cache
 def jitted(config: ModelConfig) -> tuple[Callable[..., Slots], Callable[..., Any]]:
     admitted = jax.jit(functools.partial(admit, config, keep="G_LM"))
-    return admitted, jax.jit(functools.partial(decode_slots, config, steps=1))
+    decode = functools.partial(decode_slots, config, steps=1, pieces=config.vocab_size)
+    return admitted, jax.jit(decode)
 
 
 @functools.cache
@@ -76,10 +81,10 @@ def unstacked(case: Golden) -> Params:
 class Steps:
     """Slots by hand: what the engine does, with the logits of every step in view."""
 
-    def __init__(self, case: Golden, rows: int, length: int, g_lm: Any = None) -> None:
+    def __init__(self, case: Golden, batch: int, capacity: int, g_lm: Any = None) -> None:
         config = case.config
         self.case, self.unstacked, self.g_lm = case, unstacked(case), g_lm
-        make = functools.partial(empty_slots, config, rows, length, 1, g_lm, "G_LM", "float32")
+        make = functools.partial(empty_slots, config, batch, capacity, g_lm, "G_LM", "float32")
         self.slots = jax.jit(make)()
         self.admit, self.decode = jitted(config)
 
@@ -94,18 +99,18 @@ class Steps:
             slot=np.int32(slot),
             tokens_T=tokens,
             length=np.int32(len(prompt)),
-            sampling=Sampling.create(1),
-            limits=Limits(jnp.array([99]), jnp.array([[-1]])),
+            sampling=slot_sampling([SamplingConfig(99)]),
+            stop_Z=jnp.full((8,), -1),
             g_lm_LBNHJ=self.g_lm,
         )
 
     def run(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [count, rows], and the logits they were drawn from [count, rows, V]."""
+        """Tokens [X,B], and the logits they were drawn from [X,B,V]."""
         tokens, logits = [], []
         for _ in range(count):
             logits.append(np.asarray(self.slots.logits_BV))
             self.slots, made = self.decode(self.unstacked, slots=self.slots)
-            tokens.append(np.asarray(made.token_CB[0]))
+            tokens.append(np.asarray(made.token_XB[0]))
         return np.stack(tokens), np.stack(logits)
 
 
@@ -113,13 +118,13 @@ def test_rows_are_what_they_are_alone(case: Golden) -> None:
     """Same greedy tokens, and logits within 1e-5, with other neighbours, slots and lengths of the
     cache; G_LM bit for bit."""
     prompts = prompts_of(case.config, (3, 17, 1, 30, 8))
-    together = Steps(case, rows=6, length=48)
+    together = Steps(case, batch=6, capacity=48)
     for slot, prompt in enumerate(prompts):
         together.put(slot, prompt)
     kept = [layer.deductive.G_LM for layer in together.slots.cache.layers]
     tokens, logits = together.run(12)
     for slot, prompt in enumerate(prompts):
-        alone = Steps(case, rows=1, length=42)
+        alone = Steps(case, batch=1, capacity=42)
         alone.put(0, prompt)
         for layer, g_lm in zip(alone.slots.cache.layers, kept, strict=True):
             assert np.array_equal(layer.deductive.G_LM[0], g_lm[slot])
@@ -134,11 +139,11 @@ def test_padding_changes_nothing_given_g_lm(case: Golden) -> None:
     g_lm = forward_pass(case.params, case.rows[:1, :-1]).deductive.G_LM
     for prompt in prompts_of(case.config, (3, 17, 1)):
         made = []
-        for width, rows, length in ((18, 1, 40), (48, 3, 48)):
-            steps = Steps(case, rows, length, g_lm)
-            steps.put(rows - 1, prompt, width)
+        for width, batch, capacity in ((18, 1, 40), (48, 3, 48)):
+            steps = Steps(case, batch, capacity, g_lm)
+            steps.put(batch - 1, prompt, width)
             tokens, logits = steps.run(12)
-            made.append((tokens[:, rows - 1], logits[:, rows - 1]))
+            made.append((tokens[:, batch - 1], logits[:, batch - 1]))
         for tokens, logits in made[1:]:
             assert np.array_equal(tokens, made[0][0])
             assert np.abs(logits - made[0][1]).max() < 1e-5
@@ -149,9 +154,9 @@ def test_cached_decoding_is_the_full_pass_given_g_lm(case: Golden) -> None:
     (prompt,) = prompts_of(case.config, (24,))
     config, params = case.config, case.params
     full_pass = jax.jit(functools.partial(forward, config))
-    first = jax.jit(functools.partial(prefill, config, slots=24))
+    first = jax.jit(functools.partial(prefill, config, capacity=24))
     for split in range(1, 24):
-        steps = Steps(case, rows=1, length=24)
+        steps = Steps(case, batch=1, capacity=24)
         steps.put(0, prompt[:split], width=24)
         g_lm = np.stack([layer.deductive.G_LM for layer in steps.slots.cache.layers])
         padded = np.where(np.arange(24) < split, prompt, 0)[None]
@@ -171,11 +176,11 @@ def test_cached_decoding_is_the_full_pass_given_g_lm(case: Golden) -> None:
             assert np.array_equal(layer.deductive.G_LM, kept)
 
 
-MODES = {
-    "kv1_g1": CacheMode(True, "G_LM"),
-    "kv1_g0": CacheMode(True, "A"),
-    "kv0_g1": CacheMode(False, "G_LM"),
-    "kv0_g0": CacheMode(False, "none"),
+MODES: dict[str, dict[str, Any]] = {
+    "kv1_g1": {},
+    "kv1_g0": {"g_cache": "A"},
+    "kv0_g1": {"kv_cache": False},
+    "kv0_g0": {"kv_cache": False, "g_cache": "none"},
 }
 
 
@@ -183,17 +188,18 @@ MODES = {
 def test_greedy_tokens_of_the_goldens(case: Golden, mode: str) -> None:
     sequence = case.tensors[f"greedy/{mode}/tokens"][0].astype(int).tolist()
     start = case.tensors["prompt"].shape[1]
-    request = Request(tuple(sequence[:start]), max_new_tokens=len(sequence) - start)
+    request = asked(tuple(sequence[:start]), len(sequence) - start)
     queue = [*requests_of(case.config, temperature=1.0)[:2], request]
-    made = Engine(case.config, case.params).generate(queue, rows=2, mode=MODES[mode])
+    options = DecodeOptions(2, **MODES[mode])
+    made = Engine(case.config, case.params).generate(queue, options)
     assert made[-1].tokens == sequence[start:]
 
 
 @functools.cache
-def sampled(rows: int, length: int | None, reverse: bool = False, steps: int = 8) -> list[Any]:
+def sampled(batch: int, capacity: int | None, reverse: bool = False, steps: int = 8) -> list[Any]:
     requests = requests_of(CONFIG, temperature=1.3, top_p=0.95, repetition_penalty=1.1)
     order = requests[::-1] if reverse else requests
-    made = Engine(CONFIG, params_of()).generate(order, rows=rows, length=length, steps=steps)
+    made = Engine(CONFIG, params_of()).generate(order, DecodeOptions(batch, capacity, steps))
     return made[::-1] if reverse else made
 
 
@@ -212,7 +218,7 @@ def test_one_g_lm_for_all() -> None:
     tokens = np.array([requests[0].prompt])
     g_lm = jax.jit(functools.partial(forward, CONFIG))(params_of(), tokens).deductive.G_LM
     given = engine.generate(requests, g_lm=g_lm)
-    shared = engine.generate(requests, share_first=True)
+    shared = engine.generate(requests, DecodeOptions(share_first_g=True))
     own = engine.generate(requests)
     assert [c.tokens for c in shared] == [c.tokens for c in given]
     assert shared[0].tokens == own[0].tokens
@@ -230,7 +236,7 @@ def test_a_mesh_gives_the_tokens_of_one_device(sizes: tuple[int, int, int]) -> N
     for given, tolerance in ((False, 1e-4), (True, 1e-5)):
         # Its own G_LM amplifies rounding, and devices sum in another order.
         alone, g_lm = one_device(config, given)
-        made = engine.generate(requests_of(config)[:-1], rows=8, g_lm=g_lm)
+        made = engine.generate(requests_of(config)[:-1], g_lm=g_lm)
         assert [c.tokens for c in made] == [c.tokens for c in alone]
         for one, two in zip(alone, made, strict=True):
             np.testing.assert_allclose(one.logprobs, two.logprobs, atol=tolerance)
@@ -240,7 +246,7 @@ def test_a_mesh_gives_the_tokens_of_one_device(sizes: tuple[int, int, int]) -> N
 def one_device(config: ModelConfig, given: bool) -> tuple[list[Any], jax.Array | None]:
     g_lm = random_g_lm(config, 2) if given else None
     engine = Engine(config, params_of(config, 1.0))
-    return engine.generate(requests_of(config)[:-1], rows=8, g_lm=g_lm), g_lm
+    return engine.generate(requests_of(config)[:-1], g_lm=g_lm), g_lm
 
 
 def test_the_cache_is_split_and_stays_where_it_is() -> None:
@@ -248,10 +254,10 @@ def test_the_cache_is_split_and_stays_where_it_is() -> None:
     mesh = build_mesh(MeshConfig(4, 1, 2))
     params = place_params(config, params_of(config), mesh)
     with jax.set_mesh(mesh):
-        make = functools.partial(empty_slots, config, 8, 32, 1, None, "G_LM", "float32")
+        make = functools.partial(empty_slots, config, 8, 32, None, "G_LM", "float32")
         slots = jax.jit(make)()
         unstacked = jax.jit(functools.partial(unstack_layers, config))(params)
-        decode = jax.jit(functools.partial(decode_slots, config, steps=2))
+        decode = jax.jit(functools.partial(decode_slots, config, steps=2, pieces=config.vocab_size))
         compiled = decode.lower(unstacked, slots=slots).compile()
         after, _ = compiled(unstacked, slots=slots)
     for state in (slots, after):
@@ -261,8 +267,8 @@ def test_the_cache_is_split_and_stays_where_it_is() -> None:
     layer = slots.cache.layers[0]
     moved = [line for line in compiled.as_text().splitlines() if "all-gather(" in line]
     for whole in (layer.k_BNSH, layer.deductive.G_LM):
-        for rows, heads in ((8, 4), (2, 4), (8, 2)):
-            shape = ",".join(map(str, (rows, heads, *whole.shape[2:])))
+        for batch, heads in ((8, 4), (2, 4), (8, 2)):
+            shape = ",".join(map(str, (batch, heads, *whole.shape[2:])))
             assert not any(f"[{shape}]" in line.split("all-gather(")[0] for line in moved)
 
 
@@ -291,7 +297,7 @@ def test_nothing_is_compiled_after_warm_up(compilations: list[str]) -> None:
         for i in range(count):
             length = int(rng.integers(1, 60))
             prompt = tuple(rng.integers(1, 64, length).tolist())
-            yield Request(
+            yield asked(
                 prompt,
                 int(rng.integers(1, 9)),
                 temperature=float(rng.random() * (i % 2)),
@@ -304,11 +310,11 @@ def test_nothing_is_compiled_after_warm_up(compilations: list[str]) -> None:
             )
 
     # One prompt a bucket, and one that is ended by its text.
-    warm = [Request((1,) * bucket, 2) for bucket in (16, 32, 33)]
-    list(engine.run(warm, rows=4, find_stop=lambda completion: 1))
+    warm = [asked((1,) * bucket, 2) for bucket in (16, 32, 33)]
+    list(engine.run(warm, DecodeOptions(4), find_stop=lambda completion: 1))
     assert compilations
     del compilations[:]
-    assert len(engine.generate(queue(50), rows=4, find_stop=stop_at_seven)) == 50
+    assert len(engine.generate(queue(50), DecodeOptions(4), find_stop=stop_at_seven)) == 50
     assert compilations == []
 
 
@@ -325,11 +331,11 @@ def test_a_long_queue_does_not_grow() -> None:
         nonlocal taken
         for i in range(4_000):
             taken += 1
-            yield Request((i % 15 + 1,), 1 + i % 3)
+            yield asked((i % 15 + 1,), 1 + i % 3)
 
     alive: list[int] = []
     ahead = finished = 0
-    for completion in engine.run(queue(), rows=64):
+    for completion in engine.run(queue(), DecodeOptions(64)):
         finished += completion.finish_reason is not None
         ahead = max(ahead, taken - finished)
         if finished % 1000 == 0 and completion.finish_reason is not None:
@@ -345,9 +351,9 @@ def test_a_row_with_nan_fails_and_the_others_go_on() -> None:
     table = params["embedding"]["table"].at[63].set(jnp.nan)
     params["embedding"] = {**params["embedding"], "table": table}
     good = [r for r in requests_of(CONFIG) if 63 not in r.prompt][:5]
-    bad = Request((5, 63, 9), 4)
-    expected = Engine(CONFIG, params_of()).generate(good, rows=3)
-    made = Engine(CONFIG, params).generate([*good[:2], bad, *good[2:]], rows=3)
+    bad = asked((5, 63, 9), 4)
+    expected = Engine(CONFIG, params_of()).generate(good, DecodeOptions(3))
+    made = Engine(CONFIG, params).generate([*good[:2], bad, *good[2:]], DecodeOptions(3))
     failed = made.pop(2)
     assert failed.finish_reason == "error" and "not finite" in str(failed.error)
     assert failed.tokens == []
@@ -357,31 +363,93 @@ def test_a_row_with_nan_fails_and_the_others_go_on() -> None:
 
 def test_a_slot_forgets_its_last_row() -> None:
     """A long row before a short one in the same slot leaves nothing behind."""
-    long, short = Request(tuple(range(1, 50)), 10), Request((7, 8), 10, repetition_penalty=1.5)
+    long, short = asked(tuple(range(1, 50)), 10), asked((7, 8), 10, repetition_penalty=1.5)
     engine = Engine(CONFIG, params_of())
-    assert engine.generate([long, short], rows=1)[1] == dataclasses.replace(
-        engine.generate([short], rows=1)[0], index=1
+    assert engine.generate([long, short], DecodeOptions(1))[1] == dataclasses.replace(
+        engine.generate([short], DecodeOptions(1))[0], index=1
     )
 
 
 @pytest.mark.parametrize(
-    ("settings", "named"),
+    ("bad", "named"),
     [
-        ({"prompt": ()}, "the prompt is empty"),
-        ({"prompt": (1,) * 64}, "64 tokens"),
-        ({"prompt": (1, 64)}, "outside the vocabulary of 64"),
-        ({"max_new_tokens": 0}, "max_new_tokens = 0"),
-        ({"stop_ids": tuple(range(9))}, "stop_ids has 9"),
-        ({"temperature": -1.0}, "temperature = -1.0"),
+        (Request(()), "the prompt is empty"),
+        (Request((1,) * 64), "64 tokens"),
+        (Request((1, 64)), "token id 64, outside the vocabulary of 64"),
+        (Request((1, 10**30)), "outside the vocabulary of 64"),
+        (Request((-1,)), "token id -1, outside"),
+        (Request((1,), SamplingConfig(stop_ids=(64,))), "stop_ids has the token id 64, outside"),
+        (Request((1,), error="no such prompt"), "no such prompt"),
     ],
 )
-def test_what_cannot_be_decoded_is_one_line(settings: dict[str, Any], named: str) -> None:
-    good = Request((1, 2, 3), 4)
+def test_what_cannot_be_decoded_is_one_line(bad: Request, named: str) -> None:
+    good = asked((1, 2, 3), 4)
     engine = Engine(CONFIG, params_of())
-    made = engine.generate([good, dataclasses.replace(good, **settings), good], rows=2)
-    assert [c.finish_reason for c in made] == ["length", "error", "length"]
-    assert named in str(made[1].error) and "\n" not in str(made[1].error)
-    assert made[0].tokens == made[2].tokens == engine.generate([good])[0].tokens
+    for more in ({}, {"kv_cache": False}):
+        made = engine.generate([good, bad, good], DecodeOptions(2, **more))
+        assert [c.finish_reason for c in made] == ["length", "error", "length"]
+        assert named in str(made[1].error) and "\n" not in str(made[1].error)
+        assert made[0].tokens == made[2].tokens == engine.generate([good])[0].tokens
+
+
+def test_a_prompt_that_a_slot_cannot_hold() -> None:
+    made = Engine(CONFIG, params_of()).generate(
+        [asked((1,) * 20, 13), asked((1,) * 20, 12)], DecodeOptions(capacity=32)
+    )
+    assert made[0].error == "the prompt and max_new_tokens need 33 tokens, the slots hold 32"
+    assert len(made[1].tokens) == 12
+
+
+@pytest.mark.parametrize("first", [(), (1,) * 64, (1, 64)])
+def test_the_first_prompt_that_can_be_decoded_gives_the_g_lm(first: tuple[int, ...]) -> None:
+    """And the others never decode with their own."""
+    engine, requests = Engine(CONFIG, params_of()), requests_of(CONFIG)[:3]
+    options = DecodeOptions(share_first_g=True)
+    wanted = engine.generate(requests, options)
+    assert [c.logprobs for c in wanted] != [c.logprobs for c in engine.generate(requests)]
+    made = engine.generate(iter([asked(first), asked(()), *requests]), options)
+    assert [c.finish_reason for c in made[:2]] == ["error", "error"]
+    assert [c.tokens for c in made[2:]] == [c.tokens for c in wanted]
+    ended = engine.generate([asked(first)], options)
+    assert [c.finish_reason for c in ended] == ["error"]
+
+
+@pytest.mark.parametrize("options", MODES.values())
+@pytest.mark.parametrize("value", [-np.inf, np.inf, np.nan])
+def test_logits_that_are_not_finite_have_one_rule(options: dict[str, Any], value: float) -> None:
+    """-inf is a token that cannot come; NaN and infinity are a broken model."""
+    params = dict(params_of())
+    bias = params["head"]["bias"].at[jnp.array([7, 9])].set(value)
+    params["head"] = {**params["head"], "bias": bias}
+    settings = {"max_new_tokens": 6, "temperature": 1.5, "repetition_penalty": 1.2}
+    requests = [asked((7, 8, 9), **settings), asked((1,), **settings)]
+    made = Engine(CONFIG, params).generate(requests, DecodeOptions(2, **options))
+    if value == -np.inf:
+        assert all(c.finish_reason == "length" and not {7, 9} & set(c.tokens) for c in made)
+        assert np.isfinite([c.logprobs for c in made]).all()
+    else:
+        assert all(c.finish_reason == "error" and "not finite" in str(c.error) for c in made)
+
+
+@pytest.mark.parametrize("kv_cache", [True, False])
+def test_ids_without_a_piece_are_never_drawn(kv_cache: bool) -> None:
+    params = dict(params_of())
+    params["head"] = {**params["head"], "bias": params["head"]["bias"].at[50:].add(100.0)}
+    options = DecodeOptions(kv_cache=kv_cache)
+    requests = [asked((1, 2), 6), asked((1, 2), 6, temperature=2.0, top_k=3), asked((50,), 6)]
+    free = Engine(CONFIG, params).generate(requests, options)
+    assert all(set(c.tokens) <= set(range(50, 64)) for c in free)
+    made = Engine(CONFIG, params, pieces=50).generate(requests, options)
+    assert all(c.tokens and set(c.tokens) <= set(range(50)) for c in made[:2])
+    assert made[2].error == "the prompt has the token id 50, of which the tokenizer has no piece"
+
+
+@pytest.mark.parametrize(
+    "settings", [{"batch_size": 0}, {"steps": 0}, {"capacity": 0}, {"batch_size": True}]
+)
+def test_options_out_of_range(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=rf"^{next(iter(settings))} = \w+: must be"):
+        DecodeOptions(**settings)
 
 
 @pytest.mark.parametrize(
@@ -400,7 +468,7 @@ def test_bfloat16_cache() -> None:
     assert firsts[0] != firsts[1]
     np.testing.assert_allclose(*firsts, atol=0.1)
     sizes = [
-        empty_slots(CONFIG, 2, 32, 1, None, "G_LM", dtype).cache.layers[0].k_BNSH.nbytes
+        empty_slots(CONFIG, 2, 32, None, "G_LM", dtype).cache.layers[0].k_BNSH.nbytes
         for dtype in ("float32", "bfloat16")
     ]
     assert sizes[0] == 2 * sizes[1]

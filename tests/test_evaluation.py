@@ -76,15 +76,15 @@ def g_lm_of_tokens() -> Any:
 
 
 def by_hand(mode: str, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-    """From the logits of one forward pass, in NumPy."""
-    tokens = [*context, *continuation]
+    """From the logits of one forward pass over all tokens but the last, in NumPy."""
+    tokens = [*context, *continuation][:-1]
     g = np.asarray(g_lm())
     if mode != "frozen":
         read = tokens if mode == "full" else context
         padded = np.zeros((1, 32), np.int32)
         padded[0, : len(read)] = read
         g = np.asarray(g_lm_of_tokens()(padded, np.array([len(read)])))
-    logits = reference_logits(MODEL, tensors(), np.array(tokens), g[:, 0])[len(context) - 1 : -1]
+    logits = reference_logits(MODEL, tensors(), np.array(tokens), g[:, 0])[len(context) - 1 :]
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     chosen = logprobs[np.arange(len(continuation)), continuation]
     return float(chosen.sum()), bool((logits.argmax(-1) == continuation).all())
@@ -112,13 +112,23 @@ def test_windows_predict_every_token_once() -> None:
             assert [t for _, scored in windows for t in scored] == tokens
             for i, (context, scored) in enumerate(windows):
                 first = scored[0] - 100
-                assert len(context) + len(scored) <= context_length and scored
+                assert len(context) + len(scored) <= context_length + 1 and scored
                 assert list(context) == ([3] if i == 0 else tokens[first - len(context) : first])
                 assert i == 0 or len(context) >= overlap
             if len(windows) > 1:
-                assert len(windows[-1][0]) + len(windows[-1][1]) == context_length
+                assert len(windows[-1][0]) + len(windows[-1][1]) == context_length + 1
     with pytest.raises(ValueError, match="overlap"):
         list(rolling_windows([1], 3, 8, 8))
+
+
+def test_windows_are_those_of_the_harness() -> None:
+    utils = pytest.importorskip("lm_eval.utils")
+    for length in range(40):
+        tokens = list(range(100, 100 + length))
+        for context_length, overlap in ((2, 1), (8, 1), (8, 3), (16, 4)):
+            theirs = utils.get_rolling_token_windows(tokens, 3, context_length, overlap)
+            expected = [tuple(map(list, utils.make_disjoint_window(pair))) for pair in theirs]
+            assert list(rolling_windows(tokens, 3, context_length, overlap)) == expected
 
 
 # Requests
@@ -132,7 +142,7 @@ def test_loglikelihood_is_that_of_the_logits(mode: str) -> None:
             assert (logprob, greedy) == (0.0, True)
             continue
         before, after = model().encode_pair(context, continuation)
-        before = (before or [3])[-(32 - len(after)) :]
+        before = (before or [3])[-(33 - len(after)) :]
         expected, is_greedy = by_hand(mode, before, after)
         assert logprob == pytest.approx(expected, abs=2e-5), context
         assert greedy == is_greedy
@@ -217,6 +227,10 @@ def test_generation_settings() -> None:
     assert scorer("causal").generate_until([("def", {"max_gen_toks": 8, "temperature": 0})]) == [
         text
     ]
+    no_draw = {"max_gen_toks": 8, "do_sample": True, "temperature": 0.0}
+    assert scorer("causal").generate_until([("def", no_draw)]) == [text]
+    with pytest.raises(ConfigError, match=r"^request 0: top_p = 2.0: must be at most 1"):
+        scorer("causal").generate_until([("def", {**drawn, "top_p": 2.0})])
     with pytest.raises(ConfigError, match=r"^request 0: beams = 2: no such setting"):
         scorer("causal").generate_until([("def", {"beams": 2})])
 

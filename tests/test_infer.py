@@ -11,6 +11,7 @@ from helpers import finished_run, run_here, run_program
 import pldr_jax
 from pldr_jax.api import LanguageModel
 from pldr_jax.cli.infer import infer_main
+from pldr_jax.terminal import visible
 
 PROMPT, OTHER = "def return", "print of the"
 NEW = 6
@@ -44,7 +45,7 @@ def infer(run_dir, capsys) -> Any:
 
 def expected(lm: LanguageModel, **settings: Any) -> str:
     (generation,) = lm.generate(PROMPT, max_new_tokens=NEW, **settings)
-    return f"{PROMPT}{generation.text}\n"
+    return visible(f"{PROMPT}{generation.text}\n")
 
 
 def test_program_prints_prompt_and_continuation(run_dir, lm) -> None:
@@ -59,7 +60,7 @@ def test_several_prompts(infer, lm) -> None:
     out = infer(prompts=(PROMPT, OTHER))
     texts = [g.text for g in lm.generate([PROMPT, OTHER], max_new_tokens=NEW)]
     end = f"\n--- {NEW} tokens, length\n"
-    assert out == f"{PROMPT}{texts[0]}{end}{OTHER}{texts[1]}{end}"
+    assert out == visible(f"{PROMPT}{texts[0]}{end}{OTHER}{texts[1]}{end}")
 
 
 def test_sampling_is_reproducible(infer, lm) -> None:
@@ -88,7 +89,7 @@ def test_recomputed_g_lm_is_the_definition(infer, lm) -> None:
     tokens = lm.tokenizer.encode(PROMPT)
     for _ in range(NEW):
         tokens.append(int(np.argmax(lm([tokens]).logits[0, -1])))
-    assert infer("--gin.Generation.g_mode=recompute") == lm.tokenizer.decode(tokens) + "\n"
+    assert infer("--gin.Generation.g_mode=recompute") == visible(lm.tokenizer.decode(tokens)) + "\n"
 
 
 def test_frozen_g_lm(infer, lm, tmp_path) -> None:

@@ -18,13 +18,14 @@ from helpers import REPOSITORY, finished_run, run_here
 import pldr_jax.api
 from pldr_jax.api import LanguageModel
 from pldr_jax.cli.infer import infer_main
-from pldr_jax.config import ConfigError, GenerationConfig, ModelConfig
+from pldr_jax.config import ConfigError, GenerationConfig, ModelConfig, SamplingConfig
 from pldr_jax.inference.batch import Output, run_batch
-from pldr_jax.inference.jobs import BadRow, Job, JsonlWriter, count_prompts, read_prompts
+from pldr_jax.inference.jobs import BadLine, Job, JsonlWriter, count_prompts, read_prompts
 from pldr_jax.inference.progress import JobProgress
-from pldr_jax.inference.request import CacheMode, Request
+from pldr_jax.inference.request import Request
 from pldr_jax.model.decoder import init_params
 from pldr_jax.model.deductive import identity_g_lm
+from pldr_jax.terminal import Display
 
 CONTEXT = 48
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 "
@@ -82,9 +83,11 @@ def jsonl(path: Path, *rows: Any) -> Path:
 
 
 def results(path: Path) -> dict[Any, dict[str, Any]]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len({row["id"] for row in rows}) == len(rows)
-    return {row["id"]: row for row in rows}
+    """By their ids; those of lines that cannot be read by ("line", number)."""
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    names = [("line", x["line"]) if x["id"] is None else x["id"] for x in found]
+    assert len(set(names)) == len(found)
+    return dict(zip(names, found, strict=True))
 
 
 # Reading
@@ -97,14 +100,14 @@ def test_prompts_and_text_files(tmp_path: Path) -> None:
     assert list(read_prompts(source=str(path))) == [
         Job(1, "{one", index=0),
         Job(3, "  two ", index=1),
-        BadRow(5, "is not UTF-8"),
+        BadLine(5, "is not UTF-8"),
         Job(6, "last\u2028", index=3),
     ]
     assert count_prompts(str(path)) == 4
 
 
 def test_stdin_is_text_or_jsonl() -> None:
-    def read(data: bytes) -> list[Job | BadRow]:
+    def read(data: bytes) -> list[Job | BadLine]:
         return list(read_prompts(source="-", stdin=io.BytesIO(data)))
 
     assert read(b"one\n{two\n") == [Job(1, "one"), Job(2, "{two", index=1)]
@@ -115,7 +118,7 @@ def test_rows_of_settings(tmp_path: Path) -> None:
     settings = {"temperature": 1, "top_k": 3, "seed": 7, "stop": ["x"], "stop_ids": [2]}
     path = jsonl(tmp_path / "a.jsonl", {"id": "a", "prompt": "p", **settings}, {"tokens": [1, 2]})
     first, second = read_prompts(source=str(path))
-    assert first == Job("a", "p", settings, 0)
+    assert first == Job("a", "p", {**settings, "stop": ("x",), "stop_ids": (2,)}, 0)
     assert isinstance(first, Job) and isinstance(first.settings["temperature"], float)
     assert second == Job(2, [1, 2], {}, 1)
 
@@ -136,16 +139,23 @@ def test_rows_of_settings(tmp_path: Path) -> None:
         ('{"id": true, "prompt": "a"}', "id must be"),
         ('{"prompt": "a", "temprature": 1}', "unknown key 'temprature'"),
         ('{"prompt": "a", "top_p": 7}', "top_p = 7.0: must be at most 1"),
-        ('{"prompt": "a", "top_p": "x"}', "top_p must be a number"),
-        ('{"prompt": "a", "max_new_tokens": 1.5}', "max_new_tokens must be an integer"),
+        ('{"prompt": "a", "top_p": "x"}', "top_p = 'x': must be float"),
+        ('{"prompt": "a", "max_new_tokens": 1.5}', "max_new_tokens = 1.5: must be int"),
         ('{"prompt": "a", "max_new_tokens": 0}', "max_new_tokens = 0: must be at least 1"),
         ('{"prompt": "a", "top_k": 99999999999}', "top_k = 99999999999: must be at most"),
         ('{"prompt": "a", "seed": -1}', "seed = -1: must be at least 0"),
         ('{"prompt": "a", "temperature": 1e999}', "temperature = inf: must be finite"),
-        ('{"prompt": "a", "temperature": 1%s}' % ("0" * 400), "a number is too large"),
-        ('{"prompt": "a", "stop": "x"}', "stop must be a list of strings"),
-        ('{"prompt": "a", "stop": [""]}', "stop has an empty string"),
-        ('{"prompt": "a", "stop_ids": [1.0]}', "stop_ids must be a list of integers"),
+        ('{"prompt": "a", "temperature": true}', "temperature = True: must be float"),
+        ('{"prompt": "a", "max_new_tokens": 1000000000000}', "max_new_tokens = 1000000000000"),
+        ('{"prompt": "a", "top_k": null}', "top_k = None: must be int"),
+        ('{"prompt": "a", "seed": 4294967296}', "seed = 4294967296: must be at most"),
+        ('{"prompt": "a", "stop_ids": [99999999999]}', "stop_ids = (99999999999,)"),
+        ('{"prompt": "a", "stop_ids": [-1]}', "stop_ids = (-1,)"),
+        ('{"prompt": "a", "stop_ids": [0,1,2,3,4,5,6,7,8]}', "has 9 ids"),
+        ('{"prompt": "a", "temperature": 1%s}' % ("0" * 400), "temperature = 1000"),
+        ('{"prompt": "a", "stop": ["x", 1]}', "stop = ('x', 1): must be"),
+        ('{"prompt": "a", "stop": [""]}', "an empty string"),
+        ('{"prompt": "a", "stop_ids": [1.0]}', "stop_ids = (1.0,): must be"),
         ('{"id": "good", "prompt": "a"}', "the id 'good' was there before"),
     ],
 )
@@ -154,7 +164,7 @@ def test_a_bad_row_is_named_and_passed_over(tmp_path: Path, line: str, reason: s
     path = jsonl(tmp_path / "a.jsonl", good, "", line, {"prompt": "b"})
     first, bad, last = read_prompts(source=str(path))
     assert first == Job("good", "a") and last == Job(4, "b", index=2)
-    assert isinstance(bad, BadRow) and bad.line_number == 3 and reason in bad.reason
+    assert isinstance(bad, BadLine) and bad.number == 3 and reason in bad.reason
     assert "\n" not in bad.reason
 
 
@@ -175,7 +185,7 @@ def test_rows_are_in_the_file_when_they_are_written(tmp_path: Path) -> None:
     assert "\u00e9" in path.read_text()
     again = JsonlWriter(path, resume=True)
     again.close()
-    assert again.done == {"\u00e9", "\ud800", 3} and again.failed == 3
+    assert set(again.done) == {"\u00e9", "\ud800", 3} and again.failed == 3
 
 
 def test_an_output_that_exists_is_refused(tmp_path: Path) -> None:
@@ -214,7 +224,7 @@ def test_a_queue_and_its_failures(infer: Any, lm: LanguageModel, tmp_path: Path)
     )
     assert status == 1 and stdout == ""
     rows = results(out)
-    assert set(rows) == {"one", "empty", "long", "unknown", 6}
+    assert set(rows) == {"one", ("line", 2), "empty", "long", "unknown", 6, "typo"}
     (wanted,) = lm.generate("hello", max_new_tokens=6)
     assert rows["one"] == {
         "id": "one",
@@ -222,6 +232,7 @@ def test_a_queue_and_its_failures(infer: Any, lm: LanguageModel, tmp_path: Path)
         "tokens": wanted.tokens,
         "finish_reason": "length",
         "logprobs": pytest.approx(wanted.logprobs, abs=1e-5),
+        "input": rows["one"]["input"],
     }
     assert rows[6]["tokens"] == wanted.tokens[:3]  # the same prompt, as tokens
     for name, reason in (("empty", "empty"), ("long", "no room"), ("unknown", "vocabulary")):
@@ -239,7 +250,7 @@ def test_a_killed_job_is_resumed(infer: Any, tmp_path: Path) -> None:
         f"--prompt_file={prompts}",
         "--max_new_tokens=5",
         "--temperature=1",
-        "--rows=3",
+        "--batch_size=3",
         "--gin.Generation.g_mode=first",
     )
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
@@ -272,7 +283,15 @@ def test_existing_output_and_usage_errors(infer: Any, tmp_path: Path) -> None:
         (["--prompt=a", "--stream", "--format=jsonl"], "--output"),
         (["--prompt=a", "--truncate=right"], "'error', 'left'"),
         (["--prompt=a", "--min_p=2"], "min_p"),
-        (["--prompt=a", "--rows=0"], "rows"),
+        (["--prompt=a", "--batch_size=0"], "batch_size"),
+        (["--prompt=a", "--rows=4"], "--rows: is called --batch_size now"),
+        (["--prompt=a", "--freeze_g"], "pldr-freeze"),
+        (["--prompt=a", "--gin.Generation.rows=4"], "is called Generation.batch_size now"),
+        (["--prompt=a", "--gin.Model.num_layers=4"], "--gin.Model.num_layers=4: is read from"),
+        (["--prompt=a", "--gin.Data.seed=4"], "--gin.Data.seed=4: is read from"),
+        (["--prompt=a", "--retry_failed"], "--output"),
+        (["--prompt=a", "--stop_ids=-2"], "stop_ids = (-2,)"),
+        (["--prompt=a", "--temperature=nan"], "temperature = nan: must be finite"),
         (["--prompt=a", "--format=xml"], "xml"),
         (["--prompt=a", "--gin.Generation.g_mode=frozen"], "g_file"),
         (["--prompt=a", "--gin.Generation.g_file=G.npz"], "g_mode"),
@@ -290,7 +309,7 @@ def test_draws_depend_on_the_row_alone(infer: Any, lm: LanguageModel, tmp_path: 
     by_rows = {}
     for rows in (1, 4):
         out = tmp_path / f"{rows}.jsonl"
-        flags = ("--temperature=1", "--seed=5", "--max_new_tokens=9", f"--rows={rows}")
+        flags = ("--temperature=1", "--seed=5", "--max_new_tokens=9", f"--batch_size={rows}")
         assert infer(f"--prompt_file={prompts}", f"--output={out}", *flags)[0] == 0
         by_rows[rows] = {name: row["tokens"] for name, row in results(out).items()}
     assert by_rows[1] == by_rows[4]
@@ -300,10 +319,10 @@ def test_draws_depend_on_the_row_alone(infer: Any, lm: LanguageModel, tmp_path: 
     stated = [{"id": i + 1, "prompt": text, "seed": 5 + i} for i, text in enumerate(texts)]
     shuffled = jsonl(tmp_path / "shuffled.jsonl", *reversed(stated))
     out = tmp_path / "shuffled.out"
-    flags = ("--temperature=1", "--seed=99", "--max_new_tokens=9", "--rows=2")
+    flags = ("--temperature=1", "--seed=99", "--max_new_tokens=9", "--batch_size=2")
     assert infer(f"--prompt_file={shuffled}", f"--output={out}", *flags)[0] == 0
     assert {name: row["tokens"] for name, row in results(out).items()} == by_rows[1]
-    assert lm.generate(texts, 9, 1.0, seed=5)[4].tokens == by_rows[1][5]
+    assert lm.generate(texts, 9, temperature=1.0, seed=5)[4].tokens == by_rows[1][5]
 
 
 def test_a_long_prompt_is_cut_at_its_left(infer: Any, lm: LanguageModel, tmp_path: Path) -> None:
@@ -319,8 +338,14 @@ def test_a_long_prompt_is_cut_at_its_left(infer: Any, lm: LanguageModel, tmp_pat
     wanted = lm.generate([prompt[-(CONTEXT - 8) :], "ab"], max_new_tokens=8)
     assert [rows[1]["tokens"], rows[2]["tokens"]] == [result.tokens for result in wanted]
     assert len(rows[1]["tokens"]) == 8
-    status, _, stderr = infer("--prompt=ab", f"--max_new_tokens={CONTEXT}", "--truncate=left")
-    assert status == 1 and "leaves no room" in stderr
+    # New tokens that would fill the context, as the default of 128 does, leave half of it.
+    for length in ([], [f"--max_new_tokens={CONTEXT}"]):
+        status, stdout, _ = infer(
+            f"--prompt={prompt}", "--format=jsonl", *length, "--truncate=left"
+        )
+        (wanted,) = lm.generate(prompt[-CONTEXT // 2 :])
+        assert status == 0 and json.loads(stdout)["tokens"] == wanted.tokens
+        assert len(wanted.tokens) == CONTEXT // 2
 
 
 def test_stop_strings(infer: Any, lm: LanguageModel, tmp_path: Path) -> None:
@@ -385,21 +410,31 @@ def test_g_modes(infer: Any, lm: LanguageModel, tmp_path: Path) -> None:
     prompts.write_text("x" * CONTEXT + "\n" + "\n".join(texts))  # the first cannot be decoded
 
     def tokens(*flags: str, model: LanguageModel = lm) -> list[list[int]]:
-        common = (f"--prompt_file={prompts}", "--max_new_tokens=10", "--format=jsonl", "--rows=2")
+        common = (
+            f"--prompt_file={prompts}",
+            "--max_new_tokens=10",
+            "--format=jsonl",
+            "--batch_size=2",
+        )
         _, stdout, _ = infer(*common, *flags, model=model)
         rows = {row["id"]: row["tokens"] for row in map(json.loads, stdout.splitlines())}
         return [rows[i] for i in (2, 3, 4)]
 
     def wanted(**settings: Any) -> list[list[int]]:
-        requests = [Request(tuple(lm.encode(text)), 10, stop_ids=(63,)) for text in texts]
+        sampling = SamplingConfig(10, stop_ids=(63,))
+        requests = [Request(tuple(lm.encode(text)), sampling) for text in texts]
         # A generator: slots of the same size as those of the program.
-        ended = {i: r.tokens for i, r in lm.run(iter(requests), 2, **settings) if r.finish_reason}
+        ended = {
+            i: r.tokens
+            for i, r in lm.run(iter(requests), batch_size=2, **settings)
+            if r.finish_reason
+        }
         return [ended[i] for i in range(len(texts))]
 
     g_mode, cache = "--gin.Generation.g_mode=", "--gin.Generation."
     file = f"--gin.Generation.g_file={tmp_path / 'g.npz'}"
     own = wanted()
-    recomputed = wanted(mode=CacheMode(kv=False, g="none"))
+    recomputed = wanted(kv_cache=False, g_cache="none")
     assert own != wanted(share_first_g=True) and own != recomputed  # or nothing is tested
     assert tokens() == own
     assert tokens(f"{g_mode}first") == wanted(share_first_g=True)
@@ -430,20 +465,20 @@ def test_a_queue_is_read_as_rows_become_free(lm: LanguageModel, tmp_path: Path) 
     out = tmp_path / "out.jsonl"
     ahead = []
 
-    def endless() -> Iterator[Job | BadRow]:
+    def endless() -> Iterator[Job | BadLine]:
         for i in range(60):
             ahead.append(i - (len(results(out)) if out.exists() else 0))
             yield Job(i, "ab", index=i)
 
     with JsonlWriter(out) as writer:
-        output = Output(JobProgress(None, enabled=False), writer)
-        run_batch(lm, endless(), GenerationConfig(max_new_tokens=2, rows=4), output)
+        output = Output(JobProgress(None, display=Display(enabled=False)), writer)
+        run_batch(lm, endless(), GenerationConfig(max_new_tokens=2, batch_size=4), output)
     assert len(results(out)) == 60 and max(ahead) <= 8
 
 
 def test_progress(capsys: pytest.CaptureFixture[str]) -> None:
     now = [0.0]
-    progress = JobProgress(4, finished=1, terminal=False, clock=lambda: now[0])
+    progress = JobProgress(4, 1, Display(terminal=False, clock=lambda: now[0]))
     with progress:
         for now[0] in (2.0, 9.0, 10.0, 12.0):
             progress.add_tokens(30)
@@ -451,11 +486,11 @@ def test_progress(capsys: pytest.CaptureFixture[str]) -> None:
         now[0] = 24.0
         progress.finish(failed=False)
     assert capsys.readouterr().err.splitlines() == [
-        "1/4 prompts  tokens 90  tokens/s 9.0",
-        "3/4 prompts  tokens 120  tokens/s 5.0",
+        "prompts 1/4  tokens 90  tokens/s 9.0",
+        "prompts 3/4  tokens 120  tokens/s 5.0",
     ]
     assert progress.summary() == "2 prompts, 120 new tokens, 5.0 tokens/s, 1 failure"
-    with JobProgress(None, terminal=True) as bar:
+    with JobProgress(None, display=Display(terminal=True)) as bar:
         bar.print("line 3: [bad]")
     assert "line 3: [bad]" in capsys.readouterr().err
 

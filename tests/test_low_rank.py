@@ -17,7 +17,13 @@ import pytest
 from pldr_jax.analysis.low_rank import LowRank
 from pldr_jax.analysis.section import Settings
 from pldr_jax.api import LanguageModel
-from pldr_jax.config import ConfigError, GenerationConfig, MeshConfig, ModelConfig
+from pldr_jax.config import (
+    ConfigError,
+    GenerationConfig,
+    MeshConfig,
+    ModelConfig,
+    SamplingConfig,
+)
 from pldr_jax.inference.decode import decode_step, prefill
 from pldr_jax.inference.request import Request
 from pldr_jax.model.cache import LowRankLayerCache, empty_cache
@@ -63,10 +69,9 @@ def model_of(budget: float | None, config: ModelConfig = CONFIG, **options: Any)
 def continued(lm: LanguageModel, temperature: float = 0.0, **options: Any) -> list[Any]:
     """The prompts, continued by 12 tokens, two side by side."""
     requests = [
-        Request(prompt, max_new_tokens=12, seed=i, temperature=temperature)
-        for i, prompt in enumerate(PROMPTS)
+        Request(prompt, SamplingConfig(12, temperature, seed=i)) for i, prompt in enumerate(PROMPTS)
     ]
-    made = {index: row for index, row in lm.run(requests, rows=2, length=32, **options)}
+    made = {index: row for index, row in lm.run(requests, batch_size=2, capacity=32, **options)}
     assert not any(row.error for row in made.values())
     return [made[i] for i in range(len(PROMPTS))]
 
@@ -174,7 +179,7 @@ def logits_of_steps(g_lm: Any, dtype: str = "float32") -> tuple[np.ndarray, Any]
     rows = np.random.default_rng(3).integers(1, CONFIG.vocab_size, (3, 20))
     length_B = jnp.array([8, 3, 5])
     unstacked = unstack_layers(config, params_of())
-    first = jax.jit(functools.partial(prefill, config, slots=24))
+    first = jax.jit(functools.partial(prefill, config, capacity=24))
     step = jax.jit(functools.partial(decode_step, config), donate_argnums=2)
     padded = jnp.where(jnp.arange(8) < length_B[:, None], rows[:, :8], 0)
     logits, cache = first(params_of(), padded, length_B, g_lm)
@@ -227,8 +232,8 @@ def test_a_row_is_what_it_is_alone() -> None:
     lm = model_of(1e-2)
     together = continued(lm, temperature=1.0)
     for i in (0, 1, 4):
-        request = Request(PROMPTS[i], max_new_tokens=12, seed=i, temperature=1.0)
-        *_, (_, alone) = lm.run([request] * 2, rows=2, length=32)
+        request = Request(PROMPTS[i], SamplingConfig(12, 1.0, seed=i))
+        *_, (_, alone) = lm.run([request] * 2, batch_size=2, capacity=32)
         assert alone.tokens == together[i].tokens
         np.testing.assert_allclose(alone.logprobs, together[i].logprobs, atol=1e-5)
 
@@ -269,8 +274,8 @@ def test_on_a_mesh() -> None:
     for group in itertools.chain(*lm.low_rank.layers):
         assert len(group.heads) % 2 == 0
     assert_greedy(continued(lm), params_of(), lm.low_rank.G_LM)
-    slots = lm._engine._jitted.empty(
-        rows=4, length=16, stop_ids=1, g_lm_LBNHJ=lm.low_rank, keep="G_LM", dtype="bfloat16"
+    slots = lm._engine._slots.empty(
+        batch=4, capacity=16, g_lm_LBNHJ=lm.low_rank, keep="G_LM", dtype="bfloat16"
     )
     for layer in slots.cache.layers:
         for group in layer.groups:  # type: ignore[union-attr]

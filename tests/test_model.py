@@ -139,7 +139,7 @@ def test_later_tokens_reach_earlier_ones_through_g_lm_alone(seen: int) -> None:
 
 @functools.cache
 def decoding(keep: str) -> tuple[Any, Any]:
-    first = functools.partial(prefill, CONFIG, slots=14, keep=keep)
+    first = functools.partial(prefill, CONFIG, capacity=14, keep=keep)
     return jax.jit(first), jax.jit(functools.partial(decode_step, CONFIG))
 
 

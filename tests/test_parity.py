@@ -286,7 +286,7 @@ def test_greedy_tokens_of_the_engine(golden: Callable[[str], Golden], mode: str)
 def first_pass(case: Golden, keep: str) -> Callable[..., tuple[jax.Array, Cache]]:
     """`prefill` of a row of the golden's full width, jitted."""
     width = case.tensors["greedy/kv0_g0/tokens"].shape[1]
-    return jax.jit(functools.partial(prefill, case.config, slots=width, keep=keep))
+    return jax.jit(functools.partial(prefill, case.config, capacity=width, keep=keep))
 
 
 @pytest.mark.parametrize("mode", MODES)

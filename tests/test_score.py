@@ -2,12 +2,16 @@
 
 import dataclasses
 import functools
+import types
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from conftest import GOLDENS, Golden
 
+import pldr_jax
 from pldr_jax.api import LanguageModel
 from pldr_jax.config import ConfigError, ModelConfig
 from pldr_jax.model.decoder import init_params
@@ -49,9 +53,11 @@ CONTEXTS, CONTINUATIONS = [list(x) for x in zip(*PAIRS, strict=True)]
 
 
 def direct(lm: LanguageModel, context: list[int], continuation: list[int], g_lm=None):
-    """Log-probabilities, float64, and whether each token is the most probable one."""
+    """Log-probabilities, float64, and whether each token is the most probable one; the last token
+    is only predicted.
+    """
     tokens, first = [*context, *continuation], max(len(context), 1)
-    logits = np.asarray(lm([tokens], g_lm).logits[0], np.float64)[first - 1 : -1]
+    logits = np.asarray(lm([tokens[:-1]], g_lm).logits[0], np.float64)[first - 1 :]
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     targets = tokens[first:]
     return logprobs[np.arange(len(targets)), targets], logits.argmax(-1) == targets
@@ -137,19 +143,94 @@ def test_predefined_g_lm_is_the_same_in_every_mode() -> None:
             np.testing.assert_allclose(score.logprobs, direct(lm, *pair)[0], atol=1e-5)
 
 
+def test_full_takes_g_lm_of_the_inputs(lm) -> None:
+    """The last token is predicted, as in training, and not known: one token after a context is
+    scored as decoding scores it.
+    """
+    for context, last in ((ids(1, 8), 3), (ids(2, 17), 5), (ids(3, 1), 9)):
+        full, causal = (lm.score(context, [last], mode)[0] for mode in ("full", "causal"))
+        assert full.logprob == pytest.approx(causal.logprob, abs=1e-5)
+        # Whatever it is, the tokens before it are scored alike.
+        one, other = (lm.score(context[:1], [*context[1:], x])[0] for x in (last, last + 1))
+        assert one.logprobs[:-1] == other.logprobs[:-1] and one.logprob != other.logprob
+
+
+def test_full_is_what_the_authors_code_computes(golden: Callable[[str], Golden]) -> None:
+    """Which feeds all tokens but the last: the golden's logits are those of such rows."""
+    case = golden("deep")
+    rows = case.rows.tolist()
+    logits = np.asarray(case.tensors["logits"], np.float64)
+    model = pldr_jax.load(GOLDENS / "deep")
+    for row, logits_TV in zip(rows, logits, strict=True):
+        logprobs = logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
+        expected = logprobs[np.arange(len(row) - 1), row[1:]]
+        (score,) = model.score(row[:1], row[1:])
+        np.testing.assert_allclose(score.logprobs, expected, atol=2e-4)
+
+
+def test_a_text_may_have_one_token_more_than_the_context(lm) -> None:
+    """It is only predicted."""
+    text = ids(11, 65)
+    for mode in ("full", "causal"):
+        (score,) = lm.score(text[:-1], text[-1:], mode)
+        np.testing.assert_allclose(score.logprobs, direct(lm, text[:-1], text[-1:])[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("mode", ["full", "causal"])
+def test_logits_that_are_not_finite_are_refused(lm, mode: str, value: float) -> None:
+    """As in generation: an argmax of NaN is no answer."""
+    table = lm.params["embedding"]["table"].at[63].set(value)
+    broken = {**lm.params, "embedding": {**lm.params["embedding"], "table": table}}
+    bad = LanguageModel(lm.config, broken)
+    assert bad.score([1, 2], [3], mode)[0].logprob == lm.score([1, 2], [3], mode)[0].logprob
+    with pytest.raises(ConfigError, match="text 1: the logits are not finite"):
+        bad.score([[1, 2], [1, 63]], [[3], [3]], mode)
+    # Of a text whose last token is the broken one, nothing is computed from it.
+    assert np.isfinite(bad.score([1, 2], [63], mode)[0].logprob)
+
+
 class Letters:
-    """A tokenizer that joins "ab" to one token, so that a continuation may change the context."""
+    """A tokenizer that joins "ab" and two spaces to one token, so that a continuation may change
+    the context.
+    """
+
+    vocab_size, eos_id = 64, -1
 
     def encode(self, text: str) -> list[int]:
-        return [ord(c) - 96 for c in text.replace("ab", "z")]
+        letters = text.replace("ab", "z").replace("  ", "{")
+        return [40 if c == " " else ord(c) - 96 for c in letters]
+
+
+@pytest.mark.parametrize(
+    ("context", "continuation", "expected"),
+    [
+        ("cd", "ef", ([3, 4], [5, 6])),
+        ("ca", "bd", ([3, 1], [4])),  # c, ab, d: as many tokens as the context has alone
+        ("cd ", "ef", ([3, 4], [40, 5, 6])),
+        ("cd  ", "ef", ([3, 4], [27, 5, 6])),
+        ("cd ", " ef", ([3, 4], [27, 5, 6])),
+        ("c\n", "d", ([3], [-86, 4])),
+        ("  ", "d", ([], [27, 4])),
+        ("", "de", ([], [4, 5])),
+    ],
+)
+def test_strings_are_split_as_the_harness_splits_them(lm, context, continuation, expected) -> None:
+    lm = LanguageModel(lm.config, lm.params, None, Letters())  # type: ignore[arg-type]
+    assert lm.encode_pair(context, continuation) == expected
+    model = pytest.importorskip("lm_eval.api.model").TemplateLM
+    harness = types.SimpleNamespace(
+        tok_encode=lambda text, **_: Letters().encode(text), backend="causal"
+    )
+    if context:  # of which it knows what to do elsewhere
+        assert model._encode_pair(harness, context, continuation) == expected
 
 
 def test_strings_are_tokenised_joined(lm) -> None:
     lm = LanguageModel(lm.config, lm.params, None, Letters())  # type: ignore[arg-type]
-    texts = [("cd", "ef"), ("ca", "bd")]
-    scores = lm.score([a for a, _ in texts], [b for _, b in texts])
-    assert [score.tokens for score in scores] == [[5, 6], [26, 4]]
-    np.testing.assert_allclose(scores[1].logprobs, direct(lm, [3], [26, 4])[0], atol=1e-5)
+    (score,) = lm.score("cd ", "ef")
+    np.testing.assert_allclose(score.logprobs, direct(lm, [3, 4], [40, 5, 6])[0], atol=1e-5)
+    assert score.tokens == [40, 5, 6]
     assert lm.score([3], "de")[0].tokens == [4, 5]
 
 
@@ -160,7 +241,11 @@ def test_strings_are_tokenised_joined(lm) -> None:
         (([[]], [[1, 2]], "causal"), "g_lm"),
         (([[]], [[1]]), "empty context"),
         (([[1]], [[64]]), "vocabulary"),
-        (([[1] * 60], [[1] * 5]), "65 tokens"),
+        (([[1] * 60], [[1] * 6]), "66 tokens, at most 65"),
+        (([[1]], [[2]], "full", None, 0), "batch_size"),
+        (([None], [[2]]), "prompt None: must be a string or a list"),
+        (([[1]], [[2.5]]), "must be a string or a list"),
+        ((b"ab", [[2]]), "prompts: b'ab': must be"),
         (([[1]], [[1], [2]]), "continuations"),
         (([[1]], [[1]], "half"), "mode"),
         (([[1]], [[1]], "frozen"), "g_lm"),

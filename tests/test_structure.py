@@ -47,7 +47,6 @@ EXTRA: dict[str, set[str]] = {
     "interop/__main__.py": {"cli"},  # nothing imports it
     "data/__main__.py": {"cli"},
     "analysis/__main__.py": {"cli"},
-    "inference/batch.py": {"api", "interop", "data"},  # until batch jobs are a library
 }
 
 

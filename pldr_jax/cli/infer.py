@@ -1,20 +1,32 @@
 """`infer.py`: generates text from a checkpoint, for one prompt or a file of them."""
 
+import dataclasses
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pldr_jax.cli.common import CHECKPOINT, FAILURE, STEP, keep_compiled_programs, run
 from pldr_jax.cli.options import Option, Options, parse_args
-from pldr_jax.config import ConfigError, ExperimentConfig
+from pldr_jax.config import ConfigError, ExperimentConfig, SamplingConfig
 from pldr_jax.config.load import load_config
 from pldr_jax.inference.jobs import JsonlWriter, count_prompts, read_prompts
 from pldr_jax.inference.progress import JobProgress
+from pldr_jax.terminal import Display, is_terminal, print_line
 
 if TYPE_CHECKING:
     from pldr_jax.inference.batch import Output
 
 DESCRIPTION = "Generates text with a trained PLDR-LLM; its config is read from the checkpoint."
+
+
+def _sampling_option(field: "dataclasses.Field[Any]") -> Option:
+    """The flag of a field of `SamplingConfig`; a tuple's may be given several times."""
+    several = {"stop": str, "stop_ids": int}
+    kind = several.get(field.name, type(field.default))
+    doc = f"{field.metadata['doc']}; same as --gin.Generation.{field.name}"
+    return Option(field.name, doc, kind, repeat=field.name in several, metavar="X")
+
+
 OPTIONS = (
     CHECKPOINT,
     STEP,
@@ -27,6 +39,7 @@ OPTIONS = (
     ),
     Option("output", "JSONL file for the results; default: stdout", metavar="PATH"),
     Option("resume", "continue the output of a job that was stopped", type=bool),
+    Option("retry_failed", "as --resume, and try failed prompts again", type=bool),
     Option("logprobs", "add the log-probability of each new token to JSONL", type=bool),
     Option("format", "of stdout", choices=("text", "jsonl"), default="text"),
     Option(
@@ -34,39 +47,21 @@ OPTIONS = (
         "print each text as it grows, as lines of [id] piece; a single --prompt always is",
         type=bool,
     ),
-    Option("stop", "string that ends a text, which is cut before it", repeat=True, metavar="TEXT"),
+    *map(_sampling_option, dataclasses.fields(SamplingConfig)),
     Option(
         "truncate",
         "same as --gin.Generation.truncate; left keeps the end of a prompt that is too long",
         metavar="HOW",
     ),
-    Option("max_new_tokens", "same as --gin.Generation.max_new_tokens", type=int, metavar="N"),
-    Option(
-        "temperature", "same as --gin.Generation.temperature; 0 is greedy", type=float, metavar="T"
-    ),
-    Option("top_k", "same as --gin.Generation.top_k", type=int, metavar="K"),
-    Option("top_p", "same as --gin.Generation.top_p", type=float, metavar="P"),
-    Option("min_p", "same as --gin.Generation.min_p", type=float, metavar="P"),
-    Option(
-        "repetition_penalty",
-        "same as --gin.Generation.repetition_penalty",
-        type=float,
-        metavar="X",
-    ),
-    Option("seed", "same as --gin.Generation.seed", type=int, metavar="SEED"),
-    Option("rows", "same as --gin.Generation.rows", type=int, metavar="N"),
+    Option("batch_size", "same as --gin.Generation.batch_size", type=int, metavar="N"),
 )
-SHORTHANDS = (
-    "truncate",
-    "max_new_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "seed",
-    "rows",
-)
+SHORTHANDS = (*(one.name for one in dataclasses.fields(SamplingConfig)), "truncate", "batch_size")
+FORMER = {
+    "--rows": "is called --batch_size now",
+    "--freeze_g": "is the program pldr-freeze now, with the same options",
+}
+SETTABLE = ("Generation.", "Mesh.", "Data.cache_dir=")
+"""Config fields that this program reads; the others are the checkpoint's."""
 
 
 def infer_main(argv: list[str]) -> None:
@@ -75,15 +70,21 @@ def infer_main(argv: list[str]) -> None:
     Raises:
       SystemExit: status 1 if a prompt failed; the others are written all the same.
     """
-    if "--freeze_g" in argv:
-        raise ConfigError("--freeze_g: is the program pldr-freeze now, with the same options")
+    for argument in argv:
+        if (flag := argument.partition("=")[0]) in FORMER:
+            raise ConfigError(f"{flag}: {FORMER[flag]}")
     options = parse_args(argv, "infer.py", DESCRIPTION, OPTIONS)
-    shorthands = [
-        f"Generation.{name}={getattr(options, name)}"
-        for name in SHORTHANDS
-        if getattr(options, name) is not None
-    ]
-    config = load_config(options.gin_files, [*options.overrides, *shorthands])
+    for override in options.overrides:
+        if not override.startswith(SETTABLE):
+            raise ConfigError(
+                f"--gin.{override}: is read from the checkpoint; Generation, Mesh and "
+                "Data.cache_dir can be set here"
+            )
+    config = load_config(options.gin_files, options.overrides)
+    given = {name: getattr(options, name) for name in SHORTHANDS}
+    chosen = {name: value for name, value in given.items() if value not in (None, [])}
+    generation = dataclasses.replace(config.generation, **chosen)
+    config = dataclasses.replace(config, generation=generation)
     _check(options)
     try:
         _infer(options, config)
@@ -92,11 +93,12 @@ def infer_main(argv: list[str]) -> None:
         raise SystemExit(FAILURE) from None
     except OSError as error:
         name = error.filename or options.output or options.prompt_file or "stdout"
-        print(f"error: {name}: {error.strerror or error}", file=sys.stderr)
+        print_line(f"error: {name}: {error.strerror or error}", to_stderr=True)
         raise SystemExit(FAILURE) from None
 
 
 def _check(options: Options) -> None:
+    options.resume = options.resume or options.retry_failed
     if not options.prompt and options.prompt_file is None:
         raise ConfigError('--prompt: none was given; add --prompt "..." or --prompt_file PATH')
     if options.prompt and options.prompt_file is not None:
@@ -107,16 +109,16 @@ def _check(options: Options) -> None:
         raise ConfigError("--stream: prints text; give --output PATH, or leave --format at text")
     if options.logprobs and options.format == "text" and options.output is None:
         raise ConfigError("--logprobs: are written as JSONL; add --output PATH or --format=jsonl")
-    if "" in options.stop:
-        raise ConfigError("--stop: must not be an empty string")
 
 
 def _infer(options: Options, config: ExperimentConfig) -> None:
     settings = config.generation
     # What can be wrong with files is said before the checkpoint is loaded.
-    jobs = read_prompts(options.prompt, options.prompt_file)
+    lines = read_prompts(options.prompt, options.prompt_file)
     total = count_prompts(options.prompt_file) if options.prompt_file else len(options.prompt)
-    writer = JsonlWriter(options.output, options.resume) if options.output is not None else None
+    writer = None
+    if options.output is not None:
+        writer = JsonlWriter(options.output, options.resume, options.retry_failed)
     try:
         keep_compiled_programs(config.data.cache_dir)
         import jax
@@ -129,14 +131,16 @@ def _infer(options: Options, config: ExperimentConfig) -> None:
         lm = load(options.checkpoint, options.step, dtype, mesh, settings.rank_budget)
         output = _output(options, writer, total)
         with output.progress:
-            run_batch(lm, jobs, settings, output, options.stop, total)
+            run_batch(lm, lines, settings, output, total)
     finally:
         if writer is not None:
             writer.close()
-    print(output.progress.summary(), file=sys.stderr)
-    if writer is not None and writer.failed:
-        print(f"{writer.failed} of the earlier results are failures", file=sys.stderr)
-    if output.progress.failures or (writer is not None and writer.failed):
+    print_line(output.progress.summary(), to_stderr=True)
+    earlier = writer.failed if writer is not None else 0
+    if earlier:
+        message = f"{earlier} of the earlier results are failures; --retry_failed tries them again"
+        print_line(message, to_stderr=True)
+    if output.progress.failures or earlier:
         raise SystemExit(FAILURE)
 
 
@@ -145,21 +149,14 @@ def _output(options: Options, writer: JsonlWriter | None, total: int | None) -> 
 
     plain = writer is None and options.format == "text"
     single = plain and len(options.prompt) == 1 and not options.stream
-    settings: dict[str, Any] = {
-        "writer": writer,
-        "json": options.format == "jsonl",
-        "logprobs": options.logprobs,
-        "stream": "text" if single else "pieces" if options.stream else None,
-    }
+    stream: Literal["text", "pieces"] | None = "pieces" if options.stream else None
     # A bar and texts would overwrite each other on one terminal.
     to_stdout = writer is None or options.stream
-    progress = JobProgress(
-        total,
-        len(writer.done) if writer is not None else 0,
-        enabled=not single,
-        terminal=sys.stderr.isatty() and not (to_stdout and sys.stdout.isatty()),
-    )
-    return Output(progress=progress, **settings)
+    bar = not single and is_terminal(sys.stderr) and not (to_stdout and is_terminal(sys.stdout))
+    display = Display(terminal=bar, interval=float("inf") if single else 10.0)
+    progress = JobProgress(total, len(writer.done) if writer is not None else 0, display)
+    as_json = options.format == "jsonl"
+    return Output(progress, writer, as_json, options.logprobs, "text" if single else stream)
 
 
 def main() -> None:

@@ -6,14 +6,12 @@ carries its meaning, which `--help` prints, and its bounds, which `__post_init__
 """
 
 import dataclasses
-from typing import Literal
 
 from pldr_jax.config.annotations import show
 from pldr_jax.config.data import DataConfig
 from pldr_jax.config.fields import ConfigError, group_name
-from pldr_jax.config.fields import Validated as _Validated
-from pldr_jax.config.fields import field as _field
 from pldr_jax.config.model import ModelConfig
+from pldr_jax.config.sampling import GenerationConfig
 from pldr_jax.config.training import (
     CheckpointConfig,
     LossConfig,
@@ -21,62 +19,6 @@ from pldr_jax.config.training import (
     OptimizerConfig,
     TrainingConfig,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerationConfig(_Validated):
-    """Decoding: where G_LM comes from and how the next token is drawn."""
-
-    max_new_tokens: int = _field(128, "new tokens for each prompt", low=1, high=2**31 - 1)
-    temperature: float = _field(0.0, "0 is greedy; otherwise logits are divided by it", low=0)
-    top_k: int = _field(0, "draw from the k most probable tokens; 0 is off", low=0, high=2**31 - 1)
-    top_p: float = _field(
-        1.0, "draw from the smallest set whose probability reaches p; 1 is off", above=0, high=1
-    )
-    min_p: float = _field(
-        0.0,
-        "draw from tokens at least this share as probable as the best one; 0 is off",
-        low=0,
-        high=1,
-    )
-    repetition_penalty: float = _field(
-        1.0, "above 1 makes tokens already in the text less probable; 1 is off", above=0
-    )
-    seed: int = _field(
-        0, "seed of the draws; the prompt of row i draws with seed + i", low=0, high=2**32 - 1
-    )
-    rows: int = _field(8, "prompts decoded side by side", low=1)
-    truncate: Literal["error", "left"] = _field(
-        "error",
-        "a prompt that is too long: an error, or cut at its start so that max_new_tokens fit too",
-    )
-    g_mode: Literal["prompt", "first", "frozen", "identity", "recompute"] = _field(
-        "prompt",
-        "G_LM: each prompt's, the first prompt's, g_file's or the checkpoint's own, the identity, "
-        "or recomputed at every token",
-    )
-    g_file: str | None = _field(
-        None, "npz or safetensors file holding G_LM [L,N,H,H] (g_mode = 'frozen')", path=True
-    )
-    kv_cache: bool = _field(True, "cache keys and values; off recomputes them at every token")
-    g_cache: bool = _field(
-        True, "cache G_LM itself; off caches the metric tensor A and recomputes the last steps"
-    )
-    cache_dtype: Literal["auto", "float32", "bfloat16"] = _field(
-        "auto", "dtype of cached keys and values; auto is Model.dtype"
-    )
-    rank_budget: float | None = _field(
-        None,
-        "relative error of a G_LM shared by all prompts (g_mode 'first' or 'frozen') for which "
-        "keys are cached in fewer numbers; 0 keeps every rank",
-        low=0,
-        high=1,
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.g_file is not None and self.g_mode != "frozen":
-            self.fail("g_file", f"is only read when g_mode = 'frozen', not {self.g_mode!r}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,6 +38,7 @@ RENAMED = {
     "Optimizer.alpha": "Optimizer.end_lr_fraction",
     "Training.accumulate": "Training.grad_accumulation",
     "Checkpoint.every_steps": "Checkpoint.save_every",
+    "Generation.rows": "Generation.batch_size",
 }
 """Former names of fields; a config file or flag with one is told the new name, and the config that
 an older run has stored is read with the new one."""

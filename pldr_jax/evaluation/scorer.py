@@ -12,26 +12,21 @@ import jax
 import numpy as np
 
 from pldr_jax.api import LanguageModel
-from pldr_jax.config import ConfigError
+from pldr_jax.config import ConfigError, SamplingConfig
 from pldr_jax.evaluation.windows import rolling_windows
 from pldr_jax.inference.modes import SCORE_MODES, ScoreMode
-from pldr_jax.inference.request import CacheMode, Request
+from pldr_jax.inference.request import DecodeOptions, Request
 from pldr_jax.inference.score import Pair, Score
 
 _CHUNK = 1024
 """Texts scored between two calls of `on_progress`."""
 _NEW_TOKENS = 256
 """New tokens of a generation that names no number, as in the harness."""
-_SETTINGS = (
-    "until",
-    "max_gen_toks",
-    "do_sample",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-)
+
+_OWN = ("max_new_tokens", "seed", "stop_ids", "stop", "repetition_penalty")
+_DRAWN = [one.name for one in dataclasses.fields(SamplingConfig) if one.name not in _OWN]
+"""Settings of a draw, which the harness names as we do."""
+_SETTINGS = ("until", "max_gen_toks", "do_sample", "repetition_penalty", *_DRAWN)
 
 
 class TextScorer:
@@ -136,9 +131,11 @@ class TextScorer:
         """
         made = [self._request(i, *request) for i, request in enumerate(requests)]
         recomputed = self.mode == "full" and self.lm.config.g_source == "learned"
-        cache = CacheMode(kv=False, g="none") if recomputed else None
+        options = DecodeOptions(self.rows)
+        if recomputed:
+            options = DecodeOptions(self.rows, kv_cache=False, g_cache="none")
         texts: dict[int, str] = {}
-        for index, result in self.lm.run(made, self.rows, g_lm=self._g_lm, mode=cache):
+        for index, result in self.lm.run(made, options, self._g_lm):
             if result.error is not None:
                 raise ConfigError(f"request {index}: {result.error}")
             if result.finish_reason is not None:
@@ -157,7 +154,8 @@ class TextScorer:
         return scores
 
     def _fitted(self, index: int, context: list[int], continuation: list[int]) -> Pair:
-        room = self.lm.config.context_length - len(continuation)
+        # The last token is only predicted.
+        room = self.lm.config.context_length + 1 - len(continuation)
         if room < 1:
             raise ConfigError(
                 f"request {index}: the continuation has {len(continuation)} tokens, the model's "
@@ -180,21 +178,19 @@ class TextScorer:
         prompt = (self.lm.encode(context) or [self.prefix])[
             -(self.lm.config.context_length - room) :
         ]
-        request = Request(
-            prompt=tuple(prompt),
-            max_new_tokens=room,
-            stop_ids=(self.lm.tokenizer.eos_id,) if self.lm.tokenizer.eos_id >= 0 else (),
-            stop_strings=tuple(text for text in stop if text),
-        )
-        greedy = not settings.get("do_sample", bool(settings.get("temperature")))
-        drawn = {} if greedy else {"temperature": float(settings.get("temperature") or 1.0)}
-        for name, cast in (("top_p", float), ("top_k", int), ("min_p", float)):
-            if not greedy and settings.get(name) is not None:
-                drawn[name] = cast(settings[name])
-        penalty = float(settings.get("repetition_penalty") or 1.0)
-        return dataclasses.replace(
-            request,
-            seed=index,
-            repetition_penalty=penalty,
-            **drawn,  # type: ignore[arg-type]
-        )
+        end = self.lm.tokenizer.eos_id
+        chosen: dict[str, Any] = {"repetition_penalty": settings.get("repetition_penalty") or 1.0}
+        if settings.get("do_sample", bool(settings.get("temperature"))):
+            drawn = {name: settings[name] for name in _DRAWN if settings.get(name) is not None}
+            chosen |= {"temperature": 1.0, **drawn}
+        try:
+            sampling = SamplingConfig(
+                max_new_tokens=room,
+                seed=index,
+                stop_ids=(end,) if end >= 0 else (),
+                stop=tuple(text for text in stop if text),
+                **chosen,
+            )
+        except ConfigError as error:
+            raise ConfigError(f"request {index}: {error}") from None
+        return Request(tuple(prompt), sampling)

@@ -8,7 +8,8 @@ from pldr_jax.inference.score import Pair
 def rolling_windows(
     tokens: Sequence[int], prefix: int, context_length: int, overlap: int = 1
 ) -> Iterator[Pair]:
-    """Contexts and continuations, together at most `context_length` tokens each.
+    """Contexts and continuations, together at most `context_length + 1` tokens each, since the last
+    one is only predicted: the windows of lm-evaluation-harness.
 
     The first context is `prefix` alone. Every later window begins with the last `overlap` tokens
     that were predicted, and the last one with as many as fit. The windows depend on nothing but
@@ -21,11 +22,11 @@ def rolling_windows(
     """
     if not 1 <= overlap < context_length:
         raise ValueError(f"overlap = {overlap}: must be 1 to {context_length - 1}")
-    done = min(len(tokens), context_length - 1)
+    done = min(len(tokens), context_length)
     if done:
         yield [prefix], list(tokens[:done])
     while done < len(tokens):
-        end = min(done + context_length - overlap, len(tokens))
-        start = max(end - context_length, 0) if end == len(tokens) else done - overlap
+        end = min(done + context_length + 1 - overlap, len(tokens))
+        start = max(end - context_length - 1, 0) if end == len(tokens) else done - overlap
         yield list(tokens[start:done]), list(tokens[done:end])
         done = end

@@ -1,37 +1,58 @@
-"""The loop of `infer.py`: jobs in, results out in the order in which they finish."""
+"""A batch job: prompts in, results out in the order in which they finish."""
 
 import dataclasses
 import itertools
 import math
+import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, Protocol
 
 import jax
 
-from pldr_jax.api import Generation, LanguageModel
-from pldr_jax.config import ConfigError, GenerationConfig
-from pldr_jax.inference.jobs import (
-    NUMBERS,
-    BadRow,
-    Job,
-    JsonlWriter,
-    encode_row,
-)
+from pldr_jax.config import ConfigError, GenerationConfig, ModelConfig, SamplingConfig
+from pldr_jax.inference.jobs import BadLine, Job, JsonlWriter, encode_result
 from pldr_jax.inference.progress import JobProgress
-from pldr_jax.inference.request import CacheMode, Request, check_request
+from pldr_jax.inference.request import DecodeOptions, Generation, Request
+from pldr_jax.inference.text import TextDecoder
+from pldr_jax.model.decoder import ModelOutputs
 from pldr_jax.model.deductive import identity_g_lm, read_g_lm
+from pldr_jax.terminal import visible
 
-SEEDS = 2**32
-TOGETHER = 8
-"""Tokens decoded between two looks at the texts, where none is shown as it grows."""
+STDOUT = "stdout"
+
+
+class BatchModel(Protocol):
+    """What a job asks of `pldr_jax.LanguageModel`."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Of the model."""
+
+    @property
+    def tokenizer(self) -> TextDecoder | None:
+        """None where the checkpoint has none."""
+
+    def __call__(self, tokens_BT: Sequence[Sequence[int]]) -> ModelOutputs:
+        """A forward pass."""
+
+    def request(
+        self, prompt: str | Sequence[int], sampling: SamplingConfig, cut_left: bool
+    ) -> Request:
+        """What the engine is asked for a prompt."""
+
+    def run(
+        self, requests: Iterable[Request], options: DecodeOptions, g_lm: jax.Array | None
+    ) -> Iterator[tuple[int, Generation]]:
+        """The results, as they grow."""
 
 
 @dataclasses.dataclass
 class Running:
-    """A job that is being decoded: its stop strings, the tokens counted and the text shown."""
+    """A job that is being decoded: its digest, stop strings, tokens counted and text shown."""
 
     job: Job
+    digest: str
     stop: tuple[str, ...]
     counted: int = 0
     shown: str = ""
@@ -60,11 +81,6 @@ class Output:
         self._json, self._logprobs = json, logprobs
         self._begun = False
 
-    @property
-    def steps(self) -> int:
-        """Tokens decoded between two looks at the texts."""
-        return 1 if self.stream == "text" else TOGETHER
-
     def grow(self, running: Running, result: Generation) -> None:
         """A text has grown, and has perhaps ended."""
         self.progress.add_tokens(max(len(result.tokens) - running.counted, 0))
@@ -74,7 +90,7 @@ class Output:
         if self.stream == "text" and not self._begun and result.error is None:
             _print(str(running.job.prompt))
             self._begun = True
-        text = result.text if result.finish_reason else _settled(result.text, running.stop)
+        text = result.text if result.finish_reason else stable_text(result.text, running.stop)
         if text.startswith(running.shown) and text != running.shown:
             piece = text[len(running.shown) :]
             if self.stream == "pieces":
@@ -83,16 +99,23 @@ class Output:
             _print(piece)
             running.shown = text
 
-    def finish(self, job: Job, result: Generation, prompt: str = "") -> None:
+    def finish(self, running: Running, result: Generation, prompt: str) -> None:
         """A job has ended; `prompt` is its text."""
+        job = running.job
         if self._begun:
             _print("\n")
-        if self.writer is not None or self._json:
-            row = self._row(job, result)
-            if self.writer is not None:
-                self.writer.write(row)
-            else:
-                _print(encode_row(row).decode())
+        if self._takes_json:
+            line: dict[str, Any] = {
+                "id": job.id,
+                "text": result.text,
+                "tokens": result.tokens,
+                "finish_reason": result.finish_reason,
+            }
+            if self._logprobs:
+                line["logprobs"] = [x if math.isfinite(x) else None for x in result.logprobs]
+            if result.error is not None:
+                line["error"] = result.error
+            self._write({**line, "input": running.digest})
         elif self.stream is None and result.error is None:
             text = result.text if result.text or not result.tokens else f" {result.tokens}"
             _print(f"{prompt}{text}\n--- {len(result.tokens)} tokens, {result.finish_reason}\n")
@@ -102,181 +125,157 @@ class Output:
             self.progress.print(f"--- {len(result.tokens)} tokens, {result.finish_reason}")
         self.progress.finish(failed=result.error is not None)
 
-    def bad(self, row: BadRow) -> None:
-        """A row could not be read."""
-        self.progress.print(f"error: line {row.line_number}: {row.reason}")
+    def bad(self, line: BadLine) -> None:
+        """A line could not be read: it leaves a result that says so, once."""
+        if self.writer is not None:
+            if ((line.number,) if line.id is None else line.id) in self.writer.done:
+                return
+        if self._takes_json:
+            failure = {"text": "", "tokens": [], "finish_reason": "error", "error": line.reason}
+            self._write({"id": line.id, "line": line.number, **failure})
+        self.progress.print(f"error: line {line.number}: {line.reason}")
         self.progress.finish(failed=True)
 
-    def _row(self, job: Job, result: Generation) -> dict[str, Any]:
-        row: dict[str, Any] = {
-            "id": job.id,
-            "text": result.text,
-            "tokens": result.tokens,
-            "finish_reason": result.finish_reason,
-        }
-        if self._logprobs:
-            row["logprobs"] = [x if math.isfinite(x) else None for x in result.logprobs]
-        if result.error is not None:
-            row["error"] = result.error
-        return row
+    @property
+    def _takes_json(self) -> bool:
+        return self._json or self.writer is not None
+
+    def _write(self, result: dict[str, Any]) -> None:
+        if self.writer is not None:
+            self.writer.write(result)
+        else:
+            _write_stdout(encode_result(result))
 
 
 def run_batch(
-    lm: LanguageModel,
-    rows: Iterator[Job | BadRow],
+    lm: BatchModel,
+    lines: Iterator[Job | BadLine],
     settings: GenerationConfig,
     output: Output,
-    stop: Sequence[str] = (),
     total: int | None = None,
 ) -> None:
     """Continues every job; none is kept once it is written.
 
     Args:
-      rows: as `read_prompts` gives them.
-      settings: of all jobs; a row's own ones win.
-      stop: strings that end a text, for jobs without their own.
+      lines: as `read_prompts` gives them.
+      settings: of all jobs; a line's own ones win. Job i draws with the seed `settings.seed` + i.
       total: how many there are, if it is known.
 
     Raises:
-      ConfigError: settings that this model rules out.
+      ConfigError: settings that this model rules out, or a result that is there already and is
+        that of another prompt.
+      OSError: the output cannot be written; its file name says which.
     """
-    g_lm, mode, rows = _g_lm(lm, rows, settings, stop)
-    done = output.writer.done if output.writer is not None else set()
+    g_lm, lines = _g_lm(lm, lines, settings)
     running: dict[int, Running] = {}
+    numbers = itertools.count()
 
     def requests() -> Iterator[Request]:
-        for row in rows:
-            if isinstance(row, BadRow):
-                output.bad(row)
-            elif row.id not in done:
-                try:
-                    request = make_request(lm, row, settings, stop)
-                except ConfigError as error:
-                    output.finish(row, Generation([], [], "", "error", [], str(error)))
-                    continue
-                running[next(numbers)] = Running(row, request.stop_strings)
-                yield request
+        for line in lines:
+            if isinstance(line, BadLine):
+                output.bad(line)
+                continue
+            sampling = _sampling(line, settings)
+            digest = line.digest(sampling)
+            if output.writer is None or not output.writer.has(line, digest):
+                running[next(numbers)] = Running(line, digest, sampling.stop)
+                yield lm.request(line.prompt, sampling, settings.truncate == "left")
 
-    numbers = itertools.count()
-    side_by_side = settings.rows if total is None else max(1, min(settings.rows, total))
+    options = decode_options(settings)
+    if output.stream == "text":
+        options = dataclasses.replace(options, steps=1)
+    if total is not None:
+        several = max(1, min(options.batch_size, total))
+        options = dataclasses.replace(options, batch_size=several)
     # One prompt needs no cache of the whole context.
     queue = list(requests()) if output.stream == "text" else requests()
-    for index, result in lm.run(queue, rows=side_by_side, g_lm=g_lm, mode=mode, steps=output.steps):
+    for index, result in lm.run(queue, options, g_lm):
         output.grow(running[index], result)
         if result.finish_reason is not None:
-            job = running.pop(index).job
-            output.finish(job, result, _shown(lm, job))
+            ended = running.pop(index)
+            output.finish(ended, result, _shown(lm, ended.job))
 
 
-def make_request(
-    lm: LanguageModel, job: Job, settings: GenerationConfig, stop: Sequence[str] = ()
-) -> Request:
-    """What the engine is asked for a job. The draws of row i have the seed `settings.seed` + i.
+def decode_options(settings: GenerationConfig) -> DecodeOptions:
+    """What is cached, and for how many prompts side by side."""
+    recomputed = settings.g_mode == "recompute" or not (settings.kv_cache or settings.g_cache)
+    if recomputed:
+        return DecodeOptions(settings.batch_size, kv_cache=False, g_cache="none")
+    kept: Literal["G_LM", "A"] = "G_LM" if settings.g_cache else "A"
+    return DecodeOptions(settings.batch_size, kv_cache=settings.kv_cache, g_cache=kept)
 
-    Raises:
-      ConfigError: the model has no tokenizer and the job needs one, or a prompt cannot be cut.
-    """
-    numbers = {name: getattr(settings, name) for name in NUMBERS}
-    numbers["seed"] = (settings.seed + job.index) % SEEDS
-    numbers |= {name: value for name, value in job.settings.items() if name in NUMBERS}
-    strings = tuple(job.settings.get("stop", stop))
-    if strings and lm.tokenizer is None:
-        raise ConfigError("stop: this checkpoint has no tokenizer; use stop_ids")
-    ends = [lm.tokenizer.eos_id] if lm.tokenizer is not None else []
-    tokens = lm.encode(job.prompt)
-    if settings.truncate == "left":
-        tokens = cut_left(tokens, numbers["max_new_tokens"], lm.config.context_length)
-    return Request(
-        prompt=tuple(tokens),
-        stop_ids=tuple(job.settings.get("stop_ids", ends)),
-        stop_strings=strings,
-        **numbers,
-    )
+
+def _sampling(job: Job, settings: GenerationConfig) -> SamplingConfig:
+    return dataclasses.replace(settings.sampling.of_prompt(job.index), **job.settings)
 
 
 def _g_lm(
-    lm: LanguageModel,
-    rows: Iterator[Job | BadRow],
-    settings: GenerationConfig,
-    stop: Sequence[str],
-) -> tuple[jax.Array | None, CacheMode, Iterator[Job | BadRow]]:
-    """G_LM for every job (None: each its own), what is cached, and the rows, all of them still."""
-    kind = settings.g_mode
-    if kind == "recompute" or not (settings.kv_cache or settings.g_cache):
-        mode = CacheMode(kv=False, g="none")
-    else:
-        mode = CacheMode(kv=settings.kv_cache, g="G_LM" if settings.g_cache else "A")
+    lm: BatchModel, lines: Iterator[Job | BadLine], settings: GenerationConfig
+) -> tuple[jax.Array | None, Iterator[Job | BadLine]]:
+    """G_LM for every job (None: each its own), and all lines from the start."""
+    kind, learned = settings.g_mode, lm.config.g_source == "learned"
     if kind == "identity":
-        return identity_g_lm(lm.config), mode, rows
+        return identity_g_lm(lm.config), lines
     if kind == "frozen" and settings.g_file is not None:
-        return read_g_lm(settings.g_file, lm.config, "Generation.g_file"), mode, rows
-    if kind == "frozen" and lm.config.g_source == "learned":
+        return read_g_lm(settings.g_file, lm.config, "Generation.g_file"), lines
+    if kind == "frozen" and learned:
         raise ConfigError(
             "Generation.g_mode = 'frozen': this checkpoint learned its G_LM and has none of its "
             "own; name one with Generation.g_file"
         )
-    if kind == "first" and lm.config.g_source == "learned":
+    if kind == "first" and learned:
         # Not left to the engine: a resumed job starts with another prompt than the first one.
-        job, rows = _first_and_rest(rows, lambda job: _decodable(lm, job, settings, stop))
-        if job is not None:
-            first = make_request(lm, job, settings, stop).prompt
-            return lm([first]).deductive.G_LM, mode, rows
-    return None, mode, rows
+        passed = []
+        for line in lines:
+            passed.append(line)
+            if isinstance(line, Job):
+                cut = settings.truncate == "left"
+                request = lm.request(line.prompt, _sampling(line, settings), cut)
+                if request.error is None:
+                    g_lm = lm([request.prompt]).deductive.G_LM
+                    return g_lm, itertools.chain(passed, lines)
+        return None, iter(passed)
+    return None, lines
 
 
-def _decodable(
-    lm: LanguageModel, job: Job, settings: GenerationConfig, stop: Sequence[str]
-) -> bool:
-    try:
-        request = make_request(lm, job, settings, stop)
-    except ConfigError:
-        return False
-    return check_request(request, lm.config.context_length, lm.config.vocab_size) is None
-
-
-def _first_and_rest(
-    rows: Iterable[Job | BadRow], wanted: Callable[[Job], bool]
-) -> tuple[Job | None, Iterator[Job | BadRow]]:
-    """The first job that is `wanted`, and all rows from the start."""
-    rows, passed = iter(rows), []
-    for row in rows:
-        passed.append(row)
-        if isinstance(row, Job) and wanted(row):
-            return row, itertools.chain(passed, rows)
-    return None, iter(passed)
-
-
-def cut_left(tokens: Sequence[int], max_new_tokens: int, context_length: int) -> list[int]:
-    """The end of a prompt that leaves room for the new tokens; all of it where they fit.
-
-    Raises:
-      ConfigError: the new tokens alone fill the context.
-    """
-    room = context_length - max_new_tokens
-    if len(tokens) > room and room < 1:
-        raise ConfigError(
-            f"max_new_tokens = {max_new_tokens} leaves no room for a prompt in the model's context "
-            f"of {context_length}; lower it"
-        )
-    return list(tokens[-room:]) if len(tokens) > room else list(tokens)
-
-
-def _shown(lm: LanguageModel, job: Job) -> str:
+def _shown(lm: BatchModel, job: Job) -> str:
     """A job's prompt as text."""
     if isinstance(job.prompt, str):
         return job.prompt
-    known = all(0 <= token < lm.config.vocab_size for token in job.prompt)
-    return lm.tokenizer.decode(job.prompt) if lm.tokenizer and known else str(job.prompt)
+    tokenizer = lm.tokenizer
+    known = tokenizer is not None and all(0 <= t < tokenizer.vocab_size for t in job.prompt)
+    return tokenizer.decode(job.prompt) if tokenizer is not None and known else str(job.prompt)
 
 
-def _settled(text: str, stop: Sequence[str]) -> str:
-    """The part of a growing text that stays: not half a character, nor half a stop string."""
+def stable_text(text: str, stop: Sequence[str]) -> str:
+    """What stays of a growing text: not half a character, nor half a stop string."""
     text = text.rstrip("\ufffd")
     halves = (string[:n] for string in stop for n in range(len(string) - 1, 0, -1))
     return text[: len(text) - max((len(h) for h in halves if text.endswith(h)), default=0)]
 
 
 def _print(text: str) -> None:
+    """Text for people: what would steer a terminal is spelled out."""
     encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
-    sys.stdout.flush()
+    _write_stdout(visible(text).encode(encoding, "backslashreplace"))
+
+
+def _write_stdout(data: bytes) -> None:
+    """Bytes as they are, whatever the locale.
+
+    Raises:
+      OSError: they cannot be written; the file name is "stdout".
+    """
+    try:
+        sys.stdout.flush()
+        buffer = getattr(sys.stdout, "buffer", None)
+        if buffer is None:  # a notebook's
+            sys.stdout.write(data.decode(sys.stdout.encoding or "utf-8", "replace"))
+        else:
+            buffer.write(data)
+        sys.stdout.flush()
+    except OSError as error:
+        error.filename = STDOUT
+        raise
+    except ValueError:
+        raise OSError(9, os.strerror(9), STDOUT) from None

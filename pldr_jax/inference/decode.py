@@ -1,9 +1,9 @@
 """The pure functions of decoding; the engine jits them, and a loop of one's own can be built from
 them.
 
-Rows are left-aligned and padded on the right: positions start at the first real token, the causal
-mask keeps real tokens from padding, and `length_B` keeps padding out of Q^T Q, so that a row
-decodes to what it decodes to alone.
+Prompts are left-aligned and padded on the right: positions start at the first real token, the
+causal mask keeps real tokens from padding, and `length_B` keeps padding out of Q^T Q, so that a
+prompt decodes to what it decodes to alone.
 """
 
 import jax
@@ -22,7 +22,7 @@ def prefill(
     tokens_BT: jax.Array,
     length_B: jax.Array,
     g_lm_LBNHJ: jax.Array | LowRankG | None,
-    slots: int,
+    capacity: int,
     keep: str = "G_LM",
 ) -> tuple[jax.Array, Cache]:
     """Runs the prompts once.
@@ -33,22 +33,22 @@ def prefill(
       length_B: real tokens of each, at least 1.
       g_lm_LBNHJ: G_LM to decode with, for a cache of V^T k in factors; None takes what each prompt
         gives.
-      slots: tokens the cache has room for, at least T.
+      capacity: S, tokens that the cache can hold, at least T.
       keep: "G_LM", or "A" to recompute the last steps of PLGA at every token.
 
     Returns:
-      Logits [B,V] after each row's last real token, and the cache.
+      Logits [B,V] after each prompt's last real token, and the cache.
     """
     low_rank = g_lm_LBNHJ if isinstance(g_lm_LBNHJ, LowRankG) else None
     g_lm = g_lm_LBNHJ.G_LM if isinstance(g_lm_LBNHJ, LowRankG) else g_lm_LBNHJ
     last_BV, layers = _last_logits(config, params, tokens_BT, length_B, g_lm)
-    return last_BV, build_cache(layers, length_B, slots, keep, low_rank)
+    return last_BV, build_cache(layers, length_B, capacity, keep, low_rank)
 
 
 def full_step(
     config: ModelConfig,
     params: Params,
-    tokens_BS: jax.Array,
+    tokens_BT: jax.Array,
     length_B: jax.Array,
     g_lm_LBNHJ: jax.Array | None,
 ) -> jax.Array:
@@ -57,7 +57,7 @@ def full_step(
     With `g_lm_LBNHJ` None, G_LM is recomputed as well: the definition of the model, without any
     cache.
     """
-    return _last_logits(config, params, tokens_BS, length_B, g_lm_LBNHJ)[0]
+    return _last_logits(config, params, tokens_BT, length_B, g_lm_LBNHJ)[0]
 
 
 def prompt_g_lm(

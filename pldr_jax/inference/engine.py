@@ -2,27 +2,29 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from pldr_jax.config import ConfigError, ModelConfig
-from pldr_jax.inference.compiled import compiled_functions
-from pldr_jax.inference.request import CacheMode, Completion, Request, check_request
-from pldr_jax.inference.sampling import Sampling
-from pldr_jax.inference.slots import Emitted, Limits, Slots
+from pldr_jax.config import ModelConfig
+from pldr_jax.config.sampling import MAX_STOP_IDS
+from pldr_jax.inference.recompute import compiled_steps, recompute
+from pldr_jax.inference.request import (
+    BROKEN,
+    Completion,
+    DecodeOptions,
+    FindStop,
+    Request,
+    check_request,
+    padded,
+)
+from pldr_jax.inference.sampling import slot_sampling
+from pldr_jax.inference.slots import Emitted, Slots, compiled_slots
 from pldr_jax.model.decoder import Params
 from pldr_jax.model.low_rank import LowRankG, factorize, no_shared_g_lm
-
-SMALLEST_BUCKET = 16
-STOP_IDS = 8
-"""Stop tokens a request may have: a fixed number, so that it needs no compilation of its own."""
-
-FindStop = Callable[[Completion], int | None]
-"""Tokens of a completion up to a stop string, if it has one; the engine knows no text."""
 
 
 class Engine:
@@ -37,6 +39,8 @@ class Engine:
         fsdp axes, heads over its tensor axis. None is a single device.
       rank_budget: relative error of G_LM for which keys are cached in fewer numbers
         (`pldr_jax/model/low_rank.py`); one G_LM must serve all requests. None caches them whole.
+      pieces: ids from this one on are never drawn, and no prompt may have them; None is the
+        vocabulary.
     """
 
     def __init__(
@@ -47,29 +51,27 @@ class Engine:
         cache_dtype: str | None = None,
         mesh: Mesh | None = None,
         rank_budget: float | None = None,
+        pieces: int | None = None,
     ) -> None:
         self._config = config
         self._params = params
         self._g_lm = g_lm
         self._cache_dtype = cache_dtype or config.dtype
-        self._jitted = compiled_functions(config, mesh)
+        self._slots, self._steps = compiled_slots(config, mesh), compiled_steps(config, mesh)
         self._rank_budget = rank_budget
+        self._pieces = min(pieces or config.vocab_size, config.vocab_size)
         self._tensor = 1 if mesh is None else mesh.shape["tensor"]
         self._shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
     @functools.cached_property
     def _unstacked(self) -> Params:
-        return self._jitted.unstack(self._params)
+        return self._slots.unstack(self._params)
 
     def run(
         self,
         requests: Iterable[Request],
-        rows: int = 8,
-        length: int | None = None,
+        options: DecodeOptions | None = None,
         g_lm: jax.Array | None = None,
-        share_first: bool = False,
-        mode: CacheMode | None = None,
-        steps: int = 8,
         find_stop: FindStop | None = None,
     ) -> Iterator[Completion]:
         """Decodes requests side by side; yields a completion whenever it has grown or ended.
@@ -78,110 +80,109 @@ class Engine:
 
         Args:
           requests: read as slots become free: a generator of any length is fine.
-          rows: slots, requests decoded side by side; on a mesh, rounded up so that they divide.
-          length: tokens a slot holds; None is the model's context. Shorter slots are faster.
+          options: on a mesh, slots are rounded up so that they divide; a capacity of None is the
+            model's context here. Smaller slots are faster.
           g_lm: G_LM for every request [L,1,N,H,J]; None takes the model's own.
-          share_first: the G_LM of the first prompt serves all requests.
-          mode: what is cached; keys, values and G_LM unless told otherwise.
-          steps: decode steps in one call; 1 streams every token as soon as it is there.
           find_stop: finds stop strings in a completion.
         """
-        mode = mode or CacheMode()
-        rows += -rows % self._shards
-        queue = iter(requests)
-        given = self._factorized(g_lm if g_lm is not None else self._g_lm)
-        numbered: Iterator[Completion] = (Completion(i, request) for i, request in enumerate(queue))
-        if given is None and share_first and self._config.g_source == "learned":
-            first = next(numbered, None)
-            if first is None:
-                return
-            numbered = itertools.chain([first], numbered)
-            if check_request(first.request, *self._bounds()) is None:
-                given = self._factorized(self._g_lm_of(first.request))
-        if self._rank_budget is not None and given is None:
+        options = options or DecodeOptions()
+        queue: Iterator[Completion] = (Completion(i, r) for i, r in enumerate(requests))
+        shared = self._factorized(g_lm if g_lm is not None else self._g_lm)
+        first = options.share_first_g and self._config.g_source == "learned"
+        if shared is None and first:
+            shared, queue = self._first_g_lm(queue, options)
+        elif shared is None and self._rank_budget is not None:
             raise no_shared_g_lm(self._config)
-        if mode.kv:
-            slots = min(length or self._config.context_length, self._config.context_length)
-            yield from self._cached(numbered, rows, slots, given, mode.g, steps, find_stop)
+        if options.kv_cache:
+            yield from self._cached(queue, options, shared, find_stop)
         else:
-            whole = given.G_LM if isinstance(given, LowRankG) else given
-            yield from self._uncached(numbered, whole, mode.g, find_stop)
+            whole = shared.G_LM if isinstance(shared, LowRankG) else shared
+            yield from self._uncached(queue, options, whole, find_stop)
+
+    def generate(
+        self,
+        requests: Iterable[Request],
+        options: DecodeOptions | None = None,
+        g_lm: jax.Array | None = None,
+        find_stop: FindStop | None = None,
+    ) -> list[Completion]:
+        """The completions of all requests, in their order; arguments are those of `run`."""
+        completions = self.run(requests, options, g_lm, find_stop)
+        ended = {c.index: c for c in completions if c.finish_reason}
+        return [ended[index] for index in sorted(ended)]
 
     def _factorized(self, g_lm: jax.Array | LowRankG | None) -> jax.Array | LowRankG | None:
         if g_lm is None or self._rank_budget is None or isinstance(g_lm, LowRankG):
             return g_lm
         return factorize(g_lm, self._rank_budget, shards=self._tensor)
 
-    def _bounds(self) -> tuple[int, int]:
-        return self._config.context_length, self._config.vocab_size
-
     def _g_lm_of(self, request: Request) -> jax.Array:
-        tokens, length = _padded(request, self._config.context_length)
-        return self._jitted.prompt_g_lm(self._params, tokens[None], length[None])
+        tokens, length = padded(request.prompt, self._config.context_length)
+        return self._steps.prompt_g_lm(self._params, tokens[None], length[None])
+
+    def _first_g_lm(
+        self, queue: Iterator[Completion], options: DecodeOptions
+    ) -> tuple[jax.Array | LowRankG | None, Iterator[Completion]]:
+        """G_LM of the first request that can be decoded, and the whole queue."""
+        passed = []
+        for completion in queue:
+            passed.append(completion)
+            if self._refusal(completion.request, options) is None:
+                g_lm = self._factorized(self._g_lm_of(completion.request))
+                return g_lm, itertools.chain(passed, queue)
+        return None, iter(passed)
+
+    def _refusal(self, request: Request, options: DecodeOptions) -> str | None:
+        capacity = options.capacity if options.kv_cache else None
+        return check_request(request, self._config, self._pieces, capacity)
 
     def _cached(
         self,
         queue: Iterator[Completion],
-        rows: int,
-        length: int,
+        options: DecodeOptions,
         g_lm: jax.Array | LowRankG | None,
-        keep: str,
-        steps: int,
         find_stop: FindStop | None,
     ) -> Iterator[Completion]:
-        if g_lm is not None or self._config.g_source != "learned":
-            keep = "G_LM"
-        slots = self._jitted.empty(
-            rows=rows,
-            length=length,
-            stop_ids=STOP_IDS,
+        own = g_lm is None and self._config.g_source == "learned"
+        keep = options.g_cache if own else "G_LM"
+        batch = options.batch_size + -options.batch_size % self._shards
+        context = self._config.context_length
+        slots = self._slots.empty(
+            batch=batch,
+            capacity=min(options.capacity or context, context),
             g_lm_LBNHJ=g_lm,
             keep=keep,
             dtype=self._cache_dtype,
         )
-        running: list[Completion | None] = [None] * rows
+        running: list[Completion | None] = [None] * batch
         while True:
-            for slot in range(rows):
+            for slot in range(batch):
                 while running[slot] is None and (waiting := next(queue, None)) is not None:
-                    waiting.error = self._refusal(waiting.request, length)
-                    if waiting.error is not None:
-                        waiting.finish_reason = "error"
+                    if refusal := self._refusal(waiting.request, options):
+                        waiting.fail(refusal)
                         yield waiting
                         continue
                     slots = self._admitted(slots, slot, waiting.request, g_lm, keep)
                     running[slot] = waiting
             if not any(running):
                 return
-            slots, emitted = self._jitted.decode(self._unstacked, slots, steps=steps)
+            slots, emitted = self._slots.decode(
+                self._unstacked, slots=slots, steps=options.steps, pieces=self._pieces
+            )
             made = jax.device_get(emitted)
-            ended_by_text = np.zeros((rows,), bool)
+            ended_by_text: Any = np.zeros((batch,), bool)
             for slot, completion in enumerate(running):
                 if completion is None:
                     continue
                 self._take(completion, slot, made)
                 if find_stop is not None and (cut := find_stop(completion)) is not None:
                     ended_by_text[slot] = completion.finish_reason is None
-                    del completion.tokens[cut:], completion.logprobs[cut:]
-                    completion.finish_reason, completion.error = "stop", None
+                    completion.stop(cut)
                 yield completion
                 if completion.finish_reason is not None:
                     running[slot] = None
             if ended_by_text.any():
-                slots = self._jitted.release(slots, ended_by_text)
-
-    def _refusal(self, request: Request, length: int) -> str | None:
-        wrong = check_request(request, *self._bounds())
-        if wrong is None and len(request.stop_ids) > STOP_IDS:
-            return f"stop_ids has {len(request.stop_ids)} ids, at most {STOP_IDS} are possible"
-        needed = len(request.prompt) + request.max_new_tokens
-        if wrong is None and min(needed, self._config.context_length) > length:
-            return f"the prompt and max_new_tokens need {needed} tokens, the slots hold {length}"
-        if wrong is None:
-            try:
-                _sampling(request)
-            except ConfigError as error:
-                return str(error)
-        return wrong
+                slots = self._slots.release(slots, ended_by_text)
 
     def _admitted(
         self,
@@ -192,106 +193,52 @@ class Engine:
         keep: str,
     ) -> Slots:
         # The bucket depends on the prompt alone, so that its G_LM does, too, to the last bit.
-        tokens, real = _padded(request, self._config.context_length)
-        stop = np.full((1, STOP_IDS), -1, np.int32)
-        stop[0, : len(request.stop_ids)] = request.stop_ids
-        left: Any = np.array([request.max_new_tokens], np.int32)
-        return self._jitted.admit(
+        tokens, length = padded(request.prompt, self._config.context_length)
+        stop_Z: Any = np.full((MAX_STOP_IDS,), -1, np.int32)
+        stop_ids = request.sampling.stop_ids or ()
+        stop_Z[: len(stop_ids)] = stop_ids
+        index: Any = np.int32(slot)
+        return self._slots.admit(
             self._params,
             slots=slots,
-            slot=np.int32(slot),
+            slot=index,
             tokens_T=tokens,
-            length=real,
-            sampling=_sampling(request),
-            limits=Limits(left, stop),  # type: ignore[arg-type]
+            length=length,
+            sampling=slot_sampling([request.sampling]),
+            stop_Z=stop_Z,
             g_lm_LBNHJ=g_lm,
             keep=keep,
         )
 
     def _take(self, completion: Completion, slot: int, made: Emitted) -> None:
         """Appends what the slot made, and says why it ended if it did."""
-        for i in range(made.token_CB.shape[0]):
-            if made.valid_CB[i, slot]:
-                completion.tokens.append(int(made.token_CB[i, slot]))
-                completion.logprobs.append(float(made.logprob_CB[i, slot]))
-            elif made.stopped_CB[i, slot]:
+        for i in range(made.token_XB.shape[0]):
+            if made.valid_XB[i, slot]:
+                completion.tokens.append(int(made.token_XB[i, slot]))
+                completion.logprobs.append(float(made.logprob_XB[i, slot]))
+            elif made.stopped_XB[i, slot]:
                 completion.finish_reason = "stop"
-            elif made.broken_CB[i, slot]:
-                completion.finish_reason = "error"
-                completion.error = "the logits are not finite: the checkpoint may be broken"
-        self._end_when_full(completion)
-
-    def _end_when_full(self, completion: Completion) -> None:
-        if completion.finish_reason is not None:
-            return
-        if len(completion.tokens) >= completion.request.max_new_tokens:
-            completion.finish_reason = "length"
-        elif len(completion.request.prompt) + len(completion.tokens) >= self._config.context_length:
-            completion.finish_reason = "context"
+            elif made.broken_XB[i, slot]:
+                completion.fail(BROKEN)
+        completion.end_when_full(self._config.context_length)
 
     def _uncached(
         self,
         queue: Iterator[Completion],
-        given: jax.Array | None,
-        keep: str,
+        options: DecodeOptions,
+        shared: jax.Array | None,
         find_stop: FindStop | None,
     ) -> Iterator[Completion]:
-        """One request at a time, everything recomputed at every token but what the mode keeps."""
+        """One request at a time, everything recomputed at every token but what is kept."""
+        context, learned = self._config.context_length, self._config.g_source == "learned"
         for completion in queue:
-            request = completion.request
-            completion.error = self._refusal(request, self._config.context_length)
-            if completion.error is not None:
-                completion.finish_reason = "error"
+            if refusal := self._refusal(completion.request, options):
+                completion.fail(refusal)
                 yield completion
                 continue
-            g_lm = given
-            if g_lm is None and keep != "none" and self._config.g_source == "learned":
-                g_lm = self._g_lm_of(request)
-            needed = min(len(request.prompt) + request.max_new_tokens, self._config.context_length)
-            tokens, length = _padded(request, self._config.context_length, needed)
-            sampling = _sampling(request)
-            while completion.finish_reason is None:
-                token, logprob, finite, tokens, length = self._jitted.full(
-                    self._params, tokens, length, g_lm, sampling
-                )
-                if not finite:
-                    completion.finish_reason = "error"
-                    completion.error = "the logits are not finite: the checkpoint may be broken"
-                elif int(token) in request.stop_ids:
-                    completion.finish_reason = "stop"
-                else:
-                    completion.tokens.append(int(token))
-                    completion.logprobs.append(float(logprob))
-                    self._end_when_full(completion)
-                if find_stop is not None and (cut := find_stop(completion)) is not None:
-                    del completion.tokens[cut:], completion.logprobs[cut:]
-                    completion.finish_reason = "stop"
-                yield completion
-
-    def generate(self, requests: Iterable[Request], **options: Any) -> list[Completion]:
-        """The completions of all requests, in their order; options are those of `run`."""
-        finished = {c.index: c for c in self.run(requests, **options) if c.finish_reason}
-        return [finished[index] for index in sorted(finished)]
-
-
-def bucket(length: int, limit: int) -> int:
-    """The padded length that `length` tokens are compiled for: a power of two, at most `limit`."""
-    return min(max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()), limit)
-
-
-def _padded(request: Request, limit: int, needed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    tokens = np.zeros((bucket(max(len(request.prompt), needed), limit),), np.int32)
-    tokens[: len(request.prompt)] = request.prompt
-    return tokens, np.int32(len(request.prompt))  # type: ignore[return-value]
-
-
-def _sampling(request: Request) -> Sampling:
-    return Sampling.create(
-        1,
-        request.temperature,
-        request.top_p,
-        request.top_k,
-        request.seed,
-        request.min_p,
-        request.repetition_penalty,
-    )
+            g_lm = shared
+            if shared is None and learned and options.g_cache != "none":
+                g_lm = self._g_lm_of(completion.request)
+            yield from recompute(
+                self._steps, self._params, completion, g_lm, context, self._pieces, find_stop
+            )

@@ -1,35 +1,33 @@
 """Batch jobs: prompts from files, and results to a file that outlives a killed job. No JAX."""
 
+import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import os
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pldr_jax.config import ConfigError, GenerationConfig
+from pldr_jax.config import ConfigError, SamplingConfig
+from pldr_jax.config.annotations import show
+from pldr_jax.files import hold, whole_file
 
 JobId = str | int
 
-NUMBERS: dict[str, type] = {
-    "max_new_tokens": int,
-    "temperature": float,
-    "top_p": float,
-    "min_p": float,
-    "top_k": int,
-    "repetition_penalty": float,
-    "seed": int,
-}
-"""Settings that a row may state for itself; `GenerationConfig` has their bounds."""
-LISTS: dict[str, type] = {"stop": str, "stop_ids": int}
-KEYS = ("id", "prompt", "tokens", *NUMBERS, *LISTS)
-"""All keys of a row."""
+SETTINGS = tuple(one.name for one in dataclasses.fields(SamplingConfig))
+"""What a line may state for itself."""
+KEYS = ("id", "prompt", "tokens", *SETTINGS)
+"""All keys of a line."""
 
+LONGEST_LINE = 1 << 26
+"""Bytes; what is longer, such as a device without an end, is no prompt."""
 _JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
-_ROW_START = b'{"id": '
+_RESULT_START = b'{"id": '
 """How every line of an output begins."""
 _SYNC_SECONDS = 1.0
 
@@ -39,10 +37,10 @@ class Job:
     """One prompt.
 
     Attributes:
-      id: what the row calls itself, or its line number.
+      id: what the line calls itself, or its number.
       prompt: text, or token ids.
-      settings: the row's own values of `NUMBERS` and `LISTS`.
-      index: of the row, from 0; blank lines do not count, rows that cannot be read do.
+      settings: the line's own fields of `SamplingConfig`.
+      index: of the line, from 0; blank ones do not count, those that cannot be read do.
     """
 
     id: JobId
@@ -50,18 +48,24 @@ class Job:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     index: int = 0
 
+    def digest(self, sampling: SamplingConfig) -> str:
+        """Names the prompt and its settings, so that a job that goes on notices others."""
+        stated = json.dumps([self.prompt, dataclasses.asdict(sampling)])
+        return hashlib.sha256(stated.encode()).hexdigest()[:16]
+
 
 @dataclasses.dataclass(frozen=True)
-class BadRow:
-    """A row that cannot be read, and why in one line."""
+class BadLine:
+    """A line that cannot be read, why in one line, and its id, if it has one of its own."""
 
-    line_number: int
+    number: int
     reason: str
+    id: JobId | None = None
 
 
 def read_prompts(
     prompts: Sequence[str] = (), source: str | None = None, stdin: BinaryIO | None = None
-) -> Iterator[Job | BadRow]:
+) -> Iterator[Job | BadLine]:
     """The jobs of `prompts`, or else of `source`, read line by line as they are asked for.
 
     Only the ids stay in memory, so that one that comes twice is noticed.
@@ -74,7 +78,7 @@ def read_prompts(
       stdin: None is that of the process.
 
     Raises:
-      ConfigError: at once, if the source cannot be opened.
+      ConfigError: at once, if the source cannot be opened; later, if a line has no end.
     """
     if source is None:
         return (Job(i + 1, prompt, index=i) for i, prompt in enumerate(prompts))
@@ -88,7 +92,7 @@ def read_prompts(
 
 
 def count_prompts(source: str) -> int | None:
-    """Rows of a file, without those that are blank; None where it can be read only once."""
+    """Lines of a file, without those that are blank; None where it can be read only once."""
     if not Path(source).is_file():
         return None
     with _open(source) as file:
@@ -102,11 +106,17 @@ def _open(source: str) -> BinaryIO:
         raise ConfigError(f"--prompt_file {source!r}: {error.strerror or error}") from None
 
 
-def _read_lines(file: BinaryIO, is_json: bool | None) -> Iterator[Job | BadRow]:
+def _read_lines(file: BinaryIO, is_json: bool | None) -> Iterator[Job | BadLine]:
     seen: set[JobId] = set()
-    index = 0
+    index = number = 0
     with file:
-        for number, raw in enumerate(file, start=1):
+        while raw := file.readline(LONGEST_LINE):
+            number += 1
+            if len(raw) == LONGEST_LINE:
+                raise ConfigError(
+                    f"--prompt_file: line {number} is longer than {LONGEST_LINE:,} bytes; is it a "
+                    "file of prompts?"
+                )
             if number == 1:
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
             if not raw.strip():
@@ -119,73 +129,47 @@ def _read_lines(file: BinaryIO, is_json: bool | None) -> Iterator[Job | BadRow]:
 
 def _parse_line(
     raw: bytes, number: int, index: int, is_json: bool, seen: set[JobId]
-) -> Job | BadRow:
+) -> Job | BadLine:
     try:
         line = raw.decode("utf-8").removesuffix("\n").removesuffix("\r")
-        if not is_json:
-            return Job(number, line, index=index)
-        job = _parse_row(line, number, index)
     except UnicodeDecodeError:
-        return BadRow(number, "is not UTF-8")
-    except ValueError as error:
-        return BadRow(number, str(error))
-    if job.id in seen:
-        return BadRow(number, f"the id {job.id!r} was there before")
-    seen.add(job.id)
-    return job
-
-
-def _parse_row(line: str, number: int, index: int) -> Job:
-    """The job of a JSONL row; ValueError with one line if it is none."""
+        return BadLine(number, "is not UTF-8")
+    if not is_json:
+        return Job(number, line, index=index)
     try:
-        row = json.loads(line, parse_constant=_no_constant)
+        entry = json.loads(line, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"is not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise ValueError('is not an object, such as {"prompt": "..."}')
-    for key in row:
-        if key not in KEYS:
-            raise ValueError(f"unknown key {key!r}; the keys are {', '.join(KEYS)}")
-    row_id = row.get("id", number)
-    if not isinstance(row_id, (str, int)) or isinstance(row_id, bool):
-        raise ValueError("id must be a string or an integer")
-    if ("prompt" in row) == ("tokens" in row):
-        raise ValueError("must have either prompt or tokens")
-    if "prompt" in row and not isinstance(row["prompt"], str):
-        raise ValueError("prompt must be a string; token ids are given as tokens")
-    if "tokens" in row and not _is_list(row["tokens"], int):
-        raise ValueError("tokens must be a list of integers")
-    settings = {key: row[key] for key in (*NUMBERS, *LISTS) if key in row}
-    _check_settings(settings)
-    return Job(row_id, row["prompt"] if "prompt" in row else row["tokens"], settings, index)
-
-
-def _check_settings(settings: dict[str, Any]) -> None:
-    for name, kind in NUMBERS.items():
-        value = settings.get(name, 0)
-        if isinstance(value, bool) or not isinstance(value, (int, kind)):
-            raise ValueError(f"{name} must be {'an integer' if kind is int else 'a number'}")
-    for name, kind in LISTS.items():
-        if not _is_list(settings.get(name, []), kind):
-            word = "strings" if kind is str else "integers"
-            raise ValueError(f"{name} must be a list of {word}")
-    if "" in settings.get("stop", []):
-        raise ValueError("stop has an empty string")
+        return BadLine(number, f"is not JSON ({error})")
+    if not isinstance(entry, dict):
+        return BadLine(number, 'is not an object, such as {"prompt": "..."}')
+    name = entry.get("id", number)
+    if not isinstance(name, (str, int)) or isinstance(name, bool):
+        return BadLine(number, "id must be a string or an integer")
+    if name in seen:
+        return BadLine(number, f"the id {show(name)} was there before")
+    seen.add(name)
     try:
-        settings |= {
-            name: kind(settings[name]) for name, kind in NUMBERS.items() if name in settings
-        }
-        GenerationConfig(**{name: settings[name] for name in NUMBERS if name in settings})
-    except ConfigError as error:
-        raise ValueError(str(error).removeprefix("Generation.")) from None
-    except OverflowError:
-        raise ValueError("a number is too large") from None
+        return _job(entry, name, index)
+    except ValueError as error:  # a ConfigError is one
+        return BadLine(number, str(error), name)
 
 
-def _is_list(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(item, kind) and not isinstance(item, bool) for item in value
-    )
+def _job(entry: dict[str, Any], name: JobId, index: int) -> Job:
+    """The job of an object; ValueError with one line if it is none."""
+    for key in entry:
+        if key not in KEYS:
+            raise ValueError(f"unknown key {show(key)}; the keys are {', '.join(KEYS)}")
+    if ("prompt" in entry) == ("tokens" in entry):
+        raise ValueError("must have either prompt or tokens")
+    prompt, tokens = entry.get("prompt", ""), entry.get("tokens", [])
+    if not isinstance(prompt, str):
+        raise ValueError("prompt must be a string; token ids are given as tokens")
+    if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+        raise ValueError("tokens must be a list of integers")
+    stated = {key: entry[key] for key in SETTINGS if key in entry}
+    checked = SamplingConfig(**stated)
+    settings = {key: getattr(checked, key) for key in stated}
+    return Job(name, prompt if "prompt" in entry else tokens, settings, index)
 
 
 def _no_constant(name: str) -> Any:
@@ -196,53 +180,91 @@ class JsonlWriter:
     """Appends results to a file, a JSON object a line; each is in the file when `write` returns.
 
     Args:
-      path: the file.
-      resume: continue the file of a job that was stopped; a half-written last line is dropped.
+      path: the file; no other job can write to it meanwhile.
+      resume: continue the file of a job that was stopped; a half-written last line, and zeros that
+        a loss of power left in its place, are dropped.
+      retry_failed: as `resume`, and the results that are errors are dropped, too.
 
     Attributes:
-      done: ids that the file had.
+      done: ids that the file had, each with the digest of its prompt and settings; lines without
+        an id have their number.
       failed: how many of those ended with an error.
 
     Raises:
-      ConfigError: the file cannot be written, is not empty without `resume`, or holds something
-        else than results.
+      ConfigError: the file cannot be written, is in use, is not empty without `resume`, or holds
+        something else than results.
     """
 
     def __init__(
-        self, path: str | Path, resume: bool = False, clock: Callable[[], float] = time.monotonic
+        self,
+        path: str | Path,
+        resume: bool = False,
+        retry_failed: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.done: set[JobId] = set()
+        self.done: dict[JobId | tuple[int], str | None] = {}
         self.failed = 0
         self._clock, self._path = clock, Path(path)
         try:
-            size = self._path.stat().st_size if self._path.exists() else 0
-            if size and not resume:
-                raise ConfigError(
-                    f"--output {str(path)!r}: is there already; add --resume to continue it, or "
-                    "name another file"
-                )
-            whole = self._read() if size else 0
-            self._file = open(self._path, "ab", buffering=0)
-            if whole < size:
-                self._file.truncate(whole)
+            self._file = self._opened()
+            try:
+                self._continue(resume or retry_failed, retry_failed)
+            except BaseException:
+                self._file.close()
+                raise
         except OSError as error:
             raise ConfigError(f"--output {str(path)!r}: {error.strerror or error}") from None
         self._synced = clock()
 
+    def _opened(self) -> BinaryIO:
+        file: Any = open(self._path, "ab", buffering=0)
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode) and not hold(file):
+            file.close()
+            raise ConfigError(
+                f"--output {str(self._path)!r}: another job is writing to it; wait for its end, or "
+                "name another file"
+            )
+        return file
+
+    def _continue(self, resume: bool, retry_failed: bool) -> None:
+        """Notes the results that are there, and cuts what is not to stay."""
+        size = os.fstat(self._file.fileno()).st_size
+        if size and not resume:
+            raise ConfigError(
+                f"--output {str(self._path)!r}: is there already; add --resume to continue it, or "
+                "name another file"
+            )
+        if not size:
+            return
+        whole = self._read()
+        if whole < size:
+            self._file.truncate(whole)
+        if retry_failed and self.failed:
+            with whole_file(self._path) as temporary, open(temporary, "wb") as kept:
+                with open(self._path, "rb") as lines:
+                    kept.writelines(x for x in lines if json.loads(x)["finish_reason"] != "error")
+                kept.flush()
+                os.fsync(kept.fileno())
+            self._file.close()
+            self._file, self.done, self.failed = self._opened(), {}, 0
+            self._read()
+
     def _read(self) -> int:
-        """Notes the rows that are there; returns the bytes of the whole lines."""
+        """Notes the results that are there; returns the bytes of the whole lines."""
         whole = 0
         with open(self._path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
-                    if not line.startswith(_ROW_START[: len(line)]):
+                    half = line.rstrip(b"\0")[: len(_RESULT_START)]
+                    if not _RESULT_START.startswith(half):
                         raise self._foreign(number)
                     break
                 try:
-                    row = json.loads(line)
-                    self.done.add(row["id"])
-                    self.failed += row["finish_reason"] == "error"
-                except (ValueError, KeyError, TypeError):
+                    result = json.loads(line)
+                    name = result["id"]
+                    self.done[(result["line"],) if name is None else name] = result.get("input")
+                    self.failed += result["finish_reason"] == "error"
+                except (ValueError, KeyError, TypeError, RecursionError):
                     raise self._foreign(number) from None
                 whole += len(line)
         return whole
@@ -253,19 +275,39 @@ class JsonlWriter:
             "a file that this program wrote"
         )
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Appends a row, whose first key is `id`."""
-        data = memoryview(encode_row(row))
-        while data:  # an unbuffered file may take a part
-            data = data[self._file.write(data) :]
-        if self._clock() - self._synced >= _SYNC_SECONDS:
-            self._sync()
+    def has(self, job: Job, digest: str) -> bool:
+        """Whether the file had the result of a job.
+
+        Raises:
+          ConfigError: it is that of another prompt, or of other settings.
+        """
+        if job.id not in self.done:
+            return False
+        if self.done[job.id] not in (None, digest):
+            raise ConfigError(
+                f"--output {str(self._path)!r}: the result with id {show(job.id)} is that of "
+                "another prompt, or of other settings; resume with the ones of then, or name "
+                "another file"
+            )
+        return True
+
+    def write(self, result: dict[str, Any]) -> None:
+        """Appends a result, whose first key is `id`."""
+        data = memoryview(encode_result(result))
+        try:
+            while data:  # an unbuffered file may take a part
+                data = data[self._file.write(data) :]
+            if self._clock() - self._synced >= _SYNC_SECONDS:
+                self._sync()
+        except OSError as error:
+            error.filename = str(self._path)
+            raise
 
     def close(self) -> None:
         """Brings everything to the disk."""
         if not self._file.closed:
-            self._sync()
-            self._file.close()
+            with contextlib.closing(self._file):
+                self._sync()
 
     def __enter__(self) -> "JsonlWriter":
         return self
@@ -282,9 +324,9 @@ class JsonlWriter:
         self._synced = self._clock()
 
 
-def encode_row(row: dict[str, Any]) -> bytes:
-    """A row as a line of JSON."""
+def encode_result(result: dict[str, Any]) -> bytes:
+    """A result as a line of JSON."""
     try:
-        return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
+        return (json.dumps(result, ensure_ascii=False) + "\n").encode("utf-8")
     except UnicodeEncodeError:  # half a surrogate pair, which only an escape can spell
-        return (json.dumps(row) + "\n").encode("utf-8")
+        return (json.dumps(result) + "\n").encode("utf-8")

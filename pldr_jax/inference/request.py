@@ -1,8 +1,17 @@
 """What is asked of the engine, and what it answers."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
-from pldr_jax.config import ConfigError
+import numpy as np
+
+from pldr_jax.config import ModelConfig, SamplingConfig
+from pldr_jax.config.fields import field
+from pldr_jax.config.sampling import Keywords
+
+SMALLEST_BUCKET = 16
+BROKEN = "the logits are not finite: the checkpoint may be broken"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,23 +20,43 @@ class Request:
 
     Attributes:
       prompt: token ids, at least one.
-      max_new_tokens: at most this many new tokens.
-      temperature, top_p, min_p, top_k, repetition_penalty: see `inference/sampling.py`.
-      seed: of the draws.
-      stop_ids: tokens that end the text; they are not part of it.
-      stop_strings: strings that end the text, which is cut before them.
+      sampling: how; `stop_ids` None is no stop id, since the engine knows no tokenizer.
+      error: why it cannot be decoded, if that is known before; the engine answers with it.
     """
 
     prompt: tuple[int, ...]
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    stop_ids: tuple[int, ...] = ()
-    stop_strings: tuple[str, ...] = ()
+    sampling: SamplingConfig = SamplingConfig()
+    error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeOptions(Keywords):
+    """How the requests of one call are decoded; no completion depends on the first three.
+
+    Keys and values without G_LM cannot be cached: a recomputed G_LM changes every key (arXiv
+    2502.13502).
+    """
+
+    batch_size: int = field(8, "B, slots: prompts decoded side by side", low=1, high=2**16)
+    capacity: int | None = field(
+        None, "S, tokens that a slot can hold; None is what the requests need", low=1
+    )
+    steps: int = field(8, "X, decode steps in one call, between two looks at the texts", low=1)
+    share_first_g: bool = field(False, "the G_LM of the first prompt serves all")
+    kv_cache: bool = field(True, "cache keys and values; off recomputes them at every token")
+    g_cache: Literal["G_LM", "A", "none"] = field(
+        "G_LM",
+        "keep the prompt's G_LM, or its metric tensor A, from which the last steps of PLGA run at "
+        "every token, or recompute G_LM from all tokens: the definition of the model",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kv_cache and self.g_cache == "none":
+            self.fail(
+                "g_cache",
+                "a recomputed G_LM changes every key: turn the key-value cache off, or keep G_LM",
+            )
 
 
 @dataclasses.dataclass
@@ -51,6 +80,27 @@ class Completion:
     finish_reason: str | None = None
     error: str | None = None
 
+    def fail(self, reason: str) -> None:
+        """Ends it with an error."""
+        self.finish_reason, self.error = "error", reason
+
+    def stop(self, count: int) -> None:
+        """Ends it after `count` tokens."""
+        del self.tokens[count:], self.logprobs[count:]
+        self.finish_reason, self.error = "stop", None
+
+    def end_when_full(self, context_length: int) -> None:
+        """Ends it where no more tokens were asked for, or the model's context is full."""
+        if self.finish_reason is None:
+            if len(self.tokens) >= self.request.sampling.max_new_tokens:
+                self.finish_reason = "length"
+            elif len(self.request.prompt) + len(self.tokens) >= context_length:
+                self.finish_reason = "context"
+
+
+FindStop = Callable[[Completion], int | None]
+"""Tokens of a completion up to a stop string, if it has one; the engine knows no text."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
@@ -73,41 +123,47 @@ class Generation:
     error: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class CacheMode:
-    """What is kept from the prompt while decoding (arXiv 2502.13502).
+def check_request(
+    request: Request, config: ModelConfig, pieces: int, capacity: int | None = None
+) -> str | None:
+    """What is wrong with a request, in one line; None if nothing is.
 
-    Attributes:
-      kv: keys and values are cached; off recomputes them from all tokens at every step.
-      g: "G_LM" keeps G_LM itself; "A" keeps the metric tensor, and the last steps of PLGA run again
-        at every step; "none" recomputes G_LM from all tokens at every step: the definition of the
-        model, without a kv cache.
+    Args:
+      pieces: token ids that can be read and drawn: those of the tokenizer, or the vocabulary.
+      capacity: tokens that a slot can hold; None is the model's context.
     """
-
-    kv: bool = True
-    g: str = "G_LM"
-
-    def __post_init__(self) -> None:
-        if self.g not in ("G_LM", "A", "none"):
-            raise ConfigError(f"cache mode g = {self.g!r}: must be 'G_LM', 'A' or 'none'")
-        if self.kv and self.g == "none":
-            raise ConfigError(
-                "a recomputed G_LM changes every key: turn the key-value cache off, or keep G_LM"
-            )
-
-
-def check_request(request: Request, context_length: int, vocab_size: int) -> str | None:
-    """What is wrong with a request, in one line; None if nothing is."""
-    prompt = request.prompt
+    prompt, context = request.prompt, config.context_length
+    if request.error is not None:
+        return request.error
     if not prompt:
         return "the prompt is empty"
-    if len(prompt) >= context_length:
+    if len(prompt) >= context:
         return (
             f"the prompt has {len(prompt)} tokens, which leaves no room in the model's context of "
-            f"{context_length}; shorten it"
+            f"{context}; shorten it"
         )
-    if not all(0 <= token < vocab_size for token in prompt):
-        return f"the prompt has a token id outside the vocabulary of {vocab_size}"
-    if request.max_new_tokens < 1:
-        return f"max_new_tokens = {request.max_new_tokens}: must be at least 1"
+    for name, ids in (("the prompt", prompt), ("stop_ids", request.sampling.stop_ids or ())):
+        for token in ids:
+            if not 0 <= token < config.vocab_size:
+                vocab = config.vocab_size
+                return f"{name} has the token id {token}, outside the vocabulary of {vocab}"
+            if token >= pieces:
+                return f"{name} has the token id {token}, of which the tokenizer has no piece"
+    needed = min(len(prompt) + request.sampling.max_new_tokens, context)
+    if capacity is not None and needed > capacity:
+        return f"the prompt and max_new_tokens need {needed} tokens, the slots hold {capacity}"
     return None
+
+
+def bucket(length: int, limit: int) -> int:
+    """The padded length that `length` tokens are compiled for: a power of two, at most `limit`."""
+    return min(max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()), limit)
+
+
+def padded(prompt: Sequence[int], limit: int, needed: int = 0) -> tuple[Any, Any]:
+    """The tokens [T] of a prompt in its bucket, or that of `needed` tokens, and its length; int32,
+    in NumPy, which a jitted function takes as it takes its own arrays.
+    """
+    tokens = np.zeros((bucket(max(len(prompt), needed), limit),), np.int32)
+    tokens[: len(prompt)] = prompt
+    return tokens, np.int32(len(prompt))

@@ -5,31 +5,26 @@ Shapes are fixed: B slots of S tokens. A finished slot is given to the next prom
 go on, so that a queue of any length compiles once a prompt bucket and once to decode.
 """
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from pldr_jax.config import ModelConfig
+from pldr_jax.config import ModelConfig, SamplingConfig
+from pldr_jax.config.sampling import MAX_STOP_IDS
 from pldr_jax.inference.decode import decode_step, prefill
-from pldr_jax.inference.sampling import Sampling, draw, penalize
+from pldr_jax.inference.sampling import EXCLUDED, SlotSampling, draw, penalize, slot_sampling
 from pldr_jax.model.cache import Cache, empty_cache, write_row
-from pldr_jax.model.decoder import Params
+from pldr_jax.model.decoder import Params, unstack_layers
 from pldr_jax.model.low_rank import LowRankG
-from pldr_jax.partition import constrain
+from pldr_jax.partition import constrain, mesh_scope
 
-
-class Limits(flax.struct.PyTreeNode):
-    """What ends a row; arrays [B].
-
-    Attributes:
-      left_B: new tokens it may still make.
-      stop_BK: token ids that end it, filled up with -1.
-    """
-
-    left_B: jax.Array
-    stop_BK: jax.Array
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Slots(flax.struct.PyTreeNode):
@@ -39,41 +34,43 @@ class Slots(flax.struct.PyTreeNode):
       cache: of all slots.
       logits_BV: from which each slot's next token is drawn, float32.
       seen_BV: tokens of the slot's prompt and text, for the repetition penalty.
-      active_B: false where a slot is free or its row has ended.
-      sampling, limits: of each slot's row.
+      active_B: false where a slot is free or its text has ended.
+      left_B: new tokens that each text may still have.
+      stop_BZ: token ids that end each text, filled up with -1.
+      sampling: how each text's tokens are drawn.
     """
 
     cache: Cache
     logits_BV: jax.Array
     seen_BV: jax.Array
     active_B: jax.Array
-    sampling: Sampling
-    limits: Limits
+    left_B: jax.Array
+    stop_BZ: jax.Array
+    sampling: SlotSampling
 
 
 class Emitted(flax.struct.PyTreeNode):
-    """What a run of decode steps made; [step, slot].
+    """What some decode steps gave; [step, slot].
 
     Attributes:
-      token_CB: the tokens drawn.
-      logprob_CB: their log-probability in the model's own distribution, at temperature 1.
-      valid_CB: true where the token belongs to a text; a stop token does not.
-      stopped_CB: true where a stop token was drawn.
-      broken_CB: true where logits were not finite, which ends the row.
+      token_XB: the tokens drawn.
+      logprob_XB: their log-probability in the model's own distribution, at temperature 1.
+      valid_XB: true where the token belongs to a text; a stop token does not.
+      stopped_XB: true where a stop token was drawn.
+      broken_XB: true where a logit was NaN or infinity, which ends the text.
     """
 
-    token_CB: jax.Array
-    logprob_CB: jax.Array
-    valid_CB: jax.Array
-    stopped_CB: jax.Array
-    broken_CB: jax.Array
+    token_XB: jax.Array
+    logprob_XB: jax.Array
+    valid_XB: jax.Array
+    stopped_XB: jax.Array
+    broken_XB: jax.Array
 
 
 def empty_slots(
     config: ModelConfig,
-    rows: int,
-    length: int,
-    stop_ids: int,
+    batch: int,
+    capacity: int,
     g_lm_LBNHJ: jax.Array | LowRankG | None,
     keep: str,
     dtype: Any,
@@ -82,21 +79,21 @@ def empty_slots(
 
     Args:
       config: of the model.
-      rows: B.
-      length: S, tokens that a slot can hold.
-      stop_ids: K, stop tokens that a row can have.
-      g_lm_LBNHJ: one G_LM [L,1,N,H,J] for all rows, or its factors; None where each has its own,
+      batch: B.
+      capacity: S, tokens that a slot can hold.
+      g_lm_LBNHJ: one G_LM [L,1,N,H,J] for all slots, or its factors; None where each has its own,
         or for the identity.
-      keep: "G_LM" or "A", what each row keeps of its prompt.
+      keep: "G_LM" or "A", what each slot keeps of its prompt.
       dtype: of keys and values.
     """
     slots = Slots(
-        cache=empty_cache(config, rows, length, g_lm_LBNHJ, keep, dtype),
-        logits_BV=jnp.zeros((rows, config.vocab_size), jnp.float32),
-        seen_BV=jnp.zeros((rows, config.vocab_size), bool),
-        active_B=jnp.zeros((rows,), bool),
-        sampling=Sampling.create(rows),
-        limits=Limits(jnp.zeros((rows,), jnp.int32), jnp.full((rows, stop_ids), -1, jnp.int32)),
+        cache=empty_cache(config, batch, capacity, g_lm_LBNHJ, keep, dtype),
+        logits_BV=jnp.zeros((batch, config.vocab_size), jnp.float32),
+        seen_BV=jnp.zeros((batch, config.vocab_size), bool),
+        active_B=jnp.zeros((batch,), bool),
+        left_B=jnp.zeros((batch,), jnp.int32),
+        stop_BZ=jnp.full((batch, MAX_STOP_IDS), -1, jnp.int32),
+        sampling=jax.tree.map(jnp.asarray, slot_sampling([SamplingConfig()] * batch)),
     )
     return _laid_out(slots)
 
@@ -108,8 +105,8 @@ def admit(
     slot: jax.Array,
     tokens_T: jax.Array,
     length: jax.Array,
-    sampling: Sampling,
-    limits: Limits,
+    sampling: SlotSampling,
+    stop_Z: jax.Array,
     g_lm_LBNHJ: jax.Array | LowRankG | None,
     keep: str,
 ) -> Slots:
@@ -124,19 +121,17 @@ def admit(
       slot: index of the slot, int32 scalar.
       tokens_T: the prompt, padded on the right to its bucket, which may be longer than a slot.
       length: its real tokens.
-      sampling, limits: of this row, with a batch axis of 1.
+      sampling: its numbers, with a batch axis of 1.
+      stop_Z: ids that end its text, filled up with -1.
       g_lm_LBNHJ, keep: as `empty_slots` was told.
     """
-    logits_1V, row = prefill(
+    logits_1V, prompt = prefill(
         config, params, tokens_T[None], length[None], g_lm_LBNHJ, tokens_T.shape[0], keep
     )
     layers = tuple(
-        layer.with_prompt(prompt, slot)
-        for layer, prompt in zip(slots.cache.layers, row.layers, strict=True)
+        old.with_prompt(new, slot)
+        for old, new in zip(slots.cache.layers, prompt.layers, strict=True)
     )
-    vocab = config.vocab_size
-    padded = jnp.where(jnp.arange(tokens_T.shape[0]) < length, tokens_T, vocab)
-    seen_V = jnp.zeros((vocab,), bool).at[padded].set(True, mode="drop")
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
         return write_row(old, new, slot)
@@ -144,33 +139,41 @@ def admit(
     slots = Slots(
         cache=Cache(layers, slots.cache.length_B.at[slot].set(length)),
         logits_BV=put(slots.logits_BV, logits_1V),
-        seen_BV=put(slots.seen_BV, seen_V[None]),
+        seen_BV=put(slots.seen_BV, seen_tokens(tokens_T, length, config.vocab_size)[None]),
         active_B=slots.active_B.at[slot].set(True),
+        left_B=put(slots.left_B, sampling["max_new_tokens"]),
+        stop_BZ=put(slots.stop_BZ, stop_Z[None]),
         sampling=jax.tree.map(put, slots.sampling, sampling),
-        limits=jax.tree.map(put, slots.limits, limits),
     )
     return _laid_out(slots)
 
 
+def seen_tokens(tokens_T: jax.Array, length: jax.Array, vocab_size: int) -> jax.Array:
+    """Which tokens [V] are among the first `length` of `tokens_T`."""
+    padded_T = jnp.where(jnp.arange(tokens_T.shape[0]) < length, tokens_T, vocab_size)
+    return jnp.zeros((vocab_size,), bool).at[padded_T].set(True, mode="drop")
+
+
 def release(slots: Slots, ended_B: jax.Array) -> Slots:
-    """Frees the slots of rows that ended for a reason the steps do not know, such as their text."""
+    """Frees the slots of texts that ended for a reason the steps do not know: a stop string."""
     return _laid_out(slots.replace(active_B=slots.active_B & ~ended_B))
 
 
 def decode_slots(
-    config: ModelConfig, unstacked: Params, slots: Slots, steps: int
+    config: ModelConfig, unstacked: Params, slots: Slots, steps: int, pieces: int
 ) -> tuple[Slots, Emitted]:
     """Up to `steps` tokens of every active slot, in one call. Donate `slots` when jitting this.
 
-    Stops early when no slot is active. What a free slot computes is never read.
+    Stops early when no slot is active. What a free slot computes is never read. Ids from `pieces`
+    on are never drawn.
     """
-    rows = slots.active_B.shape[0]
+    batch = slots.active_B.shape[0]
     nothing = Emitted(
-        token_CB=jnp.zeros((steps, rows), jnp.int32),
-        logprob_CB=jnp.zeros((steps, rows), jnp.float32),
-        valid_CB=jnp.zeros((steps, rows), bool),
-        stopped_CB=jnp.zeros((steps, rows), bool),
-        broken_CB=jnp.zeros((steps, rows), bool),
+        token_XB=jnp.zeros((steps, batch), jnp.int32),
+        logprob_XB=jnp.zeros((steps, batch), jnp.float32),
+        valid_XB=jnp.zeros((steps, batch), bool),
+        stopped_XB=jnp.zeros((steps, batch), bool),
+        broken_XB=jnp.zeros((steps, batch), bool),
     )
 
     def going(state: tuple[jax.Array, Slots, Emitted]) -> jax.Array:
@@ -178,7 +181,7 @@ def decode_slots(
 
     def step(state: tuple[jax.Array, Slots, Emitted]) -> tuple[jax.Array, Slots, Emitted]:
         i, slots, emitted = state
-        slots, made = _step(config, unstacked, slots)
+        slots, made = _step(config, unstacked, slots, pieces)
         return i + 1, slots, jax.tree.map(lambda all_, one: all_.at[i].set(one), emitted, made)
 
     _, slots, emitted = jax.lax.while_loop(going, step, (jnp.int32(0), slots, nothing))
@@ -186,18 +189,17 @@ def decode_slots(
     return slots, jax.tree.map(lambda x: constrain(x, None, None), emitted)
 
 
-def _step(config: ModelConfig, unstacked: Params, slots: Slots) -> tuple[Slots, Emitted]:
+def _step(
+    config: ModelConfig, unstacked: Params, slots: Slots, pieces: int
+) -> tuple[Slots, Emitted]:
     cache, active_B = slots.cache, slots.active_B
-    logits_BV = penalize(slots.logits_BV, slots.seen_BV, slots.sampling.penalty_B)
-    token_B = draw(logits_BV, slots.sampling, cache.length_B)
-    chosen_B = jnp.take_along_axis(slots.logits_BV, token_B[:, None], axis=-1)[:, 0]
-    normalizer_B = jax.nn.logsumexp(slots.logits_BV, axis=-1)
-    logprob_B = chosen_B - normalizer_B
-    # One NaN or infinity among the logits is enough for this sum not to be finite.
-    broken_B = active_B & ~jnp.isfinite(normalizer_B)
-    stopped_B = active_B & ~broken_B & jnp.any(token_B[:, None] == slots.limits.stop_BK, axis=-1)
+    token_B, logprob_B, finite_B = draw_next(
+        slots.logits_BV, slots.seen_BV, slots.sampling, cache.length_B, pieces
+    )
+    broken_B = active_B & ~finite_B
+    stopped_B = active_B & finite_B & jnp.any(token_B[:, None] == slots.stop_BZ, axis=-1)
     valid_B = active_B & ~broken_B & ~stopped_B
-    left_B = slots.limits.left_B - valid_B
+    left_B = slots.left_B - valid_B
     full_B = cache.length_B + 1 >= config.context_length
     next_active_B = valid_B & (left_B > 0) & ~full_B
     logits_BV, grown = decode_step(config, unstacked, token_B, cache)
@@ -207,9 +209,29 @@ def _step(config: ModelConfig, unstacked: Params, slots: Slots) -> tuple[Slots, 
         logits_BV=logits_BV,
         seen_BV=slots.seen_BV | (valid_B[:, None] & (token_B[:, None] == ids_V)),
         active_B=next_active_B,
-        limits=slots.limits.replace(left_B=left_B),
+        left_B=left_B,
     )
     return _laid_out(slots), Emitted(token_B, logprob_B, valid_B, stopped_B, broken_B)
+
+
+def draw_next(
+    logits_BV: jax.Array,
+    seen_BV: jax.Array,
+    sampling: SlotSampling,
+    position_B: jax.Array,
+    pieces: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The next token of each slot, its log-probability in the model's own distribution, and whether
+    the logits can be used: a -inf is a token that cannot come, NaN and infinity are a broken model.
+    """
+    drawn_BV = penalize(logits_BV, seen_BV, sampling)
+    if pieces < logits_BV.shape[-1]:
+        drawn_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < pieces, drawn_BV, EXCLUDED)
+    token_B = draw(drawn_BV, sampling, position_B)
+    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
+    normalizer_B = jax.nn.logsumexp(logits_BV, axis=-1)
+    # One NaN or infinity among the logits is enough for this sum not to be finite.
+    return token_B, chosen_B - normalizer_B, jnp.isfinite(normalizer_B)
 
 
 def _laid_out(slots: Slots) -> Slots:
@@ -223,6 +245,54 @@ def _laid_out(slots: Slots) -> Slots:
         logits_BV=constrain(slots.logits_BV, "batch", "vocab"),
         seen_BV=constrain(slots.seen_BV, "batch", "vocab"),
         active_B=place(slots.active_B),
+        left_B=place(slots.left_B),
+        stop_BZ=place(slots.stop_BZ),
         sampling=jax.tree.map(place, slots.sampling),
-        limits=jax.tree.map(place, slots.limits),
     )
+
+
+class CompiledSlots:
+    """The functions above, jitted for a config and a mesh: each has the signature that it has here
+    without the config, and compiles once for each shape of its arguments.
+    """
+
+    def __init__(self, config: ModelConfig, mesh: Mesh | None) -> None:
+        self.admit = bind(admit, config, mesh, donate_argnames="slots", static_argnames="keep")
+        self.decode = bind(
+            decode_slots,
+            config,
+            mesh,
+            donate_argnames="slots",
+            static_argnames=("steps", "pieces"),
+        )
+        self.release = jit_on(release, mesh, donate_argnums=0)
+        self.empty = bind(
+            empty_slots, config, mesh, static_argnames=("batch", "capacity", "keep", "dtype")
+        )
+        self.unstack = bind(unstack_layers, config, mesh)
+
+
+def bind(
+    function: Callable[Concatenate[ModelConfig, P], R],
+    config: ModelConfig,
+    mesh: Mesh | None,
+    **options: Any,
+) -> Callable[P, R]:
+    """`function` of a config, jitted, with its other arguments."""
+    return jit_on(functools.partial(function, config), mesh, **options)
+
+
+def jit_on(function: Callable[P, R], mesh: Mesh | None, **options: Any) -> Callable[P, R]:
+    """`function`, jitted with `options` and called in the scope of the mesh."""
+    compiled = jax.jit(function, **options)
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with mesh_scope(mesh):
+            result: R = compiled(*args, **kwargs)
+            return result
+
+    return call
+
+
+compiled_slots = functools.lru_cache(maxsize=8)(CompiledSlots)
+"""Shared by all engines of a config, so that new parameters compile nothing again."""

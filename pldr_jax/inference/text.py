@@ -1,6 +1,6 @@
 """The text of a completion: as a continuation of its prompt, and cut at a stop string."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from pldr_jax.inference.request import Completion
@@ -13,6 +13,16 @@ class TextDecoder(Protocol):
     def vocab_size(self) -> int:
         """Number of ids."""
 
+    @property
+    def eos_id(self) -> int:
+        """Id of the end piece, -1 if there is none."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids."""
+
     def decode_continuation(self, before: Sequence[int], ids: Sequence[int]) -> str:
         """Text that `ids` add after the ids `before`."""
 
@@ -23,13 +33,13 @@ def text_of(tokenizer: TextDecoder, completion: Completion) -> str:
     if not all(0 <= token < tokenizer.vocab_size for token in before):
         return ""
     text = tokenizer.decode_continuation(before, completion.tokens)
-    found = [text.find(string) for string in completion.request.stop_strings]
+    found = [text.find(string) for string in completion.request.sampling.stop]
     return text[: min((at for at in found if at >= 0), default=len(text))]
 
 
 def find_stop(tokenizer: TextDecoder, completion: Completion) -> int | None:
     """Tokens of the completion up to the end of its first stop string; None if it has none."""
-    strings = completion.request.stop_strings
+    strings = completion.request.sampling.stop
     before, tokens = completion.request.prompt, completion.tokens
     if not strings or not _has_any(tokenizer.decode_continuation(before, tokens), strings):
         return None

@@ -1,10 +1,11 @@
 """The `config.json` of the transformers layout, as our model config, and back."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pldr_jax.config import ConfigError, ModelConfig
+from pldr_jax.config import ConfigError, ModelConfig, SamplingConfig
 from pldr_jax.config.load import config_from_dict
 from pldr_jax.data.text.tokenizer import Tokenizer
 
@@ -193,16 +194,17 @@ def merged_config(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[st
 def generation_config_json(
     context_length: int,
     ids: PieceIds,
-    settings: Mapping[str, Any],
+    sampling: SamplingConfig,
 ) -> dict[str, Any]:
-    """The `generation_config.json` of a model with the sampling `settings` of a run."""
+    """The `generation_config.json` of a model with the sampling settings of a run."""
     values: dict[str, Any] = {
         **ids.fields(),
         "max_length": context_length,
         "use_cache": True,
-        "repetition_penalty": settings["repetition_penalty"],
-        "do_sample": settings["temperature"] > 0,
+        "repetition_penalty": sampling.repetition_penalty,
+        "do_sample": sampling.temperature > 0,
     }
     if values["do_sample"]:
-        values |= {name: settings[name] for name in ("temperature", "top_k", "top_p", "min_p")}
+        own = ("max_new_tokens", "seed", "stop_ids", "stop")
+        values |= {name: x for name, x in dataclasses.asdict(sampling).items() if name not in own}
     return values

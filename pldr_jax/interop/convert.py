@@ -207,11 +207,11 @@ def _exported_files(
     if run.tokenizer is not None:
         ids = PieceIds.of(run.tokenizer)
     ours = config_json(model, ids, code_repository)
-    settings = dataclasses.asdict(run.config.generation)
+    sampling = run.config.generation.sampling
     files = {
         CONFIG: _json(ours),
         "generation_config.json": _json(
-            generation_config_json(model.context_length, ids, settings)
+            generation_config_json(model.context_length, ids, sampling)
         ),
         **source,
     }

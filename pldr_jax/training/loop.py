@@ -18,13 +18,13 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from pldr_jax.config import ExperimentConfig, ModelConfig
+from pldr_jax.config import ExperimentConfig, ModelConfig, SamplingConfig
 from pldr_jax.config.load import config_from_dict, config_to_dict
 from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.files import locked
 from pldr_jax.hosts import any_process
 from pldr_jax.inference.engine import Engine
-from pldr_jax.inference.request import Request
+from pldr_jax.inference.request import DecodeOptions, Request
 from pldr_jax.model.decoder import Params
 from pldr_jax.model.shapes import count_params
 from pldr_jax.partition import batch_sharding, build_mesh
@@ -267,8 +267,10 @@ class Trainer:
         if not prompt:
             return ""
         engine = Engine(self._config.model, state.params, state.g_lm)
-        request = Request(tuple(prompt), training.sample_tokens, stop_ids=(tokenizer.eos_id,))
-        (completion,) = engine.generate([request], rows=1)
+        stop_ids = (tokenizer.eos_id,) if tokenizer.eos_id >= 0 else ()
+        sampling = SamplingConfig(training.sample_tokens, stop_ids=stop_ids)
+        request = Request(tuple(prompt), sampling)
+        (completion,) = engine.generate([request], DecodeOptions(1))
         return training.sample_prompt + tokenizer.decode_continuation(prompt, completion.tokens)
 
     def _save(self, step: int, state: TrainState, evaluation: dict[str, float], wait: bool) -> None:
