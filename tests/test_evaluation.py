@@ -23,6 +23,7 @@ from pldr_jax.config.load import config_to_dict
 from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.evaluation.report import as_metrics, differences, results_json, results_table
 from pldr_jax.evaluation.scorer import TextScorer
+from pldr_jax.evaluation.settings import read_settings
 from pldr_jax.evaluation.windows import rolling_windows
 from pldr_jax.inference.decode import prompt_g_lm
 from pldr_jax.interop.names import to_tensors
@@ -497,3 +498,38 @@ def test_model_arguments_of_the_harness(harness: Any, run_dir: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             harness.HarnessModel.create_from_arg_string(arguments, {"device": "cpu"})
+
+
+def test_settings_of_the_harness() -> None:
+    def read(**settings: Any) -> Any:
+        return read_settings(settings)
+
+    assert read().new_tokens == 256 and read().until == ()
+    for name in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"):
+        assert read(**{name: 7}).new_tokens == 7
+    assert read(max_new_tokens=9, max_gen_toks=5).new_tokens == 5
+    assert read(max_gen_toks=0, max_tokens=None).new_tokens == 0
+    greedy = {"repetition_penalty": 1.0}
+    for settings in (
+        {"do_sample": True, "temperature": 0.0},
+        {"do_sample": False, "temperature": 0.7, "top_p": 0.5},
+        {"temperature": 0},
+        {"num_beams": 1, "do_sample": None},
+    ):
+        assert read(**settings).sampling == greedy
+    drawn = read(do_sample=True, top_k=5, until="x")
+    assert drawn.sampling == greedy | {"temperature": 1.0, "top_k": 5} and drawn.until == ("x",)
+    assert read(temperature="0.5").sampling["temperature"] == 0.5
+    for settings, message in (
+        ({"num_beams": 4}, "num_beams = 4: there is no beam search"),
+        ({"max_gen_tok": 4}, "max_gen_tok = 4: no such setting; there are .*max_gen_toks"),
+        ({"max_length": 4}, "max_length = 4: no such setting"),
+        ({"max_tokens": -1}, "must be at least 0"),
+        ({"max_gen_toks": "many"}, "max_gen_toks = 'many': must be a number"),
+        ({"temperature": "hot"}, "temperature = 'hot': must be a number"),
+        ({"do_sample": "false"}, "do_sample = 'false': must be true or false"),
+        ({"until": 3}, "until = 3: must be a string or a list of strings"),
+        ({"until": ["a", None]}, "until = "),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read(**settings)
