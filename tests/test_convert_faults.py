@@ -2,6 +2,7 @@
 or read outside of the named folders.
 """
 
+import dataclasses
 import json
 import os
 import pickle
@@ -19,8 +20,9 @@ from test_convert import MODEL, QUIET, TINY, own_run, refused, save_pth, variant
 import pldr_jax
 from pldr_jax.cli.convert import convert_main
 from pldr_jax.config import ConfigError
+from pldr_jax.config.load import config_to_dict
 from pldr_jax.interop.card import Licences
-from pldr_jax.interop.config_json import model_from_json
+from pldr_jax.interop.config_json import end_ids, model_from_json
 from pldr_jax.interop.convert import export_run, import_checkpoint
 from pldr_jax.interop.pth import read_pickled_g_lm
 from pldr_jax.interop.record import inherited_files, read_record
@@ -121,10 +123,10 @@ def test_pipes_and_devices(tmp_path: Path) -> None:
 
 def test_end_ids_of_config_json(tmp_path: Path) -> None:
     for stated, expected in ((7, (7,)), ([7, 9], (7, 9)), (None, ()), ("x", ()), (True, ())):
-        folder = tmp_path / str(stated)
-        variant(folder, eos_token_id=stated)
-        assert open_checkpoint(folder).end_ids == expected
-    import_checkpoint(tmp_path / "7", tmp_path / "run", **QUIET)
+        assert end_ids({"eos_token_id": stated}) == expected
+    variant(tmp_path / "source", eos_token_id=7)
+    assert open_checkpoint(tmp_path / "source").end_ids == (7,)
+    import_checkpoint(tmp_path / "source", tmp_path / "run", **QUIET)
     assert open_checkpoint(tmp_path / "run").end_ids == (7,)
 
 
@@ -222,8 +224,6 @@ def test_what_is_made_of_an_import_keeps_its_files(tmp_path: Path) -> None:
     assert from_folder == from_run and "transformers/source/chat_template.jinja" in from_run
     changed = {**opened.params, "head": {**opened.params["head"]}}
     changed["head"]["bias"] = changed["head"]["bias"] + 1
-    from pldr_jax.config.load import config_to_dict
-
     write_run(tmp_path / "tuned", 5, changed, None, config_to_dict(opened.config), from_run)
     export_run(tmp_path / "tuned", tmp_path / "hub", **QUIET)
     files = contents(tmp_path / "hub")
@@ -232,8 +232,6 @@ def test_what_is_made_of_an_import_keeps_its_files(tmp_path: Path) -> None:
     assert files["chat_template.jinja"] == b"{{ messages }}"
     assert "trained to step 5" in files["README.md"].decode()
     # Another model keeps what is not the model's.
-    import dataclasses
-
     longer = dataclasses.replace(
         opened.config, model=dataclasses.replace(opened.config.model, context_length=96)
     )
@@ -246,17 +244,13 @@ def test_what_is_made_of_an_import_keeps_its_files(tmp_path: Path) -> None:
 
 def test_auto_map_of_own_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own_run(tmp_path / "run", None, MODEL)
-    for name, option in {"a": (), "b": ("--code_repository=me/mine",)}.items():
-        status, _, error = run_here(
-            capsys, convert_main, "export", tmp_path / "run", tmp_path / name, *option
-        )
-        assert (status, error) == (0, "")
-    raw = json.loads((tmp_path / "a" / "config.json").read_text())
-    assert raw["auto_map"]["AutoConfig"].endswith("--configuration_pldrllm.PldrllmConfig")
-    raw = json.loads((tmp_path / "b" / "config.json").read_text())
-    assert raw["auto_map"]["AutoModelForCausalLM"] == (
-        "me/mine--modeling_pldrllm.PldrllmForCausalLM"
-    )
+    run, hub = tmp_path / "run", tmp_path / "hub"
+    status, _, error = run_here(capsys, convert_main, "export", run, hub, "--code_repository=a/b")
+    assert (status, error) == (0, "")
+    assert json.loads((hub / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "a/b--configuration_pldrllm.PldrllmConfig",
+        "AutoModelForCausalLM": "a/b--modeling_pldrllm.PldrllmForCausalLM",
+    }
 
 
 @pytest.mark.parametrize(
