@@ -2,13 +2,15 @@
 
 import dataclasses
 import re
+import tomllib
 from pathlib import Path
 
 import jax
 import pytest
+from helpers import config_error
 
 from pldr_jax.config import GROUPS, ExperimentConfig
-from pldr_jax.config.gin import read_file
+from pldr_jax.config.gin import PACKAGED, read_file
 from pldr_jax.config.load import load_config
 from pldr_jax.model.decoder import init_params
 
@@ -52,6 +54,21 @@ def test_file_builds_and_its_header_gives_the_command(path):
     assert all(line.startswith("#") for line in header.splitlines())
     assert f"python train.py --gin_file=configs/{path.name} --run_dir=runs/{path.stem}" in header
     assert re.search(r"expect|claimed", header, re.IGNORECASE) and re.search(r"\btime\b", header)
+
+
+def test_configs_are_found_by_name_from_any_folder(gin):
+    """In a checkout and in a wheel, whose package data they are."""
+    assert load_config(["pldr_110m.gin"]) == load("pldr_110m")
+    own = gin("include 'pldr_110m.gin'\nModel.num_layers = 2", "mine.gin")
+    model = dataclasses.replace(load("pldr_110m").model, num_layers=2)
+    assert load_config([own]).model == model
+    # A file that is there wins, and only a bare name is looked for.
+    gin("Model.num_layers = 7", "pldr_110m.gin")
+    assert load_config(["pldr_110m.gin"]).model.num_layers == 7
+    assert config_error(["x/nano.gin"]) == "x/nano.gin: no such file"
+    packaged = tomllib.loads((CONFIGS.parent / "pyproject.toml").read_text())
+    assert packaged["tool"]["setuptools"]["package-data"]["pldr_jax"] == ["configs/*.gin"]
+    assert sorted(path.name for path in PACKAGED.glob("*.gin")) == [path.name for path in FILES]
 
 
 def test_nano_is_the_defaults_and_states_them():

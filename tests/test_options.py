@@ -63,6 +63,7 @@ def test_flags_win_over_files_whatever_their_order(gin):
         (["--gin.=3"], "--gin.=3: expected Group.field=value"),
         (["--run_dir=r", "stray"], "'stray' follows no flag"),
         (["--run_dir=r", "--count=x"], "argument --count: invalid int value: 'x'"),
+        (["--run_dir=r", f"--count={2**63}"], "argument --count: invalid int value"),
         ([], "--run_dir is required: folder of the run"),
     ],
 )

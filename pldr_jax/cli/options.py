@@ -88,6 +88,16 @@ def settings_of(config_class: type[Group], options: Options) -> Group:
     return config_class(**{name: getattr(options, name) for name in names})
 
 
+def _integer(text: str) -> int:
+    value = int(text)
+    if abs(value) >= 2**63:
+        raise ValueError
+    return value
+
+
+_integer.__name__ = "int"  # argparse names it in errors
+
+
 def _path(text: str) -> str:
     try:
         return expand_home(text)
@@ -173,7 +183,8 @@ def _parser(program: str, description: str, options: Sequence[Option], fields: b
             dest="gin_files",
             metavar="PATH",
             type=_path,
-            help="config file; repeatable, a later file wins, and --gin.* flags win over files",
+            help="config file, or one of the package by its name, as pldr_110m.gin; repeatable, a "
+            "later file wins, and --gin.* flags win over files",
         )
     for option in options:
         _add(parser, option)
@@ -182,7 +193,8 @@ def _parser(program: str, description: str, options: Sequence[Option], fields: b
 
 def _add(parser: _Parser, option: Option) -> None:
     """Adds an option to the parser."""
-    kind = _path if option.metavar in _PATHS and option.type is str else option.type
+    is_path = option.metavar in _PATHS and option.type is str
+    kind = _path if is_path else _integer if option.type is int else option.type
     if option.place:
         # Its absence is an error of `parse_args`, in the words of every other option.
         nargs = "*" if option.repeat else "?"

@@ -29,6 +29,8 @@ _ASSIGNMENT = re.compile(rf"(?P<key>{_KEY.pattern})\s*=(?!=)(?P<value>.*)", re.D
 _INCLUDE = re.compile(rf"include\s*(?P<file>{_STRING})\s*")
 _MARK = "_macro_reference_"
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
+PACKAGED = Path(__file__).parents[1] / "configs"
+"""The configs of the published runs, found by their names from any folder."""
 _MOST_FILES, _DEEPEST, _MOST_ELEMENTS = 100, 100, 100_000
 """Files that includes may read, macros that one value may lead through, and its elements."""
 
@@ -122,13 +124,15 @@ def read_file(
     """The settings of a gin file and of the files it includes, in order; later ones are to win.
 
     Args:
+        path: of a file, or the name of a config that the package has, such as "pldr_110m.gin".
         problem: what is wrong with a name `Group.field`, None if nothing is.
 
     Raises:
         ConfigError: a file is missing, unreadable or malformed, includes itself, or sets a name
             twice.
     """
-    return list(_Reader(problem).read(_home(str(path), str(path)), (), ""))
+    name = str(path)
+    return list(_Reader(problem).read(_find(name, _home(name, shorten(name))), (), ""))
 
 
 class _Reader:
@@ -159,7 +163,7 @@ class _Reader:
             if include := _INCLUDE.fullmatch(statement):
                 place = f"{where}: include {include['file']}"
                 name = _home(str(parse_checked(include["file"], f"{where}: include")), place)
-                target = os.path.normpath(Path(path).parent / name)
+                target = _find(name, os.path.normpath(Path(path).parent / name))
                 yield from self.read(target, (*including, path), f"{place}: ")
             elif assignment := _ASSIGNMENT.fullmatch(statement):
                 key = assignment["key"]
@@ -183,6 +187,13 @@ class _Reader:
             return Binding(key, parse_value(text), where)
         except ValueError:
             raise ConfigError(f"{where}: {shorten(key)}: cannot read the value") from None
+
+
+def _find(name: str, path: str) -> str:
+    """`path`, or where there is no such file, the config of that name that the package has."""
+    packaged = os.path.join(PACKAGED, name)
+    bare = os.path.basename(name) == name and not os.path.lexists(path)
+    return packaged if bare and os.path.isfile(packaged) else path
 
 
 def _home(path: str, where: str) -> str:
