@@ -284,7 +284,9 @@ def test_sections_that_fail_are_lines_and_the_others_stand(broken_run, tmp_path,
     sections = content["runs"]["run"]["sections"]
     assert list(sections) == [*SECTIONS, "emergence"]
     failed = [key for key, section in sections.items() if "error" in section["numbers"]]
-    assert failed == ["invariance", "causality", "alteration", "low_rank"]
+    assert failed == [
+        "invariance", "causality", "alteration", "low_rank", "symmetry", "decoding",
+    ]  # fmt: skip
     page = (tmp_path / "out" / "report.html").read_text()
     for key in failed:
         words = sections[key]["words"][0]

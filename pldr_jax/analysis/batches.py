@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,7 +38,7 @@ def check_at_least(name: str, value: int, least: int) -> None:
         raise ConfigError(f"{name} = {value}: must be at least {least}")
 
 
-def check_finite(what: str, x: jax.Array | np.ndarray) -> None:
+def check_finite(what: str, x: Any) -> None:
     """ConfigError if some logit or loss is NaN or infinite: nothing follows from such numbers."""
     if not np.isfinite(x).all():
         raise ConfigError(f"the {what} are not finite: the checkpoint may be broken")

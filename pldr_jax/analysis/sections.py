@@ -1,6 +1,10 @@
 """The sections of a report. A new one is a subclass of `ModelSection`, and a line here."""
 
 from pldr_jax.analysis.alteration import Alteration
+from pldr_jax.analysis.audits.contract import FrozenContract
+from pldr_jax.analysis.audits.decoding import Decoding
+from pldr_jax.analysis.audits.row_map import RowMap
+from pldr_jax.analysis.audits.symmetry import Symmetry
 from pldr_jax.analysis.causality.measure import Causality
 from pldr_jax.analysis.invariance.measure import Invariance
 from pldr_jax.analysis.low_rank import LowRank
@@ -8,9 +12,18 @@ from pldr_jax.analysis.section import ModelSection
 from pldr_jax.analysis.structure.measure import Structure
 from pldr_jax.config import ConfigError
 
-SECTIONS: dict[str, type[ModelSection]] = {
-    section.key: section for section in (Invariance, Causality, Structure, Alteration, LowRank)
-}
+_ORDER: tuple[type[ModelSection], ...] = (
+    Invariance,
+    Causality,
+    Structure,
+    Alteration,
+    LowRank,
+    RowMap,
+    Symmetry,
+    Decoding,
+    FrozenContract,
+)
+SECTIONS = {section.key: section for section in _ORDER}
 """By their keys, in the order of the report."""
 
 

@@ -199,6 +199,8 @@ def _numbers(losses: PositionLosses, positions_P: np.ndarray, length: int) -> di
         "prefix_rows": losses.losses["prefix"].rows,
         "prefix_positions": len(positions_P),
         "loss": {name: means.mean for name, means in losses.losses.items()},
+        "block": losses.losses["full_at_prefix"].mean,
+        "sequential": losses.losses["prefix"].mean,
         "gap": gaps,
         "logprob_difference": {
             "tokens": len(differences),

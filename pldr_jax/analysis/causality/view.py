@@ -68,8 +68,8 @@ def causality_words(numbers: dict[str, Any]) -> tuple[str, ...]:
         "not finite": "nothing can be said of such a loss.",
     }[numbers["verdict"]]
     first = (
-        f"{numbers['verdict'].capitalize()}: {meaning} With G_LM of the prefix alone the loss is "
-        f"{loss['prefix']:.4f} nats a token, in one pass over the same tokens "
+        f"{numbers['verdict'].capitalize()}: {meaning} With G_LM of the prefix alone "
+        f"(sequential) the loss is {loss['prefix']:.4f} nats a token, in one pass over the same tokens (block) "
         f"{loss['full_at_prefix']:.4f}: a gap of {_with_error(prefix)}. Up to {NO_GAP:g} in "
         f"magnitude counts as causal, up to {SMALL_GAP:g} as nearly causal."
     )

@@ -27,10 +27,12 @@ from pldr_jax.analysis.invariance.view import (
     order_parameter_figure,
 )
 from pldr_jax.analysis.section import DEFAULTS, ModelSection, Picture, Settings, Table
+from pldr_jax.analysis.statistics import RunningStatistics
 from pldr_jax.api import LanguageModel
 from pldr_jax.config import ConfigError
 from pldr_jax.interop.names import to_tensors
 from pldr_jax.interop.reference import reference_outputs
+from pldr_jax.model.audits import OPERATOR_INVARIANT, stabilised_order
 from pldr_jax.training.order_parameter import DeductiveStatistics, Spread
 
 NEW_TOKENS = 32
@@ -80,10 +82,12 @@ class Invariance(ModelSection):
         judged = tallies["float32"].statistics
         worst = float(np.max([relative_rmse(judged[k]["G_LM"].spread()) for k in COMPARISONS]))
         n_layers = model.config.num_layers
+        order_rms = float(tallies["float32"].order_rms["runs"]["G_LM"].max)
         return cls(
             numbers={
                 "verdict": invariance_verdict(worst),
                 "relative_rmse": worst,
+                "operator_invariant": order_rms < OPERATOR_INVARIANT,
                 "by_construction": False,
                 "dtype": model.config.dtype,
                 "rows": len(rows_RC),
@@ -122,6 +126,8 @@ class _Tally:
         self.statistics: dict[str, dict[str, DeductiveStatistics]] = {
             name: {} for name in COMPARISONS
         }
+        self.order_rms: dict[str, dict[str, RunningStatistics]] = {name: {} for name in COMPARISONS}
+        self._last: Outputs | None = None
         self.determinants = Determinants()
         self.agreement = {name: DeterminantAgreement() for name in COMPARISONS}
 
@@ -133,10 +139,25 @@ class _Tally:
             self.statistics["samples"][name].add(x)
             self.statistics["runs"][name].add_pairs(run_1[name], run_2[name])
             self.statistics["cached"][name].add_pairs(run_1[name], cached[name])
+        self._add_order(rows, run_1, run_2, cached)
         self.determinants.add(rows["G_LM"])
         self.agreement["samples"].add(rows["G_LM"])
         self.agreement["runs"].add_pairs(run_1["G_LM"], run_2["G_LM"])
         self.agreement["cached"].add_pairs(run_1["G_LM"], cached["G_LM"])
+
+    def _add_order(self, rows: Outputs, run_1: Outputs, run_2: Outputs, cached: Outputs) -> None:
+        """The stabilised order parameter of every pair, over all layers and heads."""
+        for name, x in rows.items():
+            chain = x if self._last is None else np.concatenate([self._last[name], x], axis=1)
+            pairs = {
+                "samples": (chain[:, :-1], chain[:, 1:]),
+                "runs": (run_1[name], run_2[name]),
+                "cached": (run_1[name], cached[name]),
+            }
+            for comparison, (one, other) in pairs.items():
+                statistics = self.order_rms[comparison].setdefault(name, RunningStatistics())
+                statistics.add(stabilised_order(one, other, (0, 2, 3, 4)))
+        self._last = {name: x[:, -1:] for name, x in rows.items()}
 
     def results(self, n_layers: int) -> dict[str, Any]:
         """For the numbers of the section."""
@@ -147,6 +168,8 @@ class _Tally:
                 layers = [_spread_numbers(statistics.spread(i)) for i in range(n_layers)]
                 by_layer = {key: [layer[key] for layer in layers] for key in layers[0]}
                 numbers = _spread_numbers(statistics.spread())
+                order = self.order_rms[comparison][name]
+                numbers |= {"order_rms": float(order.mean), "order_rms_max": float(order.max)}
                 results[comparison][name] = numbers | {"by_layer": by_layer}
         agreement = {name: pairs.results() for name, pairs in self.agreement.items()}
         return results | {"determinants": self.determinants.results() | agreement}

@@ -7,6 +7,7 @@ import numpy as np
 
 from pldr_jax.analysis.figures import SMALLEST_ORDER, heat_map, picture
 from pldr_jax.analysis.section import Picture, Table
+from pldr_jax.model.audits import OPERATOR_INVARIANT
 from pldr_jax.plots import OUTPUT_COLORS, new_figure
 
 INVARIANT = 1e-3
@@ -48,6 +49,14 @@ def invariance_words(numbers: dict[str, Any]) -> Iterator[str]:
         f"{numbers['new_tokens']} drawn tokens (temperature 1). With the same draws, the cached "
         f"run wrote {numbers['same_tokens']:.1%} of the tokens of run 1 before it first differed."
     )
+    order = found["runs"]["G_LM"]
+    verdict = "operator-invariant" if numbers["operator_invariant"] else "not operator-invariant"
+    yield (
+        f"It is {verdict}: the stabilised order parameter, rms of the difference over the mean rms "
+        f"of the two, of G_LM between two sampled continuations of a prompt is "
+        f"{order['order_rms']:.1e} on average over the prompts and {order['order_rms_max']:.1e} at "
+        f"most (operator-invariant below {OPERATOR_INVARIANT:g})."
+    )
     mean, std = (found["samples"]["G_LM"][name] for name in ("mean", "std"))
     if abs(mean) < 0.1 * std:
         yield (
@@ -74,10 +83,19 @@ def invariance_tables(numbers: dict[str, Any]) -> Iterator[Table]:
         if precision not in numbers:
             continue
         found = numbers[precision]
-        columns = ("mean", "std", "rmse", "order_parameter", "rmse_over_std")
+        columns = ("mean", "std", "rmse", "order_parameter", "order_rms", "rmse_over_std")
         yield Table(
             f"All layers, {precision}",
-            ("output", "compared", "mean", "std", "RMSE", "order parameter", "RMSE / std"),
+            (
+                "output",
+                "compared",
+                "mean",
+                "std",
+                "RMSE",
+                "order parameter",
+                "stabilised, mean over pairs",
+                "RMSE / std",
+            ),  # fmt: skip
             tuple(
                 (output, words, *(found[comparison][output][name] for name in columns))
                 for output in found["runs"]
