@@ -22,7 +22,7 @@ from pldr_jax.interop import reference
 from pldr_jax.interop.names import to_tensors
 from pldr_jax.model import audits
 from pldr_jax.training.freeze import contract
-from pldr_jax.training.freeze.calibrate import without_plga
+from pldr_jax.training.freeze.calibrate import RowSet, without_plga
 
 RNG = np.random.default_rng(0)
 STUDY = ModelConfig(num_layers=1, num_heads=2, head_dim=64)
@@ -247,6 +247,29 @@ def test_the_contract(model: LanguageModel) -> None:
     assert found["norms"]["G_LM"] == pytest.approx(np.linalg.norm(g_lm), rel=1e-5)
     short = FrozenContract.measure(model, ROWS[:, :8])
     assert short.numbers["verdict"] == "not measured" and "shorter than 32" in short.words()[0]
+
+
+def test_documents_of_a_length(model: LanguageModel) -> None:
+    """Of every packing, and those that are too short are left out."""
+    short = [*ROWS[:2, :20], *ROWS[2:3, :40]]
+    lengths = contract.frozen_contract(model.config, model.params, ROWS[3:], short, (16, 32, 64))
+    assert [(one["length"], one["compared"]) for one in lengths] == [(16, 3), (32, 1)]
+    packed = np.zeros((2, 3, 9), np.int32)
+    packed[:, 0], packed[0, 2, :4], packed[0, 2, 4:6], packed[1, 2] = ROWS[:2, :9], 1, 2, 1
+
+    class Packed:
+        def __getitem__(self, k: int) -> np.ndarray:
+            return packed[k]
+
+    found = contract.row_documents(RowSet(Packed(), np.array([1, 0])))
+    np.testing.assert_array_equal(found[0], ROWS[1, :9])
+    np.testing.assert_array_equal(found[1], ROWS[0, :4])
+    assert (
+        "does not pass: "
+        in contract.contract_lines(
+            [{"length": 8, "centred_relative_rms": None, "kl": None, "passes": False}]
+        )["contract at 8 tokens"]
+    )
 
 
 def test_a_predefined_g_lm_is_audited_where_it_can_be(model: LanguageModel) -> None:

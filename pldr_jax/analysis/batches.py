@@ -12,6 +12,8 @@ from pldr_jax.api import LanguageModel
 from pldr_jax.config import CALIBRATION_ROWS, ConfigError, ModelConfig
 from pldr_jax.model.deductive import identity_g_lm
 
+NOT_FINITE = "the {} are not finite: the checkpoint may be broken"
+
 
 def check_rows(config: ModelConfig, rows_RC: np.ndarray, least: int = 1) -> None:
     """ConfigError unless `rows_RC` holds at least `least` rows of tokens of the model's vocabulary
@@ -41,7 +43,7 @@ def check_at_least(name: str, value: int, least: int) -> None:
 def check_finite(what: str, x: Any) -> None:
     """ConfigError if some logit or loss is NaN or infinite: nothing follows from such numbers."""
     if not np.isfinite(x).all():
-        raise ConfigError(f"the {what} are not finite: the checkpoint may be broken")
+        raise ConfigError(NOT_FINITE.format(what))
 
 
 def split_calibration(rows_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from typing import Any, Self
 import jax.numpy as jnp
 import numpy as np
 
-from pldr_jax.analysis.batches import batches, mean_g_lm
+from pldr_jax.analysis.batches import NOT_FINITE, batches, mean_g_lm
 from pldr_jax.analysis.figures import panel_grid, picture, shares_of_largest
 from pldr_jax.analysis.section import DEFAULTS, ModelSection, Picture, Settings, Table
 from pldr_jax.api import LanguageModel
@@ -64,9 +64,7 @@ class LowRank(ModelSection):
                 done=lambda: settings.advance(next(sizes)),
             )
         if any(m["loss"]["before"] is None for m in measured):
-            raise ConfigError(
-                "the logits of held-out rows are not finite: the checkpoint may be broken"
-            )
+            raise ConfigError(NOT_FINITE.format("logits of held-out rows"))
         return cls(
             numbers={"g_lm": source, "budgets": measured},
             tensors={"low_rank/singular_values": singular_values(np.asarray(g_lm)[:, 0])},

@@ -5,9 +5,10 @@ from typing import Self
 
 import numpy as np
 
-from pldr_jax.analysis.batches import check_finite, check_rows, split_calibration
+from pldr_jax.analysis.batches import NOT_FINITE, check_rows, split_calibration
 from pldr_jax.analysis.section import DEFAULTS, ModelSection, Settings, Table
 from pldr_jax.api import LanguageModel
+from pldr_jax.config import ConfigError
 from pldr_jax.partition import mesh_scope
 from pldr_jax.training.freeze.contract import CONTRACT_LENGTHS, MOST_KL, MOST_RMS, frozen_contract
 
@@ -33,8 +34,10 @@ class FrozenContract(ModelSection):
             settings.advance(len(rows_RC))
             return cls(numbers={"by_construction": True})
         with mesh_scope(model.mesh):
-            lengths = frozen_contract(model.config, model.params, *split_calibration(rows_RC))
-        check_finite("logits of held-out rows", [entry["kl"] for entry in lengths])
+            averaged_RC, compared_RC = map(list, split_calibration(rows_RC))
+            lengths = frozen_contract(model.config, model.params, averaged_RC, compared_RC)
+        if any(entry["kl"] is None for entry in lengths):
+            raise ConfigError(NOT_FINITE.format("logits of held-out rows"))
         settings.advance(len(rows_RC))
         verdict = "passes" if all(entry["passes"] for entry in lengths) else "does not pass"
         verdict = verdict if lengths else "not measured"

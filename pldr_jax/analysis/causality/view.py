@@ -69,9 +69,9 @@ def causality_words(numbers: dict[str, Any]) -> tuple[str, ...]:
     }[numbers["verdict"]]
     first = (
         f"{numbers['verdict'].capitalize()}: {meaning} With G_LM of the prefix alone "
-        f"(sequential) the loss is {loss['prefix']:.4f} nats a token, in one pass over the same tokens (block) "
-        f"{loss['full_at_prefix']:.4f}: a gap of {_with_error(prefix)}. Up to {NO_GAP:g} in "
-        f"magnitude counts as causal, up to {SMALL_GAP:g} as nearly causal."
+        f"(sequential) the loss is {loss['prefix']:.4f} nats a token, in one pass over the same "
+        f"tokens (block) {loss['full_at_prefix']:.4f}: a gap of {_with_error(prefix)}. Up to "
+        f"{NO_GAP:g} in magnitude counts as causal, up to {SMALL_GAP:g} as nearly causal."
     )
     if abs(prefix["mean"]) > NO_GAP and prefix["first_half_share"] is not None:
         first += f" {prefix['first_half_share']:.0%} of it arises in the first half of a row."

@@ -22,6 +22,7 @@ from pldr_jax.runs.folder import write_run
 from pldr_jax.terminal import print_line
 from pldr_jax.training.freeze import calibrate as calibration
 from pldr_jax.training.freeze.certificate import certificate_lines, certify, invariance_warning
+from pldr_jax.training.freeze.contract import contract_lines, frozen_contract, row_documents
 from pldr_jax.training.freeze.rank_budget import budget_lines, measure_budgets
 from pldr_jax.training.freeze.settings import FreezeConfig
 
@@ -66,6 +67,8 @@ def freeze(
     certificate = certify(
         config.model, opened.params, calibrated, evaluated_on, settings.kl_threshold
     )
+    averaged, compared = map(row_documents, (calibrated_on, evaluated_on))
+    certificate["contract"] = frozen_contract(config.model, opened.params, averaged, compared)
     frozen = calibration.frozen_config(stored)
     params = calibration.without_plga(opened.params)
     if settings.rank_budget:
@@ -97,9 +100,8 @@ def freeze(
 
 def _shown(certificate: dict[str, Any]) -> Iterator[str]:
     """The certificate as a table, and the warning that it may call for."""
-    yield summary_table(
-        certificate_lines(certificate) | budget_lines(certificate.get("low_rank", ()))
-    )
+    lines = certificate_lines(certificate) | contract_lines(certificate["contract"])
+    yield summary_table(lines | budget_lines(certificate.get("low_rank", ())))
     if warning := invariance_warning(certificate):
         yield warning
 
