@@ -84,8 +84,10 @@ def frozen_contract(
 
 
 def row_documents(rows: RowSet) -> list[np.ndarray]:
-    """Token ids of the inputs of each row; of a row with several documents, of the first."""
-    found = (rows.rows[k] for k in rows.order)
+    """Token ids of the inputs of rows, not of all where there are many; of a row with several
+    documents, of the first.
+    """
+    found = (rows.rows[k] for k in rows.order[: 8 * CONTRACT_DOCUMENTS])
     return [x[:-1] if x.ndim == 1 else x[INPUTS][x[SEGMENTS] == 1] for x in found]
 
 
