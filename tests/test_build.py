@@ -10,6 +10,7 @@ import sys
 import time
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from helpers import REPOSITORY, WORDS, contents, run_here
 from pldr_jax.cli.data import data_main
 from pldr_jax.config import ConfigError
 from pldr_jax.data.shards import parallel
+from pldr_jax.data.shards import prepared as prepared_files
 from pldr_jax.data.shards import records as shards
 from pldr_jax.data.shards.build import BuildSettings, build, work_folder
 from pldr_jax.data.shards.prepared import SPLITS, Manifest, ShardedTokens, read_prepared
@@ -60,13 +62,13 @@ def text(tmp_path_factory) -> str:
 UNITS = UnitSettings(validation_fraction=0.1, test_fraction=0.05)
 
 
-def prepare(text: str, output: object, log=LOG.append, **changed: object) -> Manifest:
+def prepare(text: str, output: object, log=LOG.append, **changed: Any) -> Manifest:
     settings = BuildSettings(UNITS, unit_bytes=10_000, workers=1)
     return build(
         find_inputs([f"{text}/a.jsonl"]),
-        Tokenizer.load(f"{text}/tok.model"),
+        changed.pop("tokenizer", None) or Tokenizer.load(f"{text}/tok.model"),
         Path(str(output)),
-        dataclasses.replace(settings, **changed),  # type: ignore[arg-type]
+        dataclasses.replace(settings, **changed),
         log,
     )
 
@@ -386,3 +388,143 @@ def test_the_program_trains_and_measures_tokenizers(text, tmp_path, capsys) -> N
 def test_wrong_commands_are_one_line(capsys, arguments, message) -> None:
     status, _, err = run_here(capsys, data_main, *arguments)
     assert status == 2 and err.count("\n") == 1 and message in err
+
+
+def rewritten(copy: Path, change) -> None:
+    """A manifest that says something else, with a checksum that is right."""
+    fields = json.loads((copy / "manifest.json").read_text())
+    format_, _ = fields.pop("format"), fields.pop("checksum")
+    change(fields)
+    checked = {"checksum": prepared_files._checksum(fields), **fields}
+    (copy / "manifest.json").write_text(json.dumps({"format": format_, **checked}))
+
+
+@pytest.mark.parametrize("name", ["../outside/a", "/etc/a", "", "..", 7, None, "a\0b"])
+def test_shards_outside_of_their_folder_are_not_opened(prepared, tmp_path, name) -> None:
+    copy = Path(shutil.copytree(prepared, tmp_path / "copy"))
+    shutil.copytree(prepared, tmp_path / "outside")
+    rewritten(copy, lambda fields: fields["splits"]["train"]["shards"][0].update(name=name))
+    with pytest.raises(ConfigError, match=r"^Data\.source = .*(plain file name|is missing)") as e:
+        read_prepared(copy)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["train-000000.array_record", "train-000000.lengths"])
+def test_links_out_of_the_folder_are_not_followed(prepared, tmp_path, name: str) -> None:
+    copy = Path(shutil.copytree(prepared, tmp_path / "copy"))
+    (copy / name).unlink()
+    (copy / name).symlink_to(Path(prepared) / name)
+    with pytest.raises(ConfigError, match=r"^Data\.source = .*is a link to elsewhere"):
+        read_prepared(copy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "float64"},
+        {"dtype": 3},
+        {"splits": []},
+        {"splits": {"train": {"shards": [{"name": "train-000000"}]}}},
+        {"vocab_size": None, "splits": {"train": 5}},
+    ],
+)
+def test_what_is_no_manifest_is_one_line(prepared, tmp_path, change) -> None:
+    copy = Path(shutil.copytree(prepared, tmp_path / "copy"))
+    rewritten(copy, lambda fields: fields.update(change))
+    with pytest.raises(ConfigError, match=r"^Data\.source = .*is not a manifest") as error:
+        read_prepared(copy)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"\xff\xfe", b"[]", b"7"])
+def test_any_other_file_is_no_manifest(tmp_path, content: bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"^Data\.source = .*is not a manifest"):
+        read_prepared(tmp_path)
+
+
+def test_one_bit_of_a_manifest_is_noticed(prepared, tmp_path) -> None:
+    copy = Path(shutil.copytree(prepared, tmp_path / "copy"))
+    text = (copy / "manifest.json").read_text()
+    number = str(read_prepared(prepared).splits["train"][0].n_tokens)
+    (copy / "manifest.json").write_text(text.replace(number, str(int(number) ^ 1)))
+    with pytest.raises(ConfigError, match=r"manifest\.json is damaged"):
+        read_prepared(copy)
+    (copy / "manifest.json").write_text(text.replace('"format": 2', '"format": 1'))
+    with pytest.raises(ConfigError, match=r"written by another version"):
+        read_prepared(copy)
+
+
+@pytest.mark.parametrize("damage", ["one bit", "swapped"])
+def test_damaged_lengths_are_one_line(prepared, tmp_path, damage: str) -> None:
+    copy = Path(shutil.copytree(prepared, tmp_path / "copy"))
+    path = copy / "train-000001.lengths"
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    content[4:8], content[8:12] = content[8:12], content[4:8]
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"train-000001\.lengths: is damaged") as error:
+        _ = ShardedTokens(read_prepared(copy), "train").lengths
+    assert "\n" not in str(error.value)
+
+
+def test_a_record_in_the_place_of_another_is_noticed(tmp_path) -> None:
+    """A shard under another's name: every record is whole, and none of this shard."""
+    tokens = np.random.default_rng(0).integers(0, 60_000, RECORD_TOKENS)
+    for name in ("a", "b"):
+        writer = ShardWriter(tmp_path, name, "uint16")
+        writer.add(tokens, np.asarray([len(tokens)]), 1)
+        writer.close()
+    shutil.copy(tmp_path / "b.array_record", tmp_path / "a.array_record")
+    with pytest.raises(DataError, match=r"a\.array_record: record 0: is damaged"):
+        read(tmp_path, "uint16", 0, 5)
+
+
+def test_nothing_to_prepare_says_what_was_left_out(text, tmp_path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\nbroken\n')
+    with pytest.raises(
+        ConfigError, match=r"holds no document.*JSON object, first .*l:2; .*1 empty, first .*l:1$"
+    ):
+        prepare(str(tmp_path), tmp_path / "out", tokenizer=Tokenizer.load(f"{text}/tok.model"))
+    assert not (tmp_path / "out.building").exists()
+
+
+def test_unreadable_input_under_on_error_fail(text, tmp_path, capsys) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    arguments = ["build", f"--input={tmp_path}", f"--output={tmp_path}/out"]
+    arguments += [f"--tokenizer={text}/tok.model"]
+    status, _, err = run_here(capsys, data_main, *arguments, "--on_error=fail")
+    assert status == 1 and "gone.txt (a link to" in err and "no file to read from" in err
+    status, out, _ = run_here(capsys, data_main, *arguments)
+    assert status == 0 and "left out: 1 no file to read from" in out and "gone.txt" in out
+
+
+def test_small_text_is_worth_no_process(text, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(parallel, "ProcessPoolExecutor", None)
+    prepare(text, tmp_path / "out", workers=None)
+    with pytest.raises(TypeError):
+        prepare(text, tmp_path / "asked", workers=2)
+
+
+def test_home_is_meant_in_every_path(text, prepared, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(text, tmp_path / "in")
+    arguments = ["build", "--input=~/in/a.jsonl", "--output=~/out", "--tokenizer=~/in/tok.model"]
+    assert run_here(capsys, data_main, *arguments)[0] == 0
+    assert run_here(capsys, data_main, "inspect", "--path=~/out", "--samples=0")[0] == 0
+    measured = ["tokenizer", "--input=~/in/a.jsonl", "--output=~/t.model", "--vocab_size=300"]
+    assert run_here(capsys, data_main, *measured)[0] == 0 and (tmp_path / "t.model").is_file()
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda _: (_ for _ in ()).throw(KeyError("uid")))
+    for command in (arguments, ["inspect", "--path=~/out"], measured):
+        status, _, err = run_here(capsys, data_main, *command)
+        assert status == 2 and err.count("\n") == 1 and "no home folder" in err
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**70])
+def test_seeds_are_bounded(text, tmp_path, capsys, seed: int) -> None:
+    arguments = ["build", f"--input={text}/a.jsonl", f"--output={tmp_path}/out"]
+    arguments += [f"--tokenizer={text}/tok.model", f"--seed={seed}"]
+    status, _, err = run_here(capsys, data_main, *arguments)
+    assert status == 2 and err.count("\n") == 1 and f"--seed={seed}: must be at" in err

@@ -5,7 +5,17 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import WORDS, rows_of, stored, tiny_config, train_here
+from helpers import (
+    QUICK,
+    WORDS,
+    contents,
+    make_corpus,
+    record_batches,
+    rows_of,
+    stored,
+    tiny_config,
+    train_here,
+)
 
 from pldr_jax.config import ConfigError, DataConfig
 from pldr_jax.data.mixture import open_training_text
@@ -164,3 +174,77 @@ def test_a_run_on_a_mixture_in_segments(folder, tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"^Training\.steps = 999: the text is used up after \d+"):
         few = {**fields, "Data.epochs": 1, "Training.steps": 999}
         train_here(tiny_config(folder, few), tmp_path / "other")
+
+
+def test_a_run_goes_on_with_its_own_text_alone(tmp_path, monkeypatch) -> None:
+    """Wherever it lies, and in batches of any size; every row of the epoch comes once."""
+    text = make_corpus(tmp_path / "text", 12)
+    Tokenizer.train([path.read_text() for path in text.iterdir()], VOCAB).save(tmp_path / "t.model")
+    fields = {
+        **QUICK,
+        "Data.tokenizer": tmp_path / "t.model",
+        "Data.epochs": 1,
+        "Model.num_layers": 1,
+        "Model.unroll": False,
+        "Training.eval_every": 100,
+        "Training.eval_rows": 1,
+    }
+
+    def run(source, **more) -> None:
+        changed = {name.replace("__", "."): value for name, value in more.items()}
+        train_here(tiny_config(source, {**fields, **changed}), tmp_path / "run")
+
+    batches = record_batches(monkeypatch)
+    run(text)
+    before = contents(tmp_path / "run")
+    refused = [
+        ({"Data__seed": 1}, r"^Data\.seed = 1: the run has 0"),
+        ({"Data__validation_fraction": 0.3}, r"^Data\.source.*Data\.validation_fraction: not"),
+    ]
+    for more, message in refused:
+        with pytest.raises(ConfigError, match=message) as error:
+            run(text, Training__steps=3, **more)
+        assert "--init_from" in str(error.value) and "\n" not in str(error.value)
+    moved = text.rename(tmp_path / "moved")
+    file = moved / "00.txt"
+    whole = file.read_text()
+    for changed in (whole.replace("self", "list", 1), whole[:-1]):
+        file.write_text(changed)
+        with pytest.raises(ConfigError, match=r"^Data\.source.*: not the text"):
+            run(moved, Training__steps=3)
+    assert contents(tmp_path / "run") == before
+    file.write_text(whole)
+    data = DataConfig(
+        source=str(moved), tokenizer=fields["Data.tokenizer"], validation_fraction=0.2
+    )
+    (rows,) = open_training_text(data, VOCAB).rows("train", 32, data)
+    steps = 2 + (len(rows) - 2 * 8) // 4
+    run(moved, Training__steps=steps, Data__batch_size=4)
+    taken = np.concatenate(batches)
+    assert len(taken) >= len(rows) - 3
+    assert len({row.tobytes() for row in taken}) == len(taken)
+    assert {row.tobytes() for row in taken} <= {rows[k].tobytes() for k in range(len(rows))}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"seed": 1}, {"validation_fraction": 0.1}, {"test_fraction": 0.1}],
+)
+def test_folders_that_hold_out_other_documents_are_not_mixed(folder, tmp_path, settings) -> None:
+    """A document of both could be held out in one and trained on in the other."""
+    prepare(folder, "a", tmp_path / "other", **settings)
+    config = DataConfig(mixture=(str(folder / "a"), str(tmp_path / "other")))
+    with pytest.raises(ConfigError, match=r"^Data\.mixture = .*holds out other documents") as error:
+        open_training_text(config, VOCAB, lambda line: None)
+    assert "\n" not in str(error.value)
+
+
+def test_folders_of_one_text_do_not_share_what_they_hold_out(folder, tmp_path) -> None:
+    prepare(folder, "a", tmp_path / "again")
+    config = DataConfig(mixture=(str(folder / "a"), str(tmp_path / "again")))
+    one, two = open_training_text(config, VOCAB, lambda line: None).texts
+    assert one.validation.n_tokens == two.validation.n_tokens
+    np.testing.assert_array_equal(
+        one.validation.read(0, one.validation.n_tokens),
+        two.validation.read(0, one.validation.n_tokens),
+    )

@@ -37,7 +37,7 @@ def take(iterator: TrainIterator, n: int) -> np.ndarray:
 
 
 def batches(token_file: ShardedTokens, n: int, seed: int = 0, process=(0, 1)) -> np.ndarray:
-    with train_iterator([TokenRows(token_file, C)], B, seed, *process) as iterator:
+    with train_iterator([TokenRows(token_file, C)], B, seed, process) as iterator:
         return take(iterator, n)
 
 
@@ -126,7 +126,7 @@ def test_state_moves_to_another_number_of_processes(token_file) -> None:
     expected = batches(token_file, 9)[5:]
     parts = []
     for p in range(2):
-        with train_iterator([TokenRows(token_file, C)], B, 0, p, 2) as iterator:
+        with train_iterator([TokenRows(token_file, C)], B, 0, (p, 2)) as iterator:
             iterator.state = at_row(5 * B)
             parts.append(take(iterator, 4))
     for k in range(4):
@@ -161,7 +161,7 @@ def test_less_text_than_a_batch_is_a_one_line_error(tmp_path) -> None:
 
 def test_processes_must_divide_the_batch(token_file) -> None:
     with pytest.raises(ConfigError, match=r"^Data\.batch_size = 8: .*3 processes"):
-        train_iterator([TokenRows(token_file, C)], B, 0, 0, 3)
+        train_iterator([TokenRows(token_file, C)], B, 0, (0, 3))
 
 
 def test_validation_rows_spread_and_never_overlap_calibration(token_file) -> None:
@@ -228,7 +228,7 @@ def two(tmp_path, token_file) -> list[TokenRows]:
 
 
 def mixed(two: list[TokenRows], n: int, process=(0, 1), **settings) -> np.ndarray:
-    with train_iterator(two, B, 0, *process, weights=(0.75, 0.25), **settings) as iterator:
+    with train_iterator(two, B, 0, process, weights=(0.75, 0.25), **settings) as iterator:
         return take(iterator, n)
 
 
@@ -278,3 +278,51 @@ def test_held_out_rows_of_a_mixture_by_weight(two) -> None:
     rows = row_numbers(chosen.rows_BC)
     assert (rows >= 250).sum() == 3 and len(rows) == 12
     assert len(chosen.calibration_BC) == 4 and row_numbers(chosen.calibration_BC).max() < 250
+
+
+@pytest.mark.parametrize("then", [1, 3, 16, 25])
+@pytest.mark.parametrize("taken", [1, 4])
+def test_another_batch_size_gives_every_row_of_the_epoch_once(token_file, taken, then) -> None:
+    rows = [TokenRows(token_file, C)]
+    with train_iterator(rows, B, 0) as first:
+        before = take(first, taken)
+        state = json.loads(json.dumps(first.state))
+    with train_iterator(rows, then, 0) as second:
+        second.state = state
+        after = take(second, -(-2 * ROWS // then))
+    stream = np.concatenate([row_numbers(before), row_numbers(after)])
+    expected = row_numbers(batches(token_file, 2 * ROWS // B + 1))
+    np.testing.assert_array_equal(stream[: 2 * ROWS], expected[: 2 * ROWS])
+    assert sorted(stream[:ROWS]) == sorted(stream[ROWS : 2 * ROWS]) == list(range(ROWS))
+
+
+def test_another_batch_size_and_other_processes_end_the_epochs_together(token_file) -> None:
+    rows, parts = [TokenRows(token_file, C)], []
+    for p in range(2):
+        with train_iterator(rows, 4, 0, (p, 2), epochs=2) as iterator:
+            iterator.state = at_row(3 * B)
+            assert iterator.batches_left == (2 * ROWS - 3 * B) // 4 == 19
+            parts.append(row_numbers(np.stack(list(iterator))))
+            assert iterator.batches_left == 0
+    with train_iterator(rows, B, 0) as whole:
+        before = row_numbers(take(whole, 3))
+    assert [len(part) for part in parts] == [38, 38]
+    assert np.bincount(np.concatenate([before, *parts])).tolist() == [2] * ROWS
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"next_row": 8, "text": "other", "seed": 0}, r"^Data\.source.*not the text.*--init_from"),
+        ({"next_row": 8, "text": "", "seed": 1}, r"^Data\.seed = 0: the run has 1.*--init_from"),
+        ({"next_row": 8}, r"^Data\.source.*not the text"),
+        ({"next_index": 8}, r"^--run_dir: .*held out other documents.*--init_from"),
+    ],
+)
+def test_a_position_in_another_stream_is_refused(token_file, state, message: str) -> None:
+    with (
+        train_iterator([TokenRows(token_file, C)], B, 0) as iterator,
+        pytest.raises(ConfigError, match=message) as error,
+    ):
+        iterator.state = state
+    assert "\n" not in str(error.value)

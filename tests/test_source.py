@@ -328,7 +328,7 @@ def test_bad_utf8_and_empty_documents_are_named_once(folder) -> None:
     (folder / "picture.png").write_bytes(b"\x89PNG\0\0")
     text, lines = opened(folder)
     left_out = [line for line in lines if line.startswith("left out: ")]
-    assert {line.partition(";")[0] for line in left_out} == {
+    assert {line.partition(", first")[0] for line in left_out} == {
         "left out: 2 not UTF-8",
         "left out: 1 not text: a NUL among the first bytes",
         "left out: 2 empty",

@@ -50,19 +50,18 @@ class TrainingText:
         return [make_rows(getattr(text, split), context_length, config) for text in self.texts]
 
     def train_batches(
-        self, config: ExperimentConfig, part: int = 0, parts: int = 1
+        self, config: ExperimentConfig, process: tuple[int, int] = (0, 1)
     ) -> TrainIterator:
         """Shuffled batches without end, or of `Data.epochs`, as `train_iterator` makes them.
 
         Args:
-          part, parts: which part of each batch this process takes, of how many.
+          process: which part of each batch this process takes, of how many.
         """
         return train_iterator(
             self.rows("train", config.model.context_length, config.data),
             config.data.batch_size,
             config.data.seed,
-            part,
-            parts,
+            process,
             weights=self.weights,
             epochs=config.data.epochs,
             digest=self.digest,

@@ -143,8 +143,7 @@ def train_iterator(
     rows: Sequence[Rows],
     batch_size: int,
     seed: int,
-    part: int = 0,
-    parts: int = 1,
+    process: tuple[int, int] = (0, 1),
     *,
     weights: Sequence[float] = (1.0,),
     epochs: int | None = None,
@@ -159,8 +158,8 @@ def train_iterator(
 
     Args:
       rows: of each text.
-      part, parts: which part of a batch, of how many; processes that hold the same rows of it take
-        the same part (`partition.process_part`).
+      process: which part of a batch, of how many; processes that hold the same rows of it take the
+        same part (`partition.process_part`).
       weights: their shares.
       epochs: passes over a text, after which the stream ends; None is no end.
       digest: of the texts, kept in the state to know them again.
@@ -176,9 +175,9 @@ def train_iterator(
                 f"{len(one)} rows of {one.row_shape[-1] + len(one.row_shape) // 2} tokens; give "
                 "more text, or lower it or Model.context_length"
             )
-    if batch_size % parts:
+    if batch_size % process[1]:
         raise ConfigError(
-            f"Data.batch_size = {batch_size}: must be a multiple of the {parts} processes"
+            f"Data.batch_size = {batch_size}: must be a multiple of the {process[1]} processes"
         )
     ends = itertools.accumulate(len(one) for one in rows)
     shuffled = [
@@ -188,9 +187,7 @@ def train_iterator(
     stream = shuffled[0] if len(rows) == 1 else grain.MapDataset.mix(shuffled, list(weights))
     identity = {"text": digest, "seed": seed}
     filled = sum(weight * filled_share(one) for weight, one in zip(weights, rows, strict=True))
-    return TrainIterator(
-        stream, join_rows(rows), batch_size, (part, parts), workers, identity, filled
-    )
+    return TrainIterator(stream, join_rows(rows), batch_size, process, workers, identity, filled)
 
 
 class _Shuffled(grain.MapDataset):

@@ -87,7 +87,7 @@ def open_data(
         data = dataclasses.replace(config.data, max_segments=saved.data.max_segments)
         config = dataclasses.replace(config, data=data)
     config = with_segment_count(config, text, row_flops(config.model), log)
-    batches = text.train_batches(config, *process_part(mesh, config.data.batch_size))
+    batches = text.train_batches(config, process_part(mesh, config.data.batch_size))
     places = config.data.batch_size * config.model.context_length
     return RunData(
         config,

@@ -154,8 +154,8 @@ def build_in(
     )
     problems = describe_problems(manifest.problems, manifest.examples)
     if not any(manifest.count(split, "n_documents") for split in SPLITS):
-        reasons = " ".join(f"({line})" for line in problems)
-        raise ConfigError(f"Data.source: holds no document with text {reasons}".rstrip())
+        _empty(work)
+        raise ConfigError("; ".join(["Data.source: holds no document with text", *problems]))
     for line in problems:
         log(line)
     _remove_temporary_files(data)

@@ -9,6 +9,7 @@ import numpy as np
 from pldr_jax.config import ConfigError
 from pldr_jax.data.shards.prepared import MANIFEST, Manifest, ShardedTokens, read_prepared
 from pldr_jax.data.shards.records import ENDING, Shard
+from pldr_jax.data.shards.units import describe_problems
 from pldr_jax.files import user_path
 
 _BAR = 40
@@ -39,10 +40,7 @@ def describe(manifest: Manifest, names: list[str], samples: int, seed: int = 0) 
     yield f"folder       {manifest.folder}"
     yield f"tokenizer    {manifest.vocab_size:,} pieces, sha256 {manifest.tokenizer_digest[:16]}"
     yield f"seed         {manifest.settings['seed']}"
-    left_out = [f"{count:,} {kind}" for kind, count in manifest.problems.items()]
-    yield f"left out     {', '.join(left_out) or 'nothing'}"
-    for example in manifest.examples.values():
-        yield f"             {example}"
+    yield from describe_problems(manifest.problems, manifest.examples) or ["left out: nothing"]
     for split, shards in manifest.splits.items():
         chosen = tuple(shard for shard in shards if shard.name in names)
         if chosen:

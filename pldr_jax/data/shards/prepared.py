@@ -40,7 +40,7 @@ class Manifest:
       tokenizer_digest: SHA-256 of `tokenizer.model`.
       dtype: of the ids, uint16 or uint32.
       problems: what was left out, kind -> count.
-      examples: kind -> the first of them, with its place.
+      examples: kind -> the place of the first of them.
       splits: split -> shards, in the order of the text.
     """
 

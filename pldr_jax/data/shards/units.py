@@ -54,12 +54,14 @@ class Problems:
     def add(self, problem: Problem) -> None:
         """Counts a problem."""
         self.counts[problem.kind] += 1
-        self.examples.setdefault(problem.kind, str(problem))
+        self.examples.setdefault(problem.kind, problem.place)
 
 
 def describe_problems(counts: dict[str, int], examples: dict[str, str]) -> list[str]:
     """`left out: 3 empty, first a.jsonl:7`, a line for each kind."""
-    return [f"left out: {n:,} {PROBLEMS[kind]}; {examples[kind]}" for kind, n in counts.items()]
+    return [
+        f"left out: {n:,} {PROBLEMS[kind]}, first {examples[kind]}" for kind, n in counts.items()
+    ]
 
 
 def hash_of(text: str, seed: int = 0) -> float:

@@ -49,9 +49,13 @@ class Problem:
     where: str
     reason: str = ""
 
+    @property
+    def place(self) -> str:
+        """`a.txt (Permission denied)`."""
+        return f"{self.where} ({self.reason})" if self.reason else self.where
+
     def __str__(self) -> str:
-        reason = f" ({self.reason})" if self.reason else ""
-        return f"{self.where}: {PROBLEMS[self.kind]}{reason}"
+        return f"{self.place}: {PROBLEMS[self.kind]}"
 
 
 @dataclasses.dataclass(frozen=True)
