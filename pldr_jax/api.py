@@ -47,6 +47,8 @@ class LanguageModel:
       g_lm: its predefined G_LM [L,1,N,H,J]; None where it is learned, or the identity. With a
         `rank_budget`, of the ranks that decoding keeps.
       tokenizer: None where the checkpoint has none; token ids work all the same.
+      end_ids: tokens that end a text where `stop_ids` is None: the tokenizer's end piece, or what
+        the checkpoint says.
       mesh: that the parameters are split over; None is a single device.
       low_rank: the factors of `g_lm` with which keys are cached; None without a `rank_budget`.
     """
@@ -60,10 +62,13 @@ class LanguageModel:
         cache_dtype: str | None = None,
         mesh: Mesh | None = None,
         rank_budget: float | None = None,
+        end_ids: Sequence[int] = (),
     ) -> None:
         self.config = config
         self.params = params if mesh is None else place_params(config, params, mesh)
         self.tokenizer = tokenizer
+        end = -1 if tokenizer is None else tokenizer.eos_id
+        self.end_ids = tuple(end_ids) or ((end,) if end >= 0 else ())
         self.mesh = mesh
         self.low_rank: LowRankG | None = None
         g_lm = None if g_lm is None else on_every_device(g_lm, mesh)
@@ -188,8 +193,7 @@ class LanguageModel:
         if self.tokenizer is not None:
             pieces = min(pieces, self.tokenizer.vocab_size)
         if sampling.stop_ids is None:
-            end = self.tokenizer.eos_id if self.tokenizer is not None else -1
-            ends = (end,) if 0 <= end < pieces else ()
+            ends = tuple(token for token in self.end_ids if token < pieces)
             sampling = dataclasses.replace(sampling, stop_ids=ends)
         request = Request(tokens, sampling)
         return dataclasses.replace(request, error=check_request(request, self.config, pieces))
@@ -389,4 +393,5 @@ def load(
         cache_dtype,
         mesh,
         rank_budget,
+        opened.end_ids,
     )

@@ -128,6 +128,12 @@ def test_end_ids_of_config_json(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "source").end_ids == (7,)
     import_checkpoint(tmp_path / "source", tmp_path / "run", **QUIET)
     assert open_checkpoint(tmp_path / "run").end_ids == (7,)
+    lm = pldr_jax.load(tmp_path / "run")
+    (whole,) = lm.generate([[1, 2, 3]], 8, stop_ids=[])
+    end = whole.tokens[2]
+    lm.end_ids = (end,)
+    (cut,) = lm.generate([[1, 2, 3]], 8)
+    assert cut.finish_reason == "stop" and len(cut.tokens) < 8
 
 
 # Names and links

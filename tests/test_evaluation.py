@@ -236,6 +236,18 @@ def test_generation_settings() -> None:
         scorer("causal").generate_until([("def", {"beams": 2})])
 
 
+def test_no_new_tokens_and_other_names_of_their_number() -> None:
+    eight, other = ("def", {"max_gen_toks": 8}), ("def", {"max_new_tokens": 8, "num_beams": 1})
+    nothing = ("def", {"max_gen_toks": 0})
+    text, empty, same = scorer("causal").generate_until([eight, nothing, other])
+    assert text == same and text and empty == ""
+    assert scorer("causal").generate_until([nothing]) == [""]
+    greedy = {"max_tokens": 8, "do_sample": True, "temperature": 0.0}
+    assert scorer("causal").generate_until([("def", greedy)]) == [text]
+    with pytest.raises(ConfigError, match=r"^request 1: num_beams = 2: there is no beam search"):
+        scorer("causal").generate_until([eight, ("def", {"num_beams": 2})])
+
+
 def test_what_cannot_be_scored_is_one_line() -> None:
     lm = model()
     for message, make in {

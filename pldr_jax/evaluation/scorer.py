@@ -4,7 +4,6 @@ continuation, log-likelihoods of a whole text in windows ("rolling"), and genera
 `pldr_jax/inference/modes.py` says which tokens G_LM comes from in each mode.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from pldr_jax.api import LanguageModel
 from pldr_jax.config import ConfigError, SamplingConfig
+from pldr_jax.evaluation.settings import read_settings
 from pldr_jax.evaluation.windows import rolling_windows
 from pldr_jax.inference.modes import SCORE_MODES, ScoreMode
 from pldr_jax.inference.request import DecodeOptions, Request
@@ -20,13 +20,6 @@ from pldr_jax.inference.score import Pair, Score
 
 _CHUNK = 1024
 """Texts scored between two calls of `on_progress`."""
-_NEW_TOKENS = 256
-"""New tokens of a generation that names no number, as in the harness."""
-
-_OWN = ("max_new_tokens", "seed", "stop_ids", "stop", "repetition_penalty")
-_DRAWN = [one.name for one in dataclasses.fields(SamplingConfig) if one.name not in _OWN]
-"""Settings of a draw, which the harness names as we do."""
-_SETTINGS = ("until", "max_gen_toks", "do_sample", "repetition_penalty", *_DRAWN)
 
 
 class TextScorer:
@@ -121,27 +114,28 @@ class TextScorer:
     def generate_until(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
         """The continuation of each context, cut before the first of its `until` strings.
 
-        Settings are those of the harness: `until`, `max_gen_toks`, `do_sample`, `temperature`,
-        `top_p`, `top_k`, `min_p` and `repetition_penalty`. New tokens take at most half of the
-        model's context, and a context that is too long loses its beginning. "full" recomputes
-        G_LM at every token.
+        Settings are those of the harness (`evaluation/settings.py`). New tokens take at most half
+        of the model's context, and a context that is too long loses its beginning. "full"
+        recomputes G_LM at every token.
 
         Raises:
           ConfigError: an unknown setting, or a context that cannot be decoded.
         """
-        made = [self._request(i, *request) for i, request in enumerate(requests)]
-        recomputed = self.mode == "full" and self.lm.config.g_source == "learned"
+        asked = {i: self._request(i, *request) for i, request in enumerate(requests)}
+        made = {i: request for i, request in asked.items() if request is not None}
         options = DecodeOptions(self.rows)
-        if recomputed:
+        if self.mode == "full" and self.lm.config.g_source == "learned":
             options = DecodeOptions(self.rows, kv_cache=False, g_cache="none")
-        texts: dict[int, str] = {}
-        for index, result in self.lm.run(made, options, self._g_lm):
+        texts, numbers = dict.fromkeys(asked, ""), list(made)
+        done = 0
+        for place, result in self.lm.run(list(made.values()), options, self._g_lm):
             if result.error is not None:
-                raise ConfigError(f"request {index}: {result.error}")
+                raise ConfigError(f"request {numbers[place]}: {result.error}")
             if result.finish_reason is not None:
-                texts[index] = result.text
-                self._on_progress(len(texts), len(made))
-        return [texts[index] for index in range(len(made))]
+                texts[numbers[place]] = result.text
+                done += 1
+                self._on_progress(done, len(made))
+        return list(texts.values())
 
     def _scores(self, pairs: Sequence[Pair]) -> list[Score]:
         scores: list[Score] = []
@@ -163,34 +157,23 @@ class TextScorer:
             )
         return (context or [self.prefix])[-room:], continuation
 
-    def _request(self, index: int, context: str, settings: Mapping[str, Any]) -> Request:
-        for name in settings:
-            if name not in _SETTINGS:
-                raise ConfigError(
-                    f"request {index}: {name} = {settings[name]!r}: no such setting; there are "
-                    f"{', '.join(_SETTINGS)}"
-                )
+    def _request(self, index: int, context: str, settings: Mapping[str, Any]) -> Request | None:
+        """None where no new token is asked for."""
         assert self.lm.tokenizer is not None
-        until = settings.get("until") or []
-        stop = [until] if isinstance(until, str) else list(until)
-        new_tokens = int(settings.get("max_gen_toks") or _NEW_TOKENS)
-        room = min(new_tokens, self.lm.config.context_length // 2)
-        prompt = (self.lm.encode(context) or [self.prefix])[
-            -(self.lm.config.context_length - room) :
-        ]
-        end = self.lm.tokenizer.eos_id
-        chosen: dict[str, Any] = {"repetition_penalty": settings.get("repetition_penalty") or 1.0}
-        if settings.get("do_sample", bool(settings.get("temperature"))):
-            drawn = {name: settings[name] for name in _DRAWN if settings.get(name) is not None}
-            chosen |= {"temperature": 1.0, **drawn}
+        end, context_length = self.lm.tokenizer.eos_id, self.lm.config.context_length
         try:
+            read = read_settings(settings)
+            if read.new_tokens == 0:
+                return None
+            new_tokens = min(read.new_tokens, context_length // 2)
             sampling = SamplingConfig(
-                max_new_tokens=room,
+                max_new_tokens=new_tokens,
                 seed=index,
                 stop_ids=(end,) if end >= 0 else (),
-                stop=tuple(text for text in stop if text),
-                **chosen,
+                stop=read.until,
+                **read.sampling,
             )
         except ConfigError as error:
             raise ConfigError(f"request {index}: {error}") from None
+        prompt = (self.lm.encode(context) or [self.prefix])[-(context_length - new_tokens) :]
         return Request(tuple(prompt), sampling)

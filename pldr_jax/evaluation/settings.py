@@ -4,11 +4,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from pldr_jax.config import ConfigError
+from pldr_jax.config import ConfigError, SamplingConfig
 
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """Names of one number; the first that is there counts, as in the harness."""
-_DRAWS: dict[str, type] = {"temperature": float, "top_p": float, "top_k": int, "min_p": float}
+_OWN = ("max_new_tokens", "seed", "stop_ids", "stop", "repetition_penalty")
+_DRAWS = {f.name: type(f.default) for f in dataclasses.fields(SamplingConfig) if f.name not in _OWN}
+"""Settings of a draw, which the harness names as we do."""
 _KNOWN = ("until", *_LENGTHS, "do_sample", *_DRAWS, "repetition_penalty", "num_beams")
 _NEW_TOKENS = 256
 """New tokens of a generation that names no number, as in the harness."""
