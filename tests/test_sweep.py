@@ -224,6 +224,8 @@ def test_shares_of_a_job_array_are_all_runs_once() -> None:
         ("5", "5 runs, 0 to 4"),
         ("2/2", "2 jobs, 0 to 1"),
         ("-1", "expected I"),
+        ("9" * 5000, "expected I"),
+        ("1/" + "9" * 30, "expected I"),
     ]:
         with pytest.raises(ConfigError, match=message):
             share(runs, index)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pldr_jax.config import ConfigError, ExperimentConfig
+from pldr_jax.config.annotations import shorten
 from pldr_jax.config.load import config_to_dict, parse_values
 from pldr_jax.training.sweep.settings import Setting, SweepConfig, overrides_of
 
@@ -160,10 +161,10 @@ def share(runs: Sequence[SweepRun], index: str) -> list[SweepRun]:
     Raises:
       ConfigError: the index is malformed or out of range.
     """
-    match = re.fullmatch(r"(\d+)(?:/(\d+))?", index)
+    match = re.fullmatch(r"(\d{1,9})(?:/(\d{1,9}))?", index, re.ASCII)
     if match is None:
         raise ConfigError(
-            f"--sweep_index={index}: expected I or I/N, counted from 0, as in 3 or 3/8"
+            f"--sweep_index={shorten(index)}: expected I or I/N, counted from 0, as in 3 or 3/8"
         )
     first, jobs = int(match[1]), int(match[2] or len(runs))
     if first >= jobs:
