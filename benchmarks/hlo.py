@@ -8,26 +8,36 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 ITEM_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "c64": 8, "token": 0}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
-_SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+(?:e\dm\d\w*)?|c64)\[([\d,]*)\]")
+_SHAPE = re.compile(
+    r"\b(pred|bf16|[suf]\d+(?:e\dm\d\w*)?|c64)\[([\d,]*)\](?:\{([\d,]*)(?::T\(([\d,]+)\))?)?"
+)
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)"
 )
+_NAME = re.compile(r"[\w.\-]+")
 _TRIPS = re.compile(r'known_trip_count"?:\{"n":"(\d+)"')
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Element type and dimensions of an array."""
+    """An array.
+
+    Attributes:
+      order: of its axes in memory, the fastest first.
+      tile: that its last axes in memory are padded to.
+    """
 
     dtype: str
     dims: tuple[int, ...]
+    order: tuple[int, ...] = ()
+    tile: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:
@@ -41,6 +51,14 @@ class Shape:
         if width is None:
             width = max(1, int(re.sub(r"e\d.*", "", self.dtype)[1:]) // 8)
         return self.size * width
+
+    @property
+    def padded(self) -> int:
+        """Bytes, with the padding to whole tiles."""
+        dims = list(self.dims)
+        for axis, tile in zip(self.order, reversed(self.tile), strict=False):
+            dims[axis] += -dims[axis] % tile
+        return math.prod(dims) * self.nbytes // max(self.size, 1)
 
     def __str__(self) -> str:
         return f"{self.dtype}[{','.join(map(str, self.dims))}]"
@@ -62,6 +80,16 @@ class Instruction:
     computation: str
     times: int
     text: str
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of the instructions whose results it reads."""
+        return re.findall(r"%([\w.\-]+)", self.text[: self.text.find(")")])
+
+    @property
+    def called(self) -> list[str]:
+        """Names of the computations it calls."""
+        return [name for called in _CALLED.findall(self.text) for name in _NAME.findall(called)]
 
     @property
     def scope(self) -> str:
@@ -106,7 +134,7 @@ def instructions(text: str) -> Iterator[Instruction]:
             found = _INSTRUCTION.match(line)
             if found and times.get(computation):
                 name, kind, op, rest = found.groups()
-                shapes = tuple(_shape(*pair) for pair in _SHAPE.findall(kind))
+                shapes = tuple(_shape(*written) for written in _SHAPE.findall(kind))
                 yield Instruction(name, op, shapes, computation, times[computation], rest)
 
 
@@ -115,11 +143,11 @@ def _times(lines: dict[str, list[str]], entry: str) -> dict[str, int]:
     calls: dict[str, list[tuple[str, int]]] = {name: [] for name in lines}
     for name, body in lines.items():
         for line in body:
-            trips = _TRIPS.search(line)
+            trips = _trips(lines, line)
             for called in _CALLED.findall(line):
-                for callee in re.findall(r"[\w.\-]+", called):
+                for callee in _NAME.findall(called):
                     if callee in lines:
-                        calls[name].append((callee, int(trips[1]) if trips else 1))
+                        calls[name].append((callee, trips))
     callers: dict[str, list[tuple[str, int]]] = {name: [] for name in lines}
     for name, called in calls.items():
         for callee, trips in called:
@@ -134,8 +162,18 @@ def _times(lines: dict[str, list[str]], entry: str) -> dict[str, int]:
     return {name: times(name) for name in lines}
 
 
-def _shape(dtype: str, dims: str) -> Shape:
-    return Shape(dtype, tuple(int(n) for n in dims.split(",") if n))
+def _trips(lines: dict[str, list[str]], line: str) -> int:
+    """How often a line runs what it calls: a loop states it, or its condition compares with it."""
+    if stated := _TRIPS.search(line):
+        return int(stated[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    text = "\n".join(lines[condition[1]]) if condition else ""
+    bounds = re.findall(r"= s32\[\]\S* constant\((\d+)\)", text)
+    return max(map(int, bounds)) if bounds and "direction=LT" in text else 1
+
+
+def _shape(dtype: str, *numbers: str) -> Shape:
+    return Shape(dtype, *(tuple(int(n) for n in of.split(",") if n) for of in numbers))
 
 
 def collectives(text: str) -> list[Collective]:
@@ -144,7 +182,7 @@ def collectives(text: str) -> list[Collective]:
     """
     found = list(instructions(text))
     sliced = {i.computation: i for i in found if i.op == "dynamic-slice"}
-    made = []
+    made: dict[str, Collective] = {}
     for i in found:
         kind = i.op.removesuffix("-start")
         if kind not in KINDS:
@@ -155,8 +193,13 @@ def collectives(text: str) -> list[Collective]:
             shapes = shapes[len(shapes) // 2 :]
         if kind == "all-reduce" and "scatter" in i.computation and i.computation in sliced:
             kind, shapes = "reduce-scatter", sliced[i.computation].shapes
-        made.append(Collective(kind, shapes, i.times, _groups(i.text), i.scope))
-    return made
+        # One that runs beside other work is in several fusions, of which some are in loops, under
+        # one channel.
+        channel = re.search(r"channel_id=(\d+)", i.text)
+        key = channel[1] if channel else f"{i.computation}/{i.name}"
+        if key not in made or i.times < made[key].times:
+            made[key] = Collective(kind, shapes, i.times, _groups(i.text), i.scope)
+    return list(made.values())
 
 
 def _groups(text: str) -> tuple[tuple[int, ...], ...]:
@@ -165,22 +208,33 @@ def _groups(text: str) -> tuple[tuple[int, ...], ...]:
         groups = re.findall(r"\{([\d,]*)\}", listed[1])
         return tuple(tuple(int(n) for n in group.split(",") if n) for group in groups)
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        dims = [int(n) for n in iota[3].split(",")]
-        order = [int(n) for n in iota[4].split(",")] if iota[4] else range(len(dims))
-        ids = _transposed(dims, list(order))
-        width = int(iota[2])
-        return tuple(tuple(ids[i : i + width]) for i in range(0, len(ids), width))
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
+        return _split(_iota(iota[3], iota[4]), int(iota[2]))
+    if mesh := re.search(
+        r"replica_groups=mesh\[([^\]]*)\]"
+        r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}",
+        text,
+    ):
         axes = re.findall(r"'?([\w.]+)'?=(\d+)", mesh[1])
         names, dims = [a for a, _ in axes], [int(n) for _, n in axes]
-        along = [names.index(a) for a in re.findall(r"'([\w.]+)'", mesh[2])]
+        along = [names.index(a) for a in re.findall(r"'([\w.]+)'", mesh[4])]
         rest = [a for a in range(len(dims)) if a not in along]
-        ids, width = _transposed(dims, rest + along), math.prod(dims[a] for a in along)
-        return tuple(tuple(ids[i : i + width]) for i in range(0, len(ids), width))
+        places, width = _transposed(dims, rest + along), math.prod(dims[a] for a in along)
+        ids = _iota(mesh[2], mesh[3]) if mesh[2] else list(range(len(places)))
+        return _split([ids[place] for place in places], width)
     return ()
 
 
-def _transposed(dims: list[int], order: list[int]) -> list[int]:
+def _iota(dims: str, order: str | None) -> list[int]:
+    """Devices written as `[4,2]T(1,0)`."""
+    sizes = [int(n) for n in dims.split(",")]
+    return _transposed(sizes, [int(n) for n in order.split(",")] if order else range(len(sizes)))
+
+
+def _split(ids: list[int], width: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(ids[i : i + width]) for i in range(0, len(ids), width))
+
+
+def _transposed(dims: list[int], order: Sequence[int]) -> list[int]:
     """0, 1, ... in an array of these dimensions, read with its axes in another order."""
     strides = [math.prod(dims[axis + 1 :]) for axis in range(len(dims))]
     ids = [0]

@@ -1,7 +1,6 @@
 """The decoder: embedding, scanned decoder layers, head; and one layer at a time for decoding."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
@@ -14,7 +13,8 @@ from pldr_jax.config import ModelConfig
 from pldr_jax.model.attention import Attention, AttentionInputs
 from pldr_jax.model.cache import Cache, LayerCache, LayerOutputs
 from pldr_jax.model.deductive import DeductiveOutputs, g_lm_shape
-from pldr_jax.model.layers import GLU, Linear, layer_norm, logical
+from pldr_jax.model.embedding import Embedding
+from pldr_jax.model.layers import GLU, Linear, layer_norm
 from pldr_jax.model.segments import Segments
 from pldr_jax.partition import Names, constrain, divided, in_use, save_all_but_gathered
 
@@ -85,51 +85,6 @@ class DecoderLayer(nn.Module):
         dtype = x_BTD.dtype
         x_BTD = self.attention_norm(x_BTD + attended_BTD).astype(dtype)
         x_BTD = self.ffn_norm(x_BTD + self.ffn(x_BTD)).astype(dtype)
-        return constrain(x_BTD, "batch", "length", "activation_embed")
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
-    """Rows of the table [B,T,D], rounded to `dtype`, in float32, as is the sum of the gradient."""
-    if divided("embed", table_VD.shape[1]):  # else only the rows are rounded
-        table_VD = in_use(table_VD, ("vocab", "embed"), dtype)
-    rows_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(dtype).astype(jnp.float32)
-    return constrain(rows_BTD, "batch", "length", "activation_embed")
-
-
-def _lookup_gradient(dtype: Any, tokens_and_table: Any, gradient_BTD: jax.Array) -> Any:
-    tokens_BT, table_VD = tokens_and_table
-    gradient_BTD = constrain(gradient_BTD, "batch", "length", "activation_embed")
-    gradient_VD = jnp.zeros_like(table_VD).at[tokens_BT].add(gradient_BTD, mode="drop")
-    # Summed first: to add up only a device's part of D, it would need the tokens of all of them.
-    return constrain(constrain(gradient_VD, "vocab", None), "vocab", "embed"), None
-
-
-lookup.defvjp(
-    lambda table_VD, tokens_BT, dtype: (
-        lookup(table_VD, tokens_BT, dtype),
-        (tokens_BT, table_VD),
-    ),
-    _lookup_gradient,
-)
-
-
-class Embedding(nn.Module):
-    """Token embedding times sqrt(D), then LayerNorm."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        """Token ids [B,T] to hidden states [B,T,D]."""
-        config, dtype = self.config, jnp.dtype(self.config.dtype)
-        table_VD = self.param(
-            "table",
-            logical(nn.initializers.normal(1.0), "vocab", "embed"),
-            (config.vocab_size, config.model_dim),
-        )
-        x_BTD = lookup(table_VD, tokens_BT, dtype) * math.sqrt(config.model_dim)
-        x_BTD = layer_norm(config.layer_norm_eps, name="norm")(x_BTD).astype(dtype)
         return constrain(x_BTD, "batch", "length", "activation_embed")
 
 
