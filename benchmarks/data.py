@@ -32,7 +32,6 @@ import pathlib
 import statistics
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -43,16 +42,23 @@ import numpy as np
 from pldr_jax.cli.huge_pages import use_huge_pages
 from pldr_jax.config import DataConfig, ExperimentConfig, MeshConfig, ModelConfig
 from pldr_jax.data.pipeline import train_iterator
-from pldr_jax.data.rows import Rows, fill, make_rows, stack
-from pldr_jax.data.segment_count import choose, row_cost
+from pldr_jax.data.rows import Rows, filled_share, make_rows, stack_rows
+from pldr_jax.data.segment_count import choose_segment_count
 from pldr_jax.data.shards import records as shards
 from pldr_jax.data.shards.build import BuildSettings, build
-from pldr_jax.data.shards.prepared import ShardedTokens, read_manifest
-from pldr_jax.data.shards.units import UnitSettings, batches, documents, tokenize, write_unit
-from pldr_jax.data.text import sources
-from pldr_jax.data.text.inputs import find, plan
+from pldr_jax.data.shards.prepared import ShardedTokens, read_prepared
+from pldr_jax.data.shards.units import (
+    Problems,
+    UnitSettings,
+    document_batches,
+    documents_of,
+    tokenize,
+    write_unit,
+)
+from pldr_jax.data.text.inputs import STDLIB, find_inputs, plan_units
 from pldr_jax.data.text.readers import ReadSettings
 from pldr_jax.data.text.tokenizer import Tokenizer
+from pldr_jax.model.flops import row_flops
 from pldr_jax.partition import build_mesh
 from pldr_jax.training.step import create_state, jit_train_step
 
@@ -66,7 +72,10 @@ def model_of(options: Any) -> ModelConfig:
 
 def segments_of(tokens: ShardedTokens, options: Any) -> int:
     """Documents in a row at most, as asked for or as a run would choose."""
-    return options.segments or choose([tokens.lengths], [1.0], model_of(options)).max_segments
+    if options.segments:
+        return int(options.segments)
+    cost = row_flops(model_of(options))
+    return choose_segment_count([tokens.lengths], [1.0], options.context, cost).max_segments
 
 
 def best(rounds: int, work: Callable[[], Any]) -> np.ndarray:
@@ -83,13 +92,13 @@ def preparation(
     folder: pathlib.Path, settings: UnitSettings, options: Any
 ) -> dict[str, list[float]]:
     """MB a second of one process, step by step: of CPU time and on the clock."""
-    unit = plan(find([f"{folder}/text"]), 1 << 40, by_line=False)[0]
+    unit = plan_units(find_inputs([f"{folder}/text"]), 1 << 40, by_line=False)[0]
     tokenizer = Tokenizer.load(folder / "tok.model")
-    found = list(documents(unit, settings, Counter()))
+    found = list(documents_of(unit, settings, Problems()))
     mb = sum(len(document.text.encode()) for document in found) / 1e6
-    texts = [[document.text for document in batch] for batch in batches(found)]
+    texts = [[document.text for document in batch] for batch in document_batches(found)]
     seconds = {
-        "read": best(options.rounds, lambda: list(documents(unit, settings, Counter()))),
+        "read": best(options.rounds, lambda: list(documents_of(unit, settings, Problems()))),
         "tokenise": best(options.rounds, lambda: [tokenize(tokenizer, b) for b in texts]),
     }
 
@@ -100,12 +109,10 @@ def preparation(
     seconds["read, tokenise, write"] = best(options.rounds, whole)
     tokens = ShardedTokens(
         build(
-            BuildSettings(
-                (f"{folder}/text",),
-                f"{folder}/out",
-                f"{folder}/tok.model",
-                dataclasses.replace(settings, validation_fraction=0.01),
-            ),
+            find_inputs([f"{folder}/text"]),
+            tokenizer,
+            folder / "out",
+            BuildSettings(dataclasses.replace(settings, validation_fraction=0.01)),
             lambda line: None,
         ),
         "train",
@@ -118,7 +125,7 @@ def preparation(
             rows = make_rows(tokens, options.context, config)
             order = np.random.default_rng(0).permutation(len(rows))
             for k in range(0, len(rows), options.batch):
-                stack(rows, order[k : k + options.batch])
+                stack_rows(rows, order[k : k + options.batch])
 
         rows = make_rows(tokens, options.context, config)
         take_all = functools.partial(take, rows, options.batch, len(rows) // options.batch)
@@ -160,8 +167,8 @@ class Mode:
         self.config = ExperimentConfig(model=model_of(options), data=data)
         self.mesh = build_mesh(MeshConfig(), jax.devices()[:1])
         rows = make_rows(tokens, options.context, data)
-        self.segments, self.rows, self.fill = rows.max_segments, len(rows), fill(rows)
-        self.expected = self.fill / row_cost(self.config.model, self.segments)
+        self.segments, self.rows, self.fill = rows.max_segments, len(rows), filled_share(rows)
+        self.expected = self.fill / row_flops(self.config.model)(self.segments)
         self.targets = self.fill * data.batch_size * (options.context - 1)
         count = min(100, len(rows) // data.batch_size)
         with nothing_kept():
@@ -185,7 +192,7 @@ class Mode:
 
 def training(folder: pathlib.Path, options: Any) -> dict[str, dict[str, float]]:
     """Targets a second, and what the input costs, of each packing."""
-    tokens = ShardedTokens(read_manifest(folder / "out"), "train")
+    tokens = ShardedTokens(read_prepared(folder / "out"), "train")
     chosen = segments_of(tokens, options)
     modes = {packing: Mode(packing, chosen, tokens, options) for packing in options.packings}
     for count in options.also:
@@ -241,7 +248,9 @@ def main() -> None:
         folder, size = pathlib.Path(name), 0
         (folder / "text").mkdir()
         texts = []
-        for k, document in enumerate(sources.documents(sources.open_source("stdlib"))):
+        (unit,) = plan_units(find_inputs([STDLIB]), 1 << 40, by_line=False)
+        whole = UnitSettings(ReadSettings(documents="block"))
+        for k, document in enumerate(documents_of(unit, whole, Problems())):
             if size < options.mb * 1e6:
                 (folder / "text" / f"{k:05d}.txt").write_text(document.text)
                 size += len(document.text.encode())

@@ -1,7 +1,7 @@
 """Text, tokenizer and batches.
 
-`sources` finds documents, `tokenizer` turns text into ids, `corpus` keeps the tokenised text of a
-small source in a cache folder; `inputs`, `readers`, `units` and `build` prepare text of any kind
-and size as shards, which `prepared` reads. `pipeline` makes shuffled batches of either. Only
-`pipeline` imports Grain, and only `shards` array_record.
+`text` finds documents and turns them into ids, `shards` prepares them as files of tokens, in a
+folder of the user's or in the cache; `mixture` opens what a run trains on, `rows` cuts it into rows
+and `pipeline` makes shuffled batches of those. Only `pipeline` imports Grain, and only
+`shards/records.py` array_record.
 """

@@ -206,15 +206,6 @@ class Tokenizer:
         """The piece of an id, as it is written in the vocabulary."""
         return str(self._processor.id_to_piece(token))
 
-    def is_special(self, token: int) -> bool:
-        """Whether an id stands for no text: padding, start, end, unknown and the like."""
-        return bool(self._processor.is_control(token) or self._processor.is_unknown(token))
-
-    def scored_pieces(self) -> list[tuple[str, float]]:
-        """Every piece and its log-probability in the unigram model, by id."""
-        score = self._processor.get_score
-        return [(self.piece(token), float(score(token))) for token in range(self.vocab_size)]
-
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the model, in hexadecimal: what a checkpoint records to know its tokenizer."""
