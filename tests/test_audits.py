@@ -107,13 +107,18 @@ def test_the_figures_from_float32_outputs(figures: dict[str, Any]) -> None:
     sigma_LR = audits.largest_singular_values(deep.config, deep.params, rows)
     expected = figures["rowmap_singular_values_LRH"][..., 0]
     np.testing.assert_allclose(sigma_LR, expected, **close)
-    quick = jax.jit(audits.quick_audits, static_argnums=(0, 3))(
-        deep.config, deep.params, tokens_BT, rows.shape[1]
+    quick = jax.jit(audits.quick_audits, static_argnums=(0, 4))(
+        deep.config, deep.params, tokens_BT, None, rows.shape[1]
     )
     assert quick["order_rms/A"] == pytest.approx(figures["order_rms_A_rows_0_1"], abs=1e-4)
     assert quick["order_rms/G_LM"] == pytest.approx(figures["order_rms_G_LM_rows_0_1"], abs=1e-4)
     assert quick["row_contrast"] == pytest.approx(audits.row_contrast(A).mean(), abs=1e-4)
     assert 1.5 < quick["rowmap_sigma"] < 2  # medians by layer are 1.74, 1.81 and 1.76
+    padded = jnp.pad(tokens_BT, ((0, 0), (0, 3)), constant_values=7)
+    length_B = jnp.full(2, tokens_BT.shape[1], jnp.int32)
+    again = audits.quick_audits(deep.config, deep.params, padded, length_B, rows.shape[1])
+    for name, value in quick.items():
+        assert float(again[name]) == pytest.approx(float(value), rel=1e-4), name
 
 
 def test_the_constants_of_the_twirl() -> None:

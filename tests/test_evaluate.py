@@ -19,6 +19,7 @@ from pldr_jax.config import (
     TrainingConfig,
 )
 from pldr_jax.data.pipeline import ValidationRows
+from pldr_jax.model.audits import row_contrast, stabilised_order
 from pldr_jax.model.decoder import Params, forward, init_params
 from pldr_jax.partition import build_mesh
 from pldr_jax.training.evaluate import Evaluator
@@ -161,6 +162,18 @@ def test_statistics_and_dag_losses_of_the_rows(params) -> None:
         squares = np.square(x).reshape(-1, 8, 8)
         logs = [np.log(np.trace(exponential(m)) / 8) for m in squares]
         assert metrics[f"eval/dag_loss/{name}"] == pytest.approx(np.mean(logs), rel=1e-3)
+
+
+def test_audits_of_the_first_two_rows(params) -> None:
+    metrics = evaluate(params, 4)
+    outputs = FORWARD(params, np.maximum(ROWS[:2, :-1], 0)).deductive
+    for name, tensor in outputs.items():
+        x, y = np.moveaxis(np.asarray(tensor, np.float64), 1, 0)
+        expected = stabilised_order(x, y)
+        assert metrics[f"eval/order_rms/{name}"] == pytest.approx(expected, rel=1e-3)
+    contrast = row_contrast(np.asarray(outputs.A, np.float64)).mean()
+    assert metrics["eval/row_contrast"] == pytest.approx(contrast, rel=1e-3)
+    assert metrics["eval/rowmap_sigma"] > 0
 
 
 def exponential(m: np.ndarray) -> np.ndarray:

@@ -207,13 +207,18 @@ def _captured_rows(state: Any) -> jax.Array:
 
 
 def quick_audits(
-    config: ModelConfig, params: Params, tokens_BT: jax.Array, rows: int = 16
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    length_B: jax.Array | None = None,
+    rows: int = 16,
 ) -> dict[str, jax.Array]:
     """The audits that are cheap enough for every evaluation, float32 scalars; a pure function.
 
     Args:
       config: of a model with learned G_LM.
       tokens_BT: two rows of tokens.
+      length_B: real tokens of each, at least 1; None is all.
       rows: of LayerNorm(Q^T Q) of each layer, at even distances, at which phi is measured.
 
     Returns:
@@ -225,6 +230,7 @@ def quick_audits(
     (_, layers), state = decoder.apply(
         {"params": params},
         tokens_BT,
+        length_B=length_B,
         mutable=["intermediates"],
         capture_intermediates=lambda module, _: module.name == "density_norm",
         method="hidden",

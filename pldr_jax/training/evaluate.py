@@ -7,11 +7,14 @@ how far the deductive outputs of two sequences are apart (the order parameter of
 A third can be asked for: the loss of the second half of each row with the G_LM of its first half
 (`loss_prefix_g`, and `prefix_gap`, that minus the loss of the second half with the G_LM of it all).
 That is what a prompt as long gives its continuation.
+The audits of `pldr_jax/model/audits.py:quick_audits` are of the first two rows.
 
 Memory is that of a microbatch, whatever the number of rows: logits are made in the chunks of
 training, and deductive outputs are reduced to sums on the device.
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -24,13 +27,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pldr_jax.config import ExperimentConfig
 from pldr_jax.data.pipeline import ValidationRows
 from pldr_jax.data.rows import blank_rows
+from pldr_jax.model.audits import quick_audits
 from pldr_jax.model.decoder import Params
 from pldr_jax.model.deductive import g_lm_shape
 from pldr_jax.partition import batch_sharding
 from pldr_jax.training.causal import half_lengths
 from pldr_jax.training.losses import TokenLoss, dag_losses
 from pldr_jax.training.order_parameter import DeductiveStatistics, pair_sums
-from pldr_jax.training.rows import RowOutputs, forward_rows
+from pldr_jax.training.rows import RowOutputs, first_documents, forward_rows
 from pldr_jax.training.vocabulary_loss import batch_loss
 
 _NAMES = ("A", "A_LM", "A_P", "G_LM")
@@ -98,6 +102,13 @@ class Evaluator:
         self._score: Callable[..., Any] = jax.jit(self._score_rows, out_shardings=whole)
         self._score_halves: Callable[..., Any] = jax.jit(self._second_halves, out_shardings=whole)
         self._calibrate: Callable[..., Any] = jax.jit(self._calibrated_g_lm, out_shardings=whole)
+        self._audited = first_documents(self._rows[[0, min(1, len(self._rows) - 1)]])
+        quick = dataclasses.replace(
+            config.model, unroll=False
+        )  # compiles in a fraction of the time
+        self._audit: Callable[..., Any] = jax.jit(
+            functools.partial(quick_audits, quick), out_shardings=whole
+        )
 
     def __call__(self, params: Params, g_lm: jax.Array | None = None) -> dict[str, float]:
         """The metrics, named `eval/...`. With a predefined G_LM nothing can leak: no gap, no order
@@ -118,6 +129,9 @@ class Evaluator:
         if halves:
             before, whole = (_mean(part) for part in zip(*halves, strict=True))
             metrics |= {"eval/loss_prefix_g": before, "eval/prefix_gap": before - whole}
+        if self._learned:
+            audits = jax.device_get(self._audit(params, *self._audited))
+            metrics |= {f"eval/{name}": float(value) for name, value in audits.items()}
         return metrics
 
     def _microbatches(self) -> Iterator[tuple[jax.Array, np.ndarray]]:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pldr_jax.config import ModelConfig
 from pldr_jax.data.rows import INPUTS, PAD_ID, SEGMENTS, TARGETS
@@ -48,6 +49,15 @@ def targets_of(rows: jax.Array, g_length_B: jax.Array | None = None) -> jax.Arra
 def lengths_of(rows: jax.Array) -> jax.Array | None:
     """Real tokens [B] of rows [B,3,T]; None of rows [B,C], whose tokens all are."""
     return None if rows.ndim == 2 else jnp.count_nonzero(rows[:, SEGMENTS], axis=1)
+
+
+def first_documents(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs [B,T] of rows [B,C] or [B,3,T] on the host, and how many of them count [B]: all, or
+    those of the first segment.
+    """
+    if rows.ndim == 2:
+        return rows[:, :-1], np.full(len(rows), rows.shape[1] - 1, np.int32)
+    return rows[:, INPUTS], np.count_nonzero(rows[:, SEGMENTS] == 1, axis=1).astype(np.int32)
 
 
 def forward_rows(
