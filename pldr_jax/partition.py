@@ -32,6 +32,7 @@ RULES: dict[str, tuple[str, ...]] = {
     # parameters, and the activations that follow them
     "vocab": ("tensor",),  # V
     "embed": ("fsdp",),  # D of a parameter
+    "joined": (),  # products that read the same rows, side by side
     "heads": ("tensor",),  # N: every PLGA parameter is per head
     "head_dim": (),  # H
     "ffn": ("tensor",),  # F

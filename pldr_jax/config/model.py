@@ -63,8 +63,13 @@ class ModelConfig(Validated):
     )
     remat: Literal["none", "dots", "full"] = field(
         "none",
-        "recompute of a decoder layer in the backward pass: nothing (but, as always, PLGA's "
-        "residual layers), all but matmuls, all",
+        "recompute of a decoder layer in the backward pass: nothing (but see remat_plga), all but "
+        "matmuls, all",
+    )
+    remat_plga: bool = field(
+        True,
+        "recompute PLGA's residual layers in the backward pass; off is faster on a GPU that has "
+        "memory to spare, and slower on a CPU",
     )
     unroll: bool = field(
         True, "unroll the scans over layers: slower to compile, faster to run on small models"
@@ -117,5 +122,5 @@ class ModelConfig(Validated):
 MOST_WEIGHTS = 10**13
 """More cannot be anything but a mistake, or a file that is out to take all memory."""
 
-HOW_COMPUTED = ("dtype", "plga_precision", "remat", "unroll", "attention_kernel")
+HOW_COMPUTED = ("dtype", "plga_precision", "remat", "remat_plga", "unroll", "attention_kernel")
 """Fields of `ModelConfig` that say how the network is computed, not which network it is."""

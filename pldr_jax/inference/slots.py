@@ -6,6 +6,7 @@ go on, so that a queue of any length compiles once a prompt bucket and once to d
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -20,6 +21,7 @@ from pldr_jax.inference.decode import decode_step, prefill
 from pldr_jax.inference.sampling import EXCLUDED, SlotSampling, draw, penalize, slot_sampling
 from pldr_jax.model.cache import Cache, empty_cache, write_row
 from pldr_jax.model.decoder import Params, unstack_layers
+from pldr_jax.model.layers import on_gpu
 from pldr_jax.model.low_rank import LowRankG
 from pldr_jax.partition import constrain, mesh_scope
 
@@ -184,7 +186,12 @@ def decode_slots(
         slots, made = _step(config, unstacked, slots, pieces)
         return i + 1, slots, jax.tree.map(lambda all_, one: all_.at[i].set(one), emitted, made)
 
-    _, slots, emitted = jax.lax.while_loop(going, step, (jnp.int32(0), slots, nothing))
+    def some_steps(state: tuple[jax.Array, Slots, Emitted]) -> tuple[jax.Array, Slots, Emitted]:
+        return jax.lax.fori_loop(0, together, lambda _, state: step(state), state)
+
+    # A GPU waits for its host at every test of a condition that it computes itself.
+    together = math.gcd(steps, 4) if on_gpu() else 1
+    _, slots, emitted = jax.lax.while_loop(going, some_steps, (jnp.int32(0), slots, nothing))
     # Whole on every device, so that each process can read all of it.
     return slots, jax.tree.map(lambda x: constrain(x, None, None), emitted)
 

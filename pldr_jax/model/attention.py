@@ -2,6 +2,8 @@
 outside.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -35,7 +37,7 @@ class AttentionInputs(flax.struct.PyTreeNode):
 
 class Attention(nn.Module):
     """Multi-head attention of one decoder layer; `q`, `k`, `v`, `out` and, where G_LM is learned,
-    `plga`.
+    `plga`. Decoding has `qkv` in place of the first three (`join_projections`).
     """
 
     config: ModelConfig
@@ -47,6 +49,8 @@ class Attention(nn.Module):
         self.q = Linear(model, heads, ("embed",), head_axes, dtype)
         self.k = Linear(model, heads, ("embed",), head_axes, dtype)
         self.v = Linear(model, heads, ("embed",), head_axes, dtype)
+        three = (3, *heads)
+        self.qkv = Linear(model, three, ("embed",), ("joined", *head_axes), dtype)
         self.out = Linear(heads, model, head_axes, ("embed",), dtype)
         if config.g_source == "learned":
             self.plga = PowerLawGraphAttention(config)
@@ -90,7 +94,9 @@ class Attention(nn.Module):
         Returns:
           The output [B,1,D] and the cache with the token's key and value added.
         """
-        q_BTNH, k_BTNH, v_BTNH = self._project(x_BTD, positions_BT)
+        qkv = self.qkv(x_BTD)
+        q_BTNH, k_BTNH = (self._rotated(qkv[:, :, i], positions_BT) for i in range(2))
+        v_BTNH = qkv[:, :, 2]
         last_B, g_lm_BNHJ = positions_BT[:, 0], None
         cache = cache.append(k_BTNH, v_BTNH, last_B)
         if cache.deductive.A is not None:
@@ -101,7 +107,19 @@ class Attention(nn.Module):
     def _project(
         self, x_BTD: jax.Array, positions_BT: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        theta, layout = self.config.rope_theta, self.config.rope_layout
-        q_BTNH = rotate(self.q(x_BTD), positions_BT, theta, layout)
-        k_BTNH = rotate(self.k(x_BTD), positions_BT, theta, layout)
-        return q_BTNH, k_BTNH, self.v(x_BTD)
+        q_BTNH = self._rotated(self.q(x_BTD), positions_BT)
+        return q_BTNH, self._rotated(self.k(x_BTD), positions_BT), self.v(x_BTD)
+
+    def _rotated(self, x_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        return rotate(x_BTNH, positions_BT, self.config.rope_theta, self.config.rope_layout)
+
+
+def join_projections(attention: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of `Attention` as `Attention.decode` reads them: q, k and v side by side."""
+    q, k, v = (attention[name] for name in ("q", "k", "v"))
+    joined = {
+        "kernel": jnp.stack([x["kernel"] for x in (q, k, v)], axis=1),
+        "bias": jnp.stack([x["bias"] for x in (q, k, v)]),
+    }
+    rest = {name: tree for name, tree in attention.items() if name not in ("q", "k", "v")}
+    return {**rest, "qkv": joined}

@@ -1,5 +1,6 @@
 """The decoder: embedding, scanned decoder layers, head; and one layer at a time for decoding."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
@@ -10,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from pldr_jax.config import ModelConfig
-from pldr_jax.model.attention import Attention, AttentionInputs
+from pldr_jax.model.attention import Attention, AttentionInputs, join_projections
 from pldr_jax.model.cache import Cache, LayerCache, LayerOutputs
 from pldr_jax.model.deductive import DeductiveOutputs, g_lm_shape
 from pldr_jax.model.embedding import Embedding
-from pldr_jax.model.layers import GLU, Linear, layer_norm
+from pldr_jax.model.layers import GLU, Linear, join_gate, layer_norm
 from pldr_jax.model.segments import Segments
 from pldr_jax.partition import Names, constrain, divided, in_use, save_all_but_gathered
 
@@ -57,7 +58,7 @@ class DecoderLayer(nn.Module):
         dtype = jnp.dtype(config.dtype)
         self.attention = Attention(config)
         self.attention_norm = layer_norm(config.layer_norm_eps)
-        self.ffn = GLU(config.ffn_width, ("embed", "ffn"), dtype)
+        self.ffn = GLU(config.model_dim, config.ffn_width, ("embed", "ffn"), dtype)
         self.ffn_norm = layer_norm(config.layer_norm_eps)
 
     def __call__(
@@ -67,7 +68,7 @@ class DecoderLayer(nn.Module):
         outputs.
         """
         attended_BTD, layer = self.attention(x_BTD, inputs, g_lm_BNHJ)
-        return self._feed_forward(x_BTD, attended_BTD), layer
+        return self._feed_forward(x_BTD, attended_BTD, self.ffn), layer
 
     def decode(
         self,
@@ -79,12 +80,14 @@ class DecoderLayer(nn.Module):
         token in it.
         """
         attended_BTD, cache = self.attention.decode(x_BTD, positions_BT, cache)
-        return self._feed_forward(x_BTD, attended_BTD), cache
+        return self._feed_forward(x_BTD, attended_BTD, self.ffn.joined), cache
 
-    def _feed_forward(self, x_BTD: jax.Array, attended_BTD: jax.Array) -> jax.Array:
+    def _feed_forward(
+        self, x_BTD: jax.Array, attended_BTD: jax.Array, ffn: Callable[[jax.Array], jax.Array]
+    ) -> jax.Array:
         dtype = x_BTD.dtype
         x_BTD = self.attention_norm(x_BTD + attended_BTD).astype(dtype)
-        x_BTD = self.ffn_norm(x_BTD + self.ffn(x_BTD)).astype(dtype)
+        x_BTD = self.ffn_norm(x_BTD + ffn(x_BTD)).astype(dtype)
         return constrain(x_BTD, "batch", "length", "activation_embed")
 
 
@@ -214,6 +217,8 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     """Initial parameters, each boxed with its logical axes (`flax.linen.unbox` takes the boxes
     off).
     """
+    # Scanned, whatever the config says: unrolled, only compiling this would take minutes.
+    config = dataclasses.replace(config, unroll=False)
     tokens_BT = jnp.zeros((1, 2), jnp.int32)
     learned = config.g_source in ("learned", "identity")
     g_lm = None if learned else jnp.zeros(g_lm_shape(config))
@@ -256,7 +261,8 @@ def forward(
 
 def unstack_layers(config: ModelConfig, params: Params) -> Params:
     """Parameters as `decode_step` reads them: `layers` a tuple of one tree a layer, which needs no
-    slicing, and kernels in the compute dtype, so that no step converts them.
+    slicing; kernels in the compute dtype, so that no step converts them; those that read the same
+    state side by side, since a step of few rows costs what its products cost to start.
     """
     dtype = jnp.dtype(config.dtype)
 
@@ -264,7 +270,9 @@ def unstack_layers(config: ModelConfig, params: Params) -> Params:
         return leaf.astype(dtype) if path[-1].key == "kernel" else leaf
 
     def layer(i: int) -> Params:
-        return jax.tree.map_with_path(lambda path, leaf: converted(path, leaf[i]), params["layers"])
+        one = jax.tree.map_with_path(lambda path, leaf: converted(path, leaf[i]), params["layers"])
+        attention, ffn = join_projections(one["attention"]), join_gate(one["ffn"], "ffn")
+        return {**one, "attention": attention, "ffn": ffn}
 
     layers = tuple(map(layer, range(config.num_layers)))
     head = {**params["head"], "kernel": params["head"]["kernel"].astype(dtype)}

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pldr_jax.config import ConfigError
 from pldr_jax.model.layers import full_product_operand
 from pldr_jax.model.segments import Segments
 from pldr_jax.partition import partition_spec
@@ -20,6 +21,9 @@ LONG, BLOCK = 2048, 512
 MASKED = -1e30
 """Score of a pair outside the mask; finite, so that a query with nothing to attend to stays finite.
 """
+
+CUDNN_TILE = 64
+"""Tokens in a tile of cuDNN's kernel."""
 
 TILE, LARGEST_TILE = 128, 512
 """The TPU kernel takes lengths and heads of whole tiles of 128; larger tiles are faster."""
@@ -66,14 +70,20 @@ def attend(
       kernel: `Model.attention_kernel`. "auto" takes cuDNN's where it can and the TPU's never; fused
         kernels do not know segments.
       ids_BT: segment of each token; tokens attend within their segment. None: all are one.
+
+    Raises:
+      ConfigError: "cudnn", which cannot run here.
     """
     if ids_BT is None and kernel == "flash":
         return attend_flash(q_BTNJ, k_BSNH, v_BSNH)
-    cudnn = kernel == "cudnn" or (kernel == "auto" and cudnn_can(q_BTNJ.dtype, q_BTNJ.shape[-1]))
-    if ids_BT is None and cudnn:
-        return jax.nn.dot_product_attention(
-            q_BTNJ, k_BSNH, v_BSNH, is_causal=True, implementation="cudnn"
-        )
+    if ids_BT is None and kernel in ("auto", "cudnn"):
+        refused = cudnn_refuses(q_BTNJ, k_BSNH, v_BSNH)
+        if not refused:
+            return attend_cudnn(q_BTNJ, k_BSNH, v_BSNH)
+        if kernel == "cudnn":
+            raise ConfigError(
+                f"Model.attention_kernel = 'cudnn': the kernel cannot run: {refused}; take 'auto'"
+            )
     if kernel == "blocks" or (kernel != "xla" and q_BTNJ.shape[1] >= LONG):
         return attend_in_blocks(q_BTNJ, k_BSNH, v_BSNH, ids_BT)
     return _weighted(attention_weights(q_BTNJ, k_BSNH, ids_BT), v_BSNH)
@@ -176,12 +186,45 @@ def _flash(q_BTNJ: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array) -> jax.Array
     return jnp.swapaxes(out_BNTH, 1, 2)[:, :length, :, :width]
 
 
-def cudnn_can(dtype: Any, head_dim: int) -> bool:
-    """Whether cuDNN's kernel runs here: 16 bits, H a multiple of 8 up to 128, compute capability
-    8.0 or later.
+def attend_cudnn(q_BTNJ: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array) -> jax.Array:
+    """cuDNN's kernel, on whole tiles of CUDNN_TILE tokens: it has no gradient of odd lengths.
+
+    Added tokens come last, where the causal mask keeps the real ones from them: no number changes.
     """
-    half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
-    return half and head_dim % 8 == 0 and head_dim <= 128 and cuda_capability() >= (8, 0)
+    length = q_BTNJ.shape[1]
+    padding = ((0, 0), (0, -length % CUDNN_TILE), (0, 0), (0, 0))
+    q, k, v = (jnp.pad(x, padding) for x in (q_BTNJ, k_BSNH, v_BSNH))
+    out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    return out[:, :length]
+
+
+def cudnn_refuses(q_BTNJ: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array) -> str:
+    """Why cuDNN's kernel, or its gradient, would not run on these arrays here; "" if it would."""
+    if refused := cudnn_lacks(q_BTNJ.dtype, q_BTNJ.shape[-1]):
+        return refused
+
+    def total(*arrays: jax.Array) -> jax.Array:
+        return attend_cudnn(*arrays).astype(jnp.float32).sum()
+
+    # JAX checks more, such as the version of cuDNN, but only when the kernel is called.
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BTNJ, k_BSNH, v_BSNH)]
+    try:
+        jax.eval_shape(jax.grad(total, argnums=(0, 1, 2)), *shapes)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        return " ".join(str(error).split())
+    return ""
+
+
+def cudnn_lacks(dtype: Any, head_dim: int) -> str:
+    """What is missing for cuDNN's kernel with such heads here; "" if nothing is."""
+    largest = 256 if cuda_capability() >= (9, 0) else 128
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return "needs 16 bits"
+    if cuda_capability() < (8, 0):
+        return "needs a GPU of compute capability 8.0 or later"
+    if head_dim % 8 or head_dim > largest:
+        return f"needs a head_dim that is a multiple of 8 up to {largest}"
+    return ""
 
 
 def cuda_capability(device: Any = None) -> tuple[int, int]:

@@ -4,14 +4,14 @@ embedding.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from pldr_jax.model.reductions import add_bias
-from pldr_jax.partition import in_use
+from pldr_jax.partition import divided, in_use
 
 Initializer = Callable[..., Any]
 
@@ -35,6 +35,10 @@ def glorot_uniform(fan_in: int, fan_out: int) -> Initializer:
     return init
 
 
+Weights: TypeAlias = tuple[jax.Array, jax.Array]
+"""Kernel and bias."""
+
+
 class Linear(nn.Module):
     """`y = x W + b`, from the last `len(in_shape)` axes of x to axes `out_shape`.
 
@@ -51,31 +55,39 @@ class Linear(nn.Module):
     dtype: Any = jnp.float32
     precision: str | None = None
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., *in_shape] to [..., *out_shape]."""
+    def setup(self) -> None:
         init = glorot_uniform(math.prod(self.in_shape), math.prod(self.out_shape))
-        kernel = self.param(
+        self.kernel = self.param(
             "kernel",
             logical(init, *self.in_axes, *self.out_axes),
             (*self.in_shape, *self.out_shape),
         )
         bias_axes = tuple("norm" if axis == "embed" else axis for axis in self.out_axes)
-        bias = self.param("bias", logical(nn.initializers.zeros, *bias_axes), self.out_shape)
-        summed = len(self.in_shape)
-        kernel = in_use(kernel, (*self.in_axes, *self.out_axes), self.dtype)
-        x, bias = x.astype(self.dtype), bias.astype(self.dtype)
-        rows = x.shape[: x.ndim - summed]
-        if len(rows) > 2:  # heads among them, which a mesh may divide
-            contract = (tuple(range(x.ndim - summed, x.ndim)), tuple(range(summed)))
-            y = jax.lax.dot_general(x, kernel, (contract, ((), ())), precision=self.precision)
-            return y + bias
-        # As matrices: with two axes of rows, the product of the kernel's gradient would sum over
-        # both, for which XLA's CPU backend transposes a copy of its operand.
-        inner = math.prod(self.in_shape)
-        x, kernel = x.reshape(-1, inner), kernel.reshape(inner, -1)
-        y = add_bias(jnp.matmul(x, kernel, precision=self.precision), bias.reshape(-1))
-        return y.reshape(*rows, *self.out_shape)
+        self.bias = self.param("bias", logical(nn.initializers.zeros, *bias_axes), self.out_shape)
+
+    def weights(self) -> Weights:
+        """Kernel and bias as the product takes them."""
+        kernel = in_use(self.kernel, (*self.in_axes, *self.out_axes), self.dtype)
+        return kernel, self.bias.astype(self.dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., *in_shape] to [..., *out_shape]."""
+        return linear(x.astype(self.dtype), self.weights(), len(self.in_shape), self.precision)
+
+
+def linear(x: jax.Array, weights: Weights, summed: int, precision: str | None) -> jax.Array:
+    """`x W + b`, summed over the last `summed` axes of x."""
+    kernel, bias = weights
+    rows = x.shape[: x.ndim - summed]
+    if len(rows) > 2:  # heads among them, which a mesh may divide
+        contract = (tuple(range(x.ndim - summed, x.ndim)), tuple(range(summed)))
+        return jax.lax.dot_general(x, kernel, (contract, ((), ())), precision=precision) + bias
+    # As matrices: with two axes of rows, the product of the kernel's gradient would sum over
+    # both, for which XLA's CPU backend transposes a copy of its operand.
+    inner = math.prod(kernel.shape[:summed])
+    x, matrix = x.reshape(-1, inner), kernel.reshape(inner, -1)
+    y = add_bias(jnp.matmul(x, matrix, precision=precision), bias.reshape(-1))
+    return y.reshape(*rows, *kernel.shape[summed:])
 
 
 def full_product_operand(x: jax.Array) -> jax.Array:
@@ -104,29 +116,86 @@ class GLU(nn.Module):
     to its size.
 
     Attributes:
+      width: size of that axis.
       hidden: width of the gate and of the value.
       axes: logical names of the input axis and of the hidden axis.
       dtype, precision: of the products.
     """
 
+    width: int
     hidden: int
     axes: tuple[str, str]
     dtype: Any = jnp.float32
     precision: str | None = None
 
-    @nn.compact
+    def setup(self) -> None:
+        into: dict[str, Any] = {"in_shape": (self.width,), "in_axes": self.axes[:1]}
+        back: dict[str, Any] = {"out_shape": (self.width,), "out_axes": self.axes[:1]}
+        product: dict[str, Any] = {"dtype": self.dtype, "precision": self.precision}
+        hidden: dict[str, Any] = {"out_shape": (self.hidden,), "out_axes": self.axes[1:]}
+        self.w1 = Linear(**into, **hidden, **product)
+        self.w2 = Linear(**into, **hidden, **product)
+        self.w3 = Linear((self.hidden,), in_axes=self.axes[1:], **back, **product)
+        # What decoding has in place of them (`join_gate`).
+        joined = aligned(self.axes[1], self.hidden)
+        self.w12 = Linear(
+            **into, out_shape=(2, joined), out_axes=("joined", self.axes[1]), **product
+        )
+        self.w3_aligned = Linear((joined,), in_axes=self.axes[1:], **back, **product)
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., width] to the same shape."""
-        width = x.shape[-1]
-        into: dict[str, Any] = {
-            "in_shape": (width,),
-            "out_shape": (self.hidden,),
-            "in_axes": self.axes[:1],
-            "out_axes": self.axes[1:],
-        }
-        product: dict[str, Any] = {"dtype": self.dtype, "precision": self.precision}
-        gate = Linear(**into, **product, name="w1")(x)
-        value = Linear(**into, **product, name="w2")(x)
-        return Linear((self.hidden,), (width,), self.axes[1:], self.axes[:1], **product, name="w3")(
-            nn.silu(gate) * value
-        )
+        if on_gpu() and not divided(self.axes[1], self.hidden):
+            parts = {"w1": self.w1, "w2": self.w2, "w3": self.w3}
+            trees = {
+                name: dict(zip(NAMES, part.weights(), strict=True)) for name, part in parts.items()
+            }
+            tree = join_gate(trees, self.axes[1])
+            both, last = (tuple(tree[name].values()) for name in ("w12", "w3_aligned"))
+            return self._joined(x, both, last)
+        return self.w3(nn.silu(self.w1(x)) * self.w2(x))
+
+    def joined(self, x: jax.Array) -> jax.Array:
+        """The same of parameters that `join_gate` made."""
+        return self._joined(x, self.w12.weights(), self.w3_aligned.weights())
+
+    def _joined(self, x: jax.Array, both: Weights, last: Weights) -> jax.Array:
+        y = linear(x.astype(self.dtype), both, 1, self.precision)
+        return linear(nn.silu(y[..., 0, :]) * y[..., 1, :], last, 1, self.precision)
+
+
+NAMES = ("kernel", "bias")
+"""Parameters of `Linear`."""
+
+
+def join_gate(glu: dict[str, Any], axis: str) -> dict[str, Any]:
+    """Parameters of `GLU` as `GLU.joined` reads them: w1 and w2 side by side, [width,2,hidden], and
+    with `aligned` zeros, which are zero after silu too, so that no number changes.
+
+    Args:
+      axis: logical name of the hidden axis.
+    """
+    hidden = glu["w1"]["kernel"].shape[-1]
+    more = aligned(axis, hidden) - hidden
+
+    def wider(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, more),))
+
+    w12 = {name: jnp.stack([wider(glu[w][name]) for w in ("w1", "w2")], axis=-2) for name in NAMES}
+    last = {"kernel": jnp.pad(glu["w3"]["kernel"], ((0, more), (0, 0))), "bias": glu["w3"]["bias"]}
+    return {"w12": w12, "w3_aligned": last}
+
+
+def on_gpu() -> bool:
+    """Whether programs are compiled for a GPU."""
+    return jax.default_backend() == "gpu"
+
+
+def aligned(axis: str, width: int) -> int:
+    """On a GPU, the next width whose rows are whole 16 bytes, which its tensor cores need; `width`
+    itself elsewhere, and where a mesh divides the axis.
+    """
+    if not on_gpu() or width % 8 == 0 or divided(axis, width):
+        return width
+    tile = 128 if width > 512 else 64
+    return -(-width // tile) * tile

@@ -83,6 +83,7 @@ class ResidualLayer(nn.Module):
         y_BNHJ = A_BNHJ = by_rows(A_BNHJ)
         for unit in range(self.config.num_gated_units):
             y_BNHJ = GLU(
+                self.config.head_dim,
                 self.config.metric_width,
                 ("metric_in", "metric_hidden"),
                 dtype,
@@ -95,6 +96,11 @@ class ResidualLayer(nn.Module):
 
 def _residual_step(layer: ResidualLayer, A_BNHJ: jax.Array, _: None) -> tuple[jax.Array, None]:
     return layer(A_BNHJ), None
+
+
+def residual_unroll(config: ModelConfig) -> int:
+    """Residual layers in one iteration of their loop."""
+    return config.num_residual_layers if config.unroll else 1
 
 
 class PowerLawGraphAttention(nn.Module):
@@ -144,13 +150,15 @@ class PowerLawGraphAttention(nn.Module):
         A_BNHJ = by_rows(self.density_norm(density_BNHJ))
         if self.config.num_residual_layers == 0:
             return A_BNHJ
-        # What a residual layer saves for the gradient is 20 times its input: it is computed again.
+        step: Any = _residual_step
+        if self.config.remat_plga:  # what a residual layer saves is 20 times its input
+            step = nn.remat(_residual_step, prevent_cse=self.config.unroll)
         scan = nn.scan(
-            nn.remat(_residual_step, prevent_cse=self.config.unroll),
+            step,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=self.config.num_residual_layers,
-            unroll=self.config.num_residual_layers if self.config.unroll else 1,
+            unroll=residual_unroll(self.config),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         shape = A_BNHJ.shape

@@ -35,6 +35,18 @@ def _first_largest(logits: jax.Array) -> jax.Array:
     return jnp.min(ids, axis=-1)
 
 
+def chosen(logits: jax.Array, ids: jax.Array) -> jax.Array:
+    """The logits [...] of the tokens `ids` [...], of logits [..., V].
+
+    The gradient of a lookup is a scatter into zeros, for which a GPU writes an array as large as
+    the logits in float32; that of a sum over a mask becomes part of what follows.
+    """
+    if jax.default_backend() != "gpu":
+        return jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
+    is_chosen = jnp.arange(logits.shape[-1]) == ids[..., None]
+    return jnp.where(is_chosen, logits, 0).sum(-1)
+
+
 def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
     """y + bias, of y [rows, width] and bias [width].
 

@@ -5,12 +5,11 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 
 from pldr_jax.config import LossConfig
 from pldr_jax.data.rows import PAD_ID as PAD_ID
 from pldr_jax.model.deductive import DeductiveOutputs
-from pldr_jax.model.reductions import most_probable
+from pldr_jax.model.reductions import chosen, most_probable
 
 TAYLOR_TERMS = 8
 SCALED_NORM = 0.5
@@ -44,7 +43,7 @@ def token_loss(logits_BTV: jax.Array, targets_BT: jax.Array) -> TokenLoss:
     that are not finite a prediction is never correct.
     """
     counted_BT = (targets_BT != PAD_ID).astype(jnp.float32)
-    nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
+    nats_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - chosen(logits_BTV, targets_BT)
     correct_BT = (most_probable(logits_BTV) == targets_BT) & jnp.isfinite(nats_BT)
     correct_BT = correct_BT * counted_BT
     return TokenLoss((nats_BT * counted_BT).sum(), correct_BT.sum(), counted_BT.sum())
