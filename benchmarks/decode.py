@@ -90,7 +90,7 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _half_full(slots: Slots) -> Slots:
+def half_full(slots: Slots) -> Slots:
     """Slots whose rows are all at half of their length, with many tokens to go."""
     half = jnp.full_like(slots.cache.length_B, slots.cache.capacity // 2)
     return slots.replace(
@@ -129,7 +129,7 @@ class Variant:
         self._admit = jax.jit(
             functools.partial(admit, self.config, keep=self.keep), donate_argnames="slots"
         )
-        self._rewind = jax.jit(_half_full, donate_argnums=0)
+        self._rewind = jax.jit(half_full, donate_argnums=0)
         self.slots: Slots | None = None
 
     def make_slots(

@@ -1,54 +1,71 @@
-"""A GPU in one command: rates, training, decoding, numerics and memory of the 110M model.
+"""A GPU in one command: rates, training, decoding, numerics and prefill of the 110M model.
 
     python benchmarks/gpu.py --minutes 6 --output results
     python benchmarks/gpu.py --minutes 4 --sections rates grid     # rates first: shares need them
 
 Runs from the repository with nothing but JAX, Flax, Optax and NumPy. The most important cases come
-first; a case begins only if the time for one like it is left. After every row `gpu.json` and
+first. Those of a wave are compiled side by side on all cores, and measured one after the other
+when all are; what is not compiled while time is left is skipped. After every row `gpu.json` and
 `gpu.md` are written anew; a case that fails is a row with its error. `kernels.txt` says which
 kernels and which parts of the model the step spends its time in, `hlo_summary.txt` what it was
 compiled to, `step.hlo.gz` is that itself.
 """
 
 import argparse
+import concurrent.futures
+import contextlib
 import dataclasses
 import gzip
-import json
 import os
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 
 import jax
 
-from benchmarks import gpu_memory, gpu_numerics, gpu_profile
+from benchmarks import gpu_profile
 from benchmarks.gpu_cases import (
+    FLAGS,
     GIB,
     PRODUCTS,
+    Case,
+    Compiled,
+    Decoding,
+    Prefill,
     Step,
-    bandwidth,
     changed,
-    decoding,
-    parts,
-    prefilling,
+    copy_rate,
     product_rate,
 )
+from benchmarks.gpu_numerics import VARIANTS, Numerics
 from benchmarks.gpu_report import Report, Row
 from pldr_jax.config.load import load_config
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "pldr_110m.gin"
 TINY = ("Model.vocab_size=64", "Model.num_layers=2", "Model.num_heads=2", "Model.head_dim=8",
         "Model.num_residual_layers=2")  # fmt: skip
-SECTIONS = ("rates", "training", "decode", "prefill", "numerics", "grid", "memory", "more")
+WAVES = (
+    ("rates",),
+    ("step",),
+    ("decode", "numerics"),
+    ("batches",),
+    ("grid",),
+    ("prefill", "more"),
+)
+SECTIONS = tuple(section for wave in WAVES for section in wave)
 
-Case = tuple[str, Row, Callable[[], Row]]
-"""Section, what the row begins with, and what measures the rest."""
+PLAIN_WIDTHS = {
+    "pldr_jax.model.layers.aligned": lambda axis, width: width,
+    "pldr_jax.model.layers.on_gpu": lambda: False,
+}
+RESIDUAL_SCANNED = {"pldr_jax.model.plga.residual_unroll": lambda config: 1}
+"""What stands in for functions of the package while a step is traced."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,197 +74,205 @@ class Sizes:
 
     product: int = 8192
     copied: int = 2**28
-    inputs: int = 1024
+    row: int = 1024
     batch: int = 16
-    batches: tuple[int, ...] = (32, 64, 8)
-    rows: tuple[tuple[int, int], ...] = ((32, 1024), (1, 1024), (128, 1024))
-    more_rows: tuple[tuple[int, int], ...] = (
-        (8, 1024), (256, 256), (32, 256), (1, 256), (128, 256), (8, 256), (256, 1024)
-    )  # fmt: skip
+    batches: tuple[int, int, int] = (32, 64, 8)
+    slots: tuple[int, int, int] = (1, 32, 128)
     steps: int = 64
     prompts: tuple[tuple[int, int], ...] = ((1, 512), (8, 1024), (32, 512))
-    checked: int = 256
+    checked: int = 128
 
 
-SMALL = Sizes(64, 2**10, 16, 2, (4,), ((2, 32),), ((1, 32),), 8, ((1, 16),), 16)
+SMALL = Sizes(64, 2**10, 18, 2, (4, 3, 1), (1, 2, 3), 8, ((1, 16),), 16)
 
 
 class Cases:
-    """All cases, in the order of their importance."""
+    """All cases; a method a wave."""
 
-    def __init__(
-        self, report: Report, settings: list[str], sizes: Sizes, plan: Path | None
-    ) -> None:
-        self.report, self.settings, self.sizes = report, settings, sizes
+    def __init__(self, report: Report, settings: list[str], sizes: Sizes) -> None:
+        self.report, self.sizes = report, sizes
         self.config = load_config([CONFIG], settings)
-        self.plan = json.loads(plan.read_text()) if plan else {}
-        self.steps: dict[int, Step] = {}
 
-    def rates(self) -> Iterator[Case]:
+    def rates(self) -> list[Case]:
         """What the device does at best."""
         report, sizes = self.report, self.sizes
-        for name in PRODUCTS:
-            yield "rates", {"of": name}, partial(product_rate, report, name, sizes.product)
-        for name in ("copy", "read"):
-            yield "rates", {"of": name}, partial(bandwidth, report, name, sizes.copied)
+        cases = [
+            Case(
+                "rates",
+                {"of": name},
+                dict,
+                lambda _, n=name: product_rate(report, n, sizes.product),
+            )
+            for name in PRODUCTS
+        ]
+        return [
+            *cases, Case("rates", {"of": "copy"}, dict, lambda _: copy_rate(report, sizes.copied))
+        ]  # fmt: skip
 
-    def rows(self, section: str) -> list[Row]:
-        """The rows of a section so far."""
-        return self.report.sections.get(section, [])
+    def training(
+        self,
+        name: str,
+        batch: int = 0,
+        patches: dict[str, Any] | None = None,
+        options: dict[str, Any] | None = None,
+        **model: Any,
+    ) -> Case:
+        """A training step, with rows as `train.py` has them, another `Model` or other options."""
+        batch, length = batch or self.sizes.batch, model.pop("row", self.sizes.row)
+        step = Step(self.report, changed(self.config, batch, context_length=length, **model))
 
-    def step(self, section: str, name: str, batch: int = 0, inputs: int = 0, **model: Any) -> Case:
-        """A training step with other fields of `Model`."""
-        batch, inputs = batch or self.sizes.batch, inputs or self.sizes.inputs
-        config = changed(self.config, batch, context_length=inputs, **model)
+        def lower() -> dict[str, Any]:
+            with contextlib.ExitStack() as stack:
+                for target, stand_in in (patches or {}).items():
+                    stack.enter_context(mock.patch(target, stand_in))
+                return step.lower()
 
-        def measure() -> Row:
-            row = Step(config, inputs).measured(self.report.rates)
-            for other in (*self.rows("training"), *self.rows("grid")):
-                if other["step"] == "PLGA" and other["batch"] == batch and "queued_ms" in other:
-                    row["to_plga"] = row["queued_ms"] / other["queued_ms"]
-            return row
+        def measure(compiled: Compiled) -> Row:
+            try:
+                return step.measure(compiled)
+            finally:
+                step.release()
 
-        return section, {"step": name, "batch": batch, "inputs": inputs}, measure
+        row = {"step": name, "batch": batch, "inputs": length - 1}
+        return Case("training", row, lower, measure, options, step.prepare)
 
-    def training(self) -> Iterator[Case]:
-        """The step as configured, its kernels, the identity model, and what parts take."""
-        config = changed(self.config, self.sizes.batch, context_length=self.sizes.inputs)
-        inputs = self.sizes.inputs
-        row = {"step": "PLGA", "batch": self.sizes.batch, "inputs": inputs}
+    def step(self) -> list[Case]:
+        """The step as configured, and its kernels."""
+        case = self.training("PLGA")
+        config = changed(self.config, self.sizes.batch, context_length=self.sizes.row)
+        step = Step(self.report, config)
+        traced = Case(
+            "profile", {"step": "PLGA"}, step.lower, partial(self.profile, step), FLAGS["no graphs"]
+        )
+        return [case, traced]
 
-        def first() -> Row:
-            self.steps[0] = Step(config, inputs)
-            return self.steps[0].measured(self.report.rates)
-
-        yield "training", row, first
-        yield "profile", {"step": "PLGA"}, self.profile
-        yield self.step("training", "SDPA", g_source="identity")
-        yield self.step("training", "PLGA, inputs as train.py has", inputs=inputs - 1)
-        yield self.step("training", "PLGA unrolled", unroll=True)
-
-    def profile(self) -> Row:
-        """Traces the first step, and writes what it is compiled to."""
-        step, folder = self.steps.pop(0), self.report.folder
-        hlo = step.compiled.as_text()
+    def profile(self, step: Step, compiled: Compiled) -> Row:
+        """Traces the step without command buffers, whose kernels would have no names."""
+        folder, hlo = self.report.folder, compiled["step"].as_text()
         (folder / "step.hlo.gz").write_bytes(gzip.compress(hlo.encode()))
         (folder / "hlo_summary.txt").write_text(gpu_profile.hlo_summary(hlo))
+        step.start(compiled["step"])
+        jax.block_until_ready([step(), step()])
         kernels = gpu_profile.traced_kernels(step)
+        step.release()
         (folder / "kernels.txt").write_text(gpu_profile.kernel_tables(kernels, hlo))
-        share, note = gpu_profile.attributed(kernels, hlo), ""
-        if share < 0.7:
-            step = Step(step.config, step.inputs, {"xla_gpu_enable_command_buffer": ""})
-            step(), jax.block_until_ready(step())
-            hlo, kernels = step.compiled.as_text(), gpu_profile.traced_kernels(step)
-            (folder / "kernels_no_graphs.txt").write_text(gpu_profile.kernel_tables(kernels, hlo))
-            share, note = gpu_profile.attributed(kernels, hlo), "without command buffers"
         spent = sum(kernel["us"] for kernel in kernels) / 1e3
-        return {"kernels": len(kernels), "device_ms": spent, "attributed": share, "note": note}
+        share = gpu_profile.attributed(kernels, hlo)
+        return {"kernels": len(kernels), "device_ms": spent, "attributed": share}
 
-    def grid(self) -> Iterator[Case]:
-        """The step in other ways."""
-        first, *others = self.sizes.batches
-        model = self.config.model
-        aligned = {
-            "ffn_dim": -(-model.ffn_width // 128) * 128,
-            "metric_dim": -(-model.metric_width // 64) * 64,
-        }
-        yield self.step("grid", "PLGA", first)
-        yield self.step("grid", f"PLGA, {aligned}", **aligned)
-        yield self.step("grid", "PLGA, xla attention", attention_kernel="xla")
-        yield self.step("grid", "PLGA, R=0", num_residual_layers=0)
-        yield self.step("grid", "PLGA, plga_precision=default", plga_precision="default")
-        yield self.step("grid", "SDPA", first, g_source="identity")
-        for batch in others:
-            yield self.step("grid", "PLGA", batch)
-        yield self.parts("PLGA")
-        yield self.parts("SDPA", g_source="identity")
-        yield self.step("grid", "PLGA, plga_precision=highest", plga_precision="highest")
-        yield self.step("grid", "PLGA, R=1", num_residual_layers=1)
-        for batch in others:
-            yield self.step("grid", "SDPA", batch, g_source="identity")
-        yield self.step("grid", "SDPA unrolled", g_source="identity", unroll=True)
-
-    def more(self) -> Iterator[Case]:
-        """What is left of the sections above."""
-        yield from self.decode(rest=True)
-        yield from self.prefill(rest=True)
-        yield from self.numerics(rest=True)
-        for remat in ("dots", "full"):
-            for batch in (self.sizes.batch, self.sizes.batches[0]):
-                yield self.step("more", f"PLGA, remat={remat}", batch, remat=remat)
-        yield self.step("more", "PLGA float32", dtype="float32")
-        yield self.step("more", "SDPA float32", dtype="float32", g_source="identity")
-        yield self.step("more", "SDPA, xla attention", attention_kernel="xla", g_source="identity")
-        for batch in self.sizes.batches:
-            yield self.step("more", "PLGA unrolled", batch, unroll=True)
-            yield self.step("more", "PLGA, xla attention", batch, attention_kernel="xla")
-
-    def parts(self, name: str, **model: Any) -> Case:
-        """What the forward and the backward pass take of a step."""
-        config = changed(self.config, self.sizes.batch, context_length=self.sizes.inputs, **model)
-        row = {"step": name, "batch": self.sizes.batch, "inputs": self.sizes.inputs}
-        return "parts", row, partial(parts, config, self.sizes.inputs)
-
-    def decoding(self, variant: str, dtype: str, batch: int, context: int) -> Case:
+    def decoding(self, variant: str, batch: int, flags: str = "", **model: Any) -> Case:
         """Decode steps."""
-        model = dataclasses.replace(self.config.model, dtype=dtype)
-        row = {"variant": variant, "dtype": dtype, "batch": batch, "context": context}
-        steps = self.sizes.steps
-        return "decode", row, partial(decoding, self.report, model, variant, batch, context, steps)
+        config = changed(self.config, 1, context_length=self.sizes.row, **model)
+        made = Decoding(self.report, config, variant, batch, self.sizes.steps)
+        row = {"variant": variant, "dtype": config.model.dtype, "batch": batch, "flags": flags}
+        return Case("decode", row, made.lower, made.measure, FLAGS[flags] if flags else None)
 
-    def decode(self, rest: bool = False) -> Iterator[Case]:
-        """Decode steps: the first few sizes, or the others, other variants and float32."""
-        if not rest:
-            for size in self.sizes.rows:
-                yield self.decoding("KV+G", "bfloat16", *size)
-            yield self.decoding("SDPA", "bfloat16", *self.sizes.rows[0])
-            return
-        for variant in ("frozen", "KV"):
-            yield self.decoding(variant, "bfloat16", *self.sizes.rows[0])
-        for size in self.sizes.rows:
-            yield self.decoding("KV+G", "float32", *size)
-        for dtype in ("bfloat16", "float32"):
-            for size in self.sizes.more_rows:
-                yield self.decoding("KV+G", dtype, *size)
+    def decode(self) -> list[Case]:
+        """One slot with each set of flags, and more slots."""
+        one, some, many = self.sizes.slots
+        cases = [self.decoding("KV+G", one), self.decoding("KV+G", one, "loops in graphs")]
+        cases += [self.decoding("KV+G", batch, "loops in graphs") for batch in (some, many)]
+        cases += [self.decoding("KV+G", batch) for batch in (some, many)]
+        cases.append(self.decoding("KV+G", one, "small graphs"))
+        return [*cases, self.decoding("SDPA", one, "loops in graphs")]
 
-    def prefill(self, rest: bool = False) -> Iterator[Case]:
-        """Prompts in bfloat16, or the others of float32."""
-        model = dataclasses.replace(self.config.model, dtype="float32" if rest else "bfloat16")
-        for batch, tokens in self.sizes.prompts:
-            row = {"dtype": model.dtype, "batch": batch, "tokens": tokens}
-            yield "prefill", row, partial(prefilling, self.report, model, batch, tokens)
+    def numerics(self) -> list[Case]:
+        """Differences from a CPU."""
+        return [self.numbers(variant) for variant in list(VARIANTS)[:3]]
 
-    def numerics(self, rest: bool = False) -> Iterator[Case]:
-        """Differences from a CPU, of this model or of a small one."""
-        tokens = self.sizes.checked
-        model = dataclasses.replace(self.config.model, context_length=tokens)
-        if rest:
-            sizes = {"vocab_size": 512, "num_layers": 2, "num_heads": 2, "head_dim": 32}
-            model = dataclasses.replace(model, **sizes)
-        for variant in gpu_numerics.VARIANTS:
-            row = {"model": "small" if rest else "110M", "variant": variant}
-            yield "numerics", row, partial(gpu_numerics.compare, model, tokens, variant)
+    def numbers(self, variant: str) -> Case:
+        """Those of one variant."""
+        made = Numerics(self.config, self.sizes.checked, variant)
+        return Case("numerics", {"variant": variant}, made.lower, made.measure)
 
-    def memory(self) -> Iterator[Case]:
-        """What was measured beside what `train.py --plan` predicts."""
-        measured = [
-            row
-            for row in (*self.rows("training"), *self.rows("grid"))
-            if row["step"] == "PLGA" and "temp_GiB" in row
+    def batches(self) -> list[Case]:
+        """Larger batches, the identity model, and what is likely to be fastest."""
+        first, second, _ = self.sizes.batches
+        fast: dict[str, Any] = {"unroll": True, "remat_plga": False, "patches": RESIDUAL_SCANNED}
+        return [
+            self.training("PLGA, layers unrolled, no remat_plga", **fast),
+            self.training("PLGA", first),
+            self.training("SDPA", g_source="identity"),
+            self.training("SDPA, layers unrolled", g_source="identity", unroll=True),
+            self.training("PLGA, layers unrolled, no remat_plga", first, **fast),
+            self.training("PLGA", second),
         ]
-        for row in measured:
-            case = {name: row[name] for name in ("step", "batch", "state_GiB", "temp_GiB")}
-            yield "memory", case, partial(self.predicted, row["batch"])
 
-    def predicted(self, batch: int) -> Row:
-        """The prediction for one batch."""
-        if str(batch) not in self.plan:
-            settings = [*self.settings, f"Model.context_length={self.sizes.inputs}"]
-            found = gpu_memory.planned([batch], settings, max(self.report.left(), 10))
-            self.plan.update(found)
-        plan = self.plan[str(batch)]
-        row = {f"plan_{x}_GiB": plan[f"{x}_bytes"] / GIB for x in ("state", "step", "saved")}
-        return row | {f"h100_{name}": value for name, value in plan.get("h100", {}).items()}
+    def grid(self) -> list[Case]:
+        """What each change brings."""
+        first, second, _ = self.sizes.batches
+        return [
+            self.training("PLGA, plain widths", patches=PLAIN_WIDTHS),
+            self.training("PLGA, no remat_plga", remat_plga=False),
+            self.training("PLGA, layers unrolled", unroll=True, patches=RESIDUAL_SCANNED),
+            self.training("PLGA, no triton gemm", options=FLAGS["no triton gemm"]),
+            self.training("SDPA", first, g_source="identity"),
+            self.training("PLGA, 1024 inputs", row=self.sizes.row + 1),
+            self.training("PLGA, unrolled", unroll=True),
+        ]
+
+    def prefill(self) -> list[Case]:
+        """Prompts."""
+        cases = []
+        for batch, tokens in self.sizes.prompts:
+            made = Prefill(self.report, self.config, batch, tokens)
+            row = {"dtype": "bfloat16", "batch": batch, "tokens": tokens}
+            cases.append(Case("prefill", row, made.lower, made.measure))
+        return cases
+
+    def more(self) -> list[Case]:
+        """What else is of interest."""
+        one, some, _ = self.sizes.slots
+        first, second, small = self.sizes.batches
+        return [
+            self.training("PLGA, xla attention", attention_kernel="xla"),
+            self.training("PLGA, R=0", num_residual_layers=0),
+            self.training("PLGA, plga_precision=default", plga_precision="default"),
+            self.training("PLGA, unrolled, no remat_plga", unroll=True, remat_plga=False),
+            self.training("PLGA float32", dtype="float32"),
+            self.training("PLGA", small),
+            self.training("SDPA", second, g_source="identity"),
+            self.decoding("frozen", some),
+            self.decoding("KV", some),
+            self.decoding("KV+G", one, dtype="float32"),
+            *(self.numbers(variant) for variant in list(VARIANTS)[3:]),
+        ]
+
+
+def compiled(lowered: dict[str, Any], options: dict[str, Any] | None) -> Compiled:
+    """What a case asked for, compiled."""
+    if jax.default_backend() == "cpu":
+        options = None
+    start = time.perf_counter()
+    programs = {name: program.compile(options) for name, program in lowered.items()}
+    return {**programs, "seconds": time.perf_counter() - start}
+
+
+def run_wave(report: Report, cases: list[Case], pool: concurrent.futures.Executor) -> None:
+    """Traces the cases, compiles them in the pool, and measures them in turn."""
+    jobs: list[Any] = []
+    for case in cases:
+        try:
+            jobs.append(pool.submit(compiled, case.lower(), case.options))
+        except Exception as error:
+            jobs.append(failed(error))
+    for case in cases:
+        with contextlib.suppress(Exception):  # measuring says what is wrong
+            case.prepare()
+    concurrent.futures.wait(jobs, timeout=max(report.left() - 15, 1))
+    for case, job in zip(cases, jobs, strict=True):
+        if job.done():
+            report.case(case.section, case.row, lambda c=case, j=job: c.measure(j.result()))
+        else:
+            report.add(case.section, {**case.row, "skipped": "not compiled in time"})
+        jobs[jobs.index(job)] = None  # frees the program
+
+
+def failed(error: Exception) -> Any:
+    """A job that ended with an error."""
+    job: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    job.set_exception(error)
+    return job
 
 
 def facts() -> Row:
@@ -274,20 +299,19 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=6)
     parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT", ".")))
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
-    parser.add_argument("--plan", type=Path, help="what benchmarks/gpu_memory.py printed")
     parser.add_argument("--tiny", action="store_true", help="sizes for a test")
     options = parser.parse_args()
     report = Report(options.output, options.minutes)
-    with tempfile.TemporaryDirectory() as folder:
-        jax.config.update("jax_compilation_cache_dir", folder)
-        report.facts = facts()
-        print(report.facts, flush=True)
-        settings = list(TINY) if options.tiny else []
-        cases = Cases(report, settings, SMALL if options.tiny else Sizes(), options.plan)
-        for section in options.sections:
-            for case in getattr(cases, section)():
-                report.case(*case)
+    report.facts = facts()
+    print(report.facts, flush=True)
+    cases = Cases(report, list(TINY) if options.tiny else [], SMALL if options.tiny else Sizes())
+    pool = concurrent.futures.ThreadPoolExecutor(max(os.cpu_count() or 2, 2))
+    for wave in WAVES:
+        sections = [section for section in wave if section in options.sections]
+        run_wave(report, [case for x in sections for case in getattr(cases, x)()], pool)
     report.write()
+    sys.stdout.flush()
+    os._exit(0)  # without waiting for what is still being compiled
 
 
 if __name__ == "__main__":

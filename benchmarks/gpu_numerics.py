@@ -3,16 +3,16 @@
 import contextlib
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu_cases import random_params
+from benchmarks.gpu_cases import Compiled, changed, params_of
 from benchmarks.gpu_report import Row
-from pldr_jax.config import ModelConfig
+from pldr_jax.config import ExperimentConfig
 from pldr_jax.model.decoder import Params, forward
+from pldr_jax.training.losses import token_loss
 
 Arrays = dict[str, Any]
 
@@ -27,11 +27,10 @@ VARIANTS: dict[str, tuple[dict[str, Any], str | None]] = {
 
 
 @functools.cache
-def moved_params(config: ModelConfig) -> Params:
+def moved_params(config: ExperimentConfig) -> Params:
     """Initial parameters, each moved by a tenth of a normal number times its size, so that none is
     zero or one.
     """
-    shape = dataclasses.replace(config, dtype="float32", plga_precision="high", context_length=2)
     rng = np.random.default_rng(0)
 
     def moved(x: jax.Array) -> np.ndarray:
@@ -39,54 +38,65 @@ def moved_params(config: ModelConfig) -> Params:
         noise = rng.standard_normal(values.shape, np.float32)
         return values + 0.1 * (values.std() or 0.1) * noise
 
-    return jax.tree.map(moved, random_params(shape))
+    return jax.tree.map(moved, params_of(config))
 
 
-def outputs(config: ModelConfig, tokens: int, device: Any, precision: str | None) -> Arrays:
-    """Logits, deductive outputs and the gradient of the mean logarithm of the likelihood."""
-    params = jax.device_put(moved_params(config), device)
-    rows = np.random.default_rng(1).integers(1, config.vocab_size, (2, tokens), np.int32)
-    inputs = jax.device_put(rows, device)
-
-    def loss(params: Params, rows: jax.Array) -> tuple[jax.Array, Arrays]:
-        out = forward(config, params, rows)
-        named = {"logits": out.logits}
-        for field in ("A", "A_LM", "A_P", "G_LM"):
-            named[field] = getattr(out.deductive, field)
-        logprobs = jax.nn.log_softmax(out.logits[:, :-1])
-        return -jnp.take_along_axis(logprobs, rows[:, 1:, None], axis=-1).mean(), named
-
-    scope = jax.default_matmul_precision(precision) if precision else contextlib.nullcontext()
-    with scope, jax.default_device(device):
-        grads, named = jax.jit(jax.grad(loss, has_aux=True))(params, inputs)
-    flat = jnp.concatenate([x.ravel() for x in jax.tree.leaves(grads)])
-    return jax.tree.map(np.asarray, named | {"gradient": flat})
-
-
-_REFERENCES: dict[Any, Arrays] = {}
-
-
-def compare(config: ModelConfig, tokens: int, variant: str) -> Row:
-    """Differences of a variant from float32 on the CPU: of each output the largest, relative to the
-    output's largest entry; of the gradient the norm, relative to its norm.
+class Numerics:
+    """Logits, deductive outputs and the gradient of a loss of one row of `tokens`, here and, once
+    for all variants, in float32 on the CPU.
     """
-    cpu, key = jax.devices("cpu")[0], (config, tokens)
-    if key not in _REFERENCES:
-        exact = dataclasses.replace(config, dtype="float32", plga_precision="highest")
-        _REFERENCES[key] = outputs(exact, tokens, cpu, "highest")
-    fields, precision = VARIANTS[variant]
-    made = outputs(dataclasses.replace(config, **fields), tokens, jax.devices()[0], precision)
-    row = differences(made, _REFERENCES[key])
-    if variant.startswith("bfloat16"):
-        other = _REFERENCES.setdefault((*key, "bfloat16"), made)
-        if other is not made:
-            row["logits_to_other_kernel"] = differences(made, other)["logits"]
-            row["gradient_to_other_kernel"] = differences(made, other)["gradient"]
-    return row
+
+    _references: ClassVar[dict[Any, Arrays]] = {}
+
+    def __init__(self, config: ExperimentConfig, tokens: int, variant: str) -> None:
+        self.variant, self.tokens = variant, tokens
+        self.base = changed(config, 1, context_length=tokens, unroll=False)
+
+    def lower(self) -> dict[str, Any]:
+        """The program of the variant, and that of the CPU where it is the first."""
+        fields, precision = VARIANTS[self.variant]
+        lowered = {"here": self._lowered(fields, precision, jax.devices()[0])}
+        if self.variant == next(iter(VARIANTS)):
+            exact, precision = VARIANTS[self.variant]
+            lowered["cpu"] = self._lowered(exact, precision, jax.devices("cpu")[0])
+        return lowered
+
+    def _lowered(self, fields: dict[str, Any], precision: str | None, device: Any) -> Any:
+        model = dataclasses.replace(self.base.model, **fields)
+
+        def loss(params: Params, rows: jax.Array) -> tuple[jax.Array, Arrays]:
+            out = forward(model, params, rows)
+            named = {"logits": out.logits}
+            for field in ("A", "A_LM", "A_P", "G_LM"):
+                named[field] = getattr(out.deductive, field)
+            return token_loss(out.logits[:, :-1], rows[:, 1:]).loss, named
+
+        params, rows = self._inputs(device)
+        scope = jax.default_matmul_precision(precision) if precision else contextlib.nullcontext()
+        with scope, jax.default_device(device):
+            return jax.jit(jax.grad(loss, has_aux=True)).lower(params, rows)
+
+    def _inputs(self, device: Any) -> tuple[Params, jax.Array]:
+        rows = np.random.default_rng(1).integers(1, self.base.model.vocab_size, (1, self.tokens))
+        return jax.device_put((moved_params(self.base), rows.astype(np.int32)), device)
+
+    def measure(self, compiled: Compiled) -> Row:
+        """Of each output the largest difference, relative to the output's largest entry; of the
+        gradient the norm of the difference, relative to its norm.
+        """
+        if "cpu" in compiled:
+            self._references["cpu"] = self._outputs(compiled["cpu"], jax.devices("cpu")[0])
+        made = self._outputs(compiled["here"], jax.devices()[0])
+        return differences(made, self._references["cpu"])
+
+    def _outputs(self, program: Any, device: Any) -> Arrays:
+        grads, named = program(*self._inputs(device))
+        flat = np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(grads)])
+        return {name: np.asarray(x) for name, x in named.items()} | {"gradient": flat}
 
 
 def differences(made: Arrays, reference: Arrays) -> Row:
-    """As `compare` says."""
+    """As `Numerics.measure` says."""
     row = {}
     for name, expected in reference.items():
         expected, apart = np.float64(expected), np.float64(made[name]) - np.float64(expected)

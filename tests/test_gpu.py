@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pldr_jax.cli.xla_flags import with_presets
 from pldr_jax.config import ConfigError, ModelConfig
 from pldr_jax.inference.decode import decode_step, prefill
 from pldr_jax.model import kernels, layers
@@ -203,3 +204,11 @@ def test_the_loss_without_a_lookup_has_the_same_numbers(monkeypatch: pytest.Monk
         measured(logits),
         expected,
     )
+
+
+def test_xla_flags_are_added_and_none_replaced() -> None:
+    assert with_presets(["deterministic"], "") == "--xla_gpu_deterministic_ops=true"
+    present = "--xla_dump_to=x --xla_gpu_graph_min_graph_size=5"
+    both = with_presets(["decode", "train"], present)
+    assert both.startswith(present + " ") and both.count("min_graph_size") == 1
+    assert "--xla_gpu_enable_latency_hiding_scheduler=true" in both

@@ -1,0 +1,45 @@
+"""Prints the value of `XLA_FLAGS` for a purpose on NVIDIA GPUs.
+
+    export XLA_FLAGS="$(python -m pldr_jax.cli.xla_flags decode)"
+
+XLA reads the variable once, when JAX starts. What it holds already stays, and comes first: a flag
+that it names is not named again.
+"""
+
+import argparse
+import os
+
+PRESETS = {
+    "decode": {
+        "xla_gpu_enable_command_buffer": "+WHILE,+CONDITIONAL",
+        "xla_gpu_graph_min_graph_size": "1",
+    },
+    "train": {"xla_gpu_enable_latency_hiding_scheduler": "true"},
+    "deterministic": {"xla_gpu_deterministic_ops": "true"},
+}
+"""Purpose -> flags; docs/gpu.md says what they do."""
+
+
+def with_presets(names: list[str], present: str) -> str:
+    """The value of `XLA_FLAGS` with the flags of presets behind what it holds already."""
+    named = {flag.lstrip("-").partition("=")[0] for flag in present.split()}
+    flags = {flag: value for name in names for flag, value in PRESETS[name].items()}
+    more = [f"--{flag}={value}" for flag, value in flags.items() if flag not in named]
+    return " ".join((*present.split(), *more))
+
+
+def main() -> None:
+    """Parses the command line and prints the value."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        prog="python -m pldr_jax.cli.xla_flags",
+        description=__doc__.splitlines()[0],
+        allow_abbrev=False,
+    )
+    parser.add_argument("presets", nargs="+", choices=PRESETS, metavar="PRESET",
+                        help=", ".join(PRESETS))  # fmt: skip
+    print(with_presets(parser.parse_args().presets, os.environ.get("XLA_FLAGS", "")))
+
+
+if __name__ == "__main__":
+    main()
