@@ -6,8 +6,12 @@ XLA reads the variable once, when JAX starts. What it holds already stays, and c
 that it names is not named again.
 """
 
-import argparse
 import os
+
+from pldr_jax.cli.common import run
+from pldr_jax.cli.options import Option, parse_args
+from pldr_jax.config import ConfigError
+from pldr_jax.terminal import print_line
 
 PRESETS = {
     "decode": {
@@ -21,25 +25,28 @@ PRESETS = {
 
 
 def with_presets(names: list[str], present: str) -> str:
-    """The value of `XLA_FLAGS` with the flags of presets behind what it holds already."""
+    """The value of `XLA_FLAGS` with the flags of presets behind what it holds already.
+
+    Raises:
+      ConfigError: there is no such preset.
+    """
+    for name in names:
+        if name not in PRESETS:
+            raise ConfigError(f"preset {name!r}: must be one of {', '.join(PRESETS)}")
     named = {flag.lstrip("-").partition("=")[0] for flag in present.split()}
     flags = {flag: value for name in names for flag, value in PRESETS[name].items()}
     more = [f"--{flag}={value}" for flag, value in flags.items() if flag not in named]
     return " ".join((*present.split(), *more))
 
 
-def main() -> None:
+def flags_main(argv: list[str]) -> None:
     """Parses the command line and prints the value."""
     assert __doc__ is not None
-    parser = argparse.ArgumentParser(
-        prog="python -m pldr_jax.cli.xla_flags",
-        description=__doc__.splitlines()[0],
-        allow_abbrev=False,
-    )
-    parser.add_argument("presets", nargs="+", choices=PRESETS, metavar="PRESET",
-                        help=", ".join(PRESETS))  # fmt: skip
-    print(with_presets(parser.parse_args().presets, os.environ.get("XLA_FLAGS", "")))
+    preset = Option("preset", ", ".join(PRESETS), repeat=True, place=True)
+    program, description = "python -m pldr_jax.cli.xla_flags", __doc__.splitlines()[0]
+    options = parse_args(argv, program, description, (preset,), fields=False)
+    print_line(with_presets(options.preset, os.environ.get("XLA_FLAGS", "")))
 
 
 if __name__ == "__main__":
-    main()
+    run(flags_main)
