@@ -207,9 +207,7 @@ class Decoding:
         """The call, and what makes its slots."""
         model = self.config.model
         decode: Any = jax.jit(
-            functools.partial(
-                decode_slots, model, steps=self.steps, pieces=model.vocab_size
-            ),
+            functools.partial(decode_slots, model, steps=self.steps, pieces=model.vocab_size),
             donate_argnames="slots",
         )
         slots = jax.eval_shape(self._slots)
