@@ -80,16 +80,7 @@ def root_file(name: str) -> str:
     return re.sub(r"\[([^\]]+)\]\((?!https?:|#|\.\./|\w+\.md)[^)]+\)", r"\1", text)
 
 
-def start() -> str:
-    """The README."""
-    text = re.sub(r"\]\(docs/([^)]+)\)", r"](\1)", (ROOT / "README.md").read_text())
-    for other in ("ARCHITECTURE", "CONTRIBUTING", "CHANGELOG"):
-        text = text.replace(f"]({other}.md", f"](about/{other.lower()}.md")
-    return re.sub(r"\[([^\]]+)\]\((?:pldr_jax|configs|LICENSE|CITATION)[^)]*\)", r"\1", text)
-
-
 for path, text in {
-    "index.md": start(),
     "reference/api.md": api(),
     "reference/config.md": config_fields(),
     "reference/commands.md": commands(),
