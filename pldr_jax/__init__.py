@@ -5,9 +5,13 @@ lm = pldr_jax.load("runs/nano")
 print(lm.generate(["def "], max_new_tokens=64)[0].text)
 """
 
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+try:
+    __version__ = version("pldr_jax")
+except PackageNotFoundError:  # a checkout on the path that was never installed
+    __version__ = "0+unknown"
 __all__ = ["ConfigError", "LanguageModel", "SamplingConfig", "load"]
 
 if TYPE_CHECKING:
