@@ -25,7 +25,7 @@ from pldr_jax.interop import native
 from pldr_jax.interop.card import Licences
 from pldr_jax.interop.check import check_logits
 from pldr_jax.interop.convert import export_run, import_checkpoint
-from pldr_jax.interop.tokenizer_json import tokenizer_json
+from pldr_jax.interop.tokenizer.fast import tokenizer_json
 from pldr_jax.interop.transformers import G_STATUS, G_VALUES, open_transformers
 from pldr_jax.model.decoder import init_params
 from pldr_jax.runs.folder import write_run

@@ -13,13 +13,13 @@ from helpers import WORDS
 
 from pldr_jax.config import ConfigError
 from pldr_jax.data.text.tokenizer import Tokenizer
-from pldr_jax.interop.tokenizer_files import (
+from pldr_jax.interop.tokenizer.fast import tokenizer_json
+from pldr_jax.interop.tokenizer.files import (
     HOSTILE,
     TokenizerCheck,
     check_tokenizer,
     tokenizer_files,
 )
-from pldr_jax.interop.tokenizer_json import tokenizer_json
 
 TEXT = [" ".join(WORDS * 40), "abcdefghijklmnopqrstuvwxyz ABC [](){}<>.,:;=x0123456789\n" * 30] + [
     f"def {a}({b}):\n    return {a} [END] <{b}>\n" for a in WORDS for b in WORDS

@@ -28,7 +28,7 @@ from pldr_jax.interop.names import from_tensors
 from pldr_jax.interop.pth import read_pickled_g_lm, read_pth, refuse_distributed
 from pldr_jax.interop.record import Record, make_record, read_record, record_files
 from pldr_jax.interop.tensors import SINGLE, TensorFiles, write_folder
-from pldr_jax.interop.tokenizer_files import FAST, check_tokenizer, tokenizer_files
+from pldr_jax.interop.tokenizer.files import FAST, check_tokenizer, tokenizer_files
 from pldr_jax.interop.transformers import (
     CONFIG,
     G_VALUES,

@@ -8,7 +8,7 @@ from typing import Any
 from pldr_jax.config import ConfigError
 from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.files import TOKENIZER
-from pldr_jax.interop.tokenizer_json import tokenizer_json
+from pldr_jax.interop.tokenizer.fast import tokenizer_json
 
 FAST = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
