@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, Any, BinaryIO, TextIO
 
 from pldr_jax.config import ConfigError, expand_home
 
@@ -102,6 +102,23 @@ def write_whole(path: str | Path, content: bytes) -> None:
     """
     with whole_file(path) as temporary:
         temporary.write_bytes(content)
+
+
+def append_whole(file: BinaryIO, content: bytes) -> None:
+    """Appends to a file that was opened without a buffer, all of `content` or nothing.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    size, written = os.fstat(file.fileno()).st_size, 0
+    try:
+        while written < len(content):
+            written += file.write(content[written:])
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            file.truncate(size)
+        error.filename = file.name
+        raise
 
 
 def check_output(output: str | Path, flag: str = OUTPUT, replaces: str | None = None) -> None:
@@ -248,3 +265,9 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def one_line(error: Exception) -> str:
+    """The first line of what an error says, not too long."""
+    line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return line if len(line) <= 200 else line[:197] + "..."

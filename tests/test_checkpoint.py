@@ -261,7 +261,7 @@ def test_what_a_killed_save_leaves_disturbs_nobody(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     for step in "27":
         shutil.copytree(folder / "1", folder / f"{step}.orbax-checkpoint-tmp")
-    (folder / "manifests" / "2.tmp").write_text("{")
+    (folder / "manifests" / ".2.77.tmp.json").write_text("{")
     (folder / "manifests" / "9.json").write_text("{}")
     log: list[str] = []
     assert restore(tmp_path, log).step == 1
@@ -270,6 +270,77 @@ def test_what_a_killed_save_leaves_disturbs_nobody(tmp_path: Path) -> None:
     assert save(tmp_path, {2: None}) == [1, 2]
     assert {path.name for path in folder.iterdir()} == {"1", "2", "manifests"}
     assert {path.name for path in (folder / "manifests").iterdir()} == {"1.json", "2.json"}
+
+
+STRAYS = {
+    "a file": lambda f: (f / "notes.txt").write_text("mine"),
+    "a folder": lambda f: (f / "old").mkdir(),
+    "a file that is called as a step": lambda f: (f / "7").write_text("mine"),
+    "a folder with zeros": lambda f: (f / "007").mkdir(),
+    "other digits": lambda f: (f / "\u0667").mkdir(),
+    "a broken link": lambda f: (f / "8").symlink_to("nowhere"),
+    "a file among the manifests": lambda f: (f / "manifests" / "notes.txt").write_text("mine"),
+    "a folder among the manifests": lambda f: (f / "manifests" / "9.json").mkdir(),
+}
+
+
+@pytest.mark.parametrize("kind", STRAYS)
+def test_strays_disturb_nobody(tmp_path: Path, kind: str) -> None:
+    save(tmp_path, {1: None})
+    folder = tmp_path / "checkpoints"
+    STRAYS[kind](folder)
+    before = {path.relative_to(folder) for path in folder.rglob("*")}
+    assert restore(tmp_path).step == 1 and read_weights(tmp_path).step == 1
+    assert save(tmp_path, {2: 1.0, 3: 2.0}, keep_last=3) == [1, 2, 3]
+    assert before <= {path.relative_to(folder) for path in folder.rglob("*")}
+    assert restore(tmp_path).step == 3
+
+
+MANIFESTS = [
+    "",
+    "[]",
+    "{",
+    "null",
+    '{"state": 3}',
+    '{"../../x": [1, 2]}',
+    '{"a": ["1", 2]}',
+    "[" * 9999,
+]
+
+
+@pytest.mark.parametrize("content", [None, *MANIFESTS])
+def test_what_is_not_checked_is_said_to_be_unchecked(tmp_path: Path, content: str | None) -> None:
+    save(tmp_path, {1: None})
+    manifest = tmp_path / "checkpoints" / "manifests" / "1.json"
+    manifest.unlink() if content is None else manifest.write_text(content)
+    log: list[str] = []
+    assert restore(tmp_path, log).step == 1
+    assert read_weights(tmp_path, log=log.append).step == 1
+    assert len(log) == 2 and "unchecked" in log[0] and str(manifest) in log[0], log
+
+
+def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, {1: None, 2: None})
+    hidden = tmp_path / "checkpoints" / "2" / "state"
+    real = Path.open
+
+    def guarded(self: Path, *arguments: Any, **options: Any) -> Any:
+        if hidden in self.parents:
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self, *arguments, **options)
+
+    log: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", guarded)
+        assert restore(tmp_path, log).step == 1
+    assert len(log) == 1 and "cannot be read (Permission denied)" in log[0]
+
+    def refused(self: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    with pytest.raises(CheckpointError, match=r"cannot be read \(Permission denied\)$"):
+        read_weights(tmp_path)
 
 
 def test_a_failed_save_is_reported(tmp_path: Path) -> None:
@@ -415,7 +486,8 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
         with Checkpointer(tmp_path, CheckpointConfig(), log=log.append) as checkpointer:
             restored = checkpointer.restore(abstract(make_large(0)))
         restored_step = restored.step
-        assert not log and restored_step >= started[-1] - 1
+        assert all("unchecked" in line for line in log), log  # killed before the checksums
+        assert restored_step >= started[-1] - 1
         assert restored.data_state == {"next_index": restored_step}
         assert_same(restored.state, make_large(restored_step))
     assert restored_step > 0

@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,13 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from pldr_jax.config import CheckpointConfig
+from pldr_jax.files import one_line
+from pldr_jax.terminal import print_line
 from pldr_jax.runs.checksums import (
     CheckpointError,
     Log,
     complete_steps,
     newest_whole,
-    one_line,
     remove_orphans,
     write_manifest,
 )
@@ -60,7 +60,7 @@ class Weights:
 
 
 def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print_line(line, to_stderr=True)
 
 
 class Checkpointer:

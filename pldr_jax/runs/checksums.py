@@ -2,24 +2,25 @@
 
 When a save is complete, `manifests/<step>.json` is written next to the step folders. It is removed
 after its step, so that it never vouches for other files. A checkpoint whose run was killed before
-the manifest was written has none, and is only checked for its structure.
+the manifest was written has none: it is only checked for its structure, and that is said.
 """
 
+import contextlib
 import json
-import os
+import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pldr_jax.files import write_whole
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from pldr_jax.files import one_line, read_regular_file, write_whole
+
 ITEMS = ("state", "data", "config")
 """The folders that every step folder holds."""
-
 
 Log = Callable[[str], None]
 """Takes one line of text."""
@@ -33,12 +34,18 @@ class CheckpointError(RuntimeError):
 
 
 def complete_steps(folder: Path) -> list[int]:
-    """Complete checkpoints; a temporary folder's name is no number."""
-    if not folder.is_dir():
+    """Complete checkpoints: folders whose name is a step, and nothing else that lies there.
+
+    Raises:
+      CheckpointError: the folder cannot be read.
+    """
+    try:
+        names = [path.name for path in folder.iterdir() if path.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(
-        int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()
-    )
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error.strerror})") from None
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,18}", name))
 
 
 def _path(folder: Path, step: int) -> Path:
@@ -48,9 +55,17 @@ def _path(folder: Path, step: int) -> Path:
 def read_manifest(folder: Path, step: int) -> dict[str, list[int]] | None:
     """File -> size and crc32; None where there is no manifest that can be read."""
     try:
-        return json.loads(_path(folder, step).read_bytes())
-    except (OSError, ValueError):
+        manifest = json.loads(read_regular_file(_path(folder, step)))
+    except (OSError, ValueError, RecursionError):
         return None
+    if not isinstance(manifest, dict) or not manifest:
+        return None
+    for name, entry in manifest.items():
+        inside = not name.startswith("/") and ".." not in name.split("/") and "\0" not in name
+        pair = isinstance(entry, list) and [type(number) for number in entry] == [int, int]
+        if not (inside and pair):
+            return None
+    return manifest
 
 
 def write_manifest(folder: Path, step: int) -> None:
@@ -64,11 +79,12 @@ def write_manifest(folder: Path, step: int) -> None:
 
 
 def remove_orphans(folder: Path) -> None:
-    """Removes manifests of steps that are gone, and half-written ones."""
+    """Removes manifests of steps that are gone, and half-written ones; nothing else."""
     kept = {f"{step}.json" for step in complete_steps(folder)}
-    for path in (folder / "manifests").glob("*"):
-        if path.name not in kept:
-            path.unlink()
+    for path in (folder / "manifests").glob("*.json"):
+        if re.fullmatch(r"\d+\.json|\.\d+\.\d+\.tmp\.json", path.name) and path.name not in kept:
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def find_damage(folder: Path, step: int) -> str | None:
@@ -79,12 +95,15 @@ def find_damage(folder: Path, step: int) -> str | None:
             return f"{item} is missing"
     for name, (size, crc32) in (read_manifest(folder, step) or {}).items():
         path = where / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if _crc32(path) != crc32:
-            return f"{name} has changed since it was written"
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes instead of {size}"
+            if _crc32(path) != crc32:
+                return f"{name} has changed since it was written"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     return None
 
 
@@ -125,6 +144,11 @@ def newest_whole(
             except Exception as error:
                 reason, cause = one_line(error), error
             if _on_all_processes(reason is None):
+                if jax.process_index() == 0 and read_manifest(folder, candidate) is None:
+                    log(
+                        f"{where}: its files are unchecked: {_path(folder, candidate)} is missing "
+                        "or damaged"
+                    )
                 return candidate, parts
         reason = reason or "another process cannot read it"
         if whole and read_manifest(folder, candidate) and not find_damage(folder, candidate):
@@ -145,9 +169,3 @@ def _on_all_processes(ok: bool) -> bool:
     if jax.process_count() == 1:
         return ok
     return bool(np.all(multihost_utils.process_allgather(np.array(ok))))
-
-
-def one_line(error: Exception) -> str:
-    """The first line of what an error says, not too long."""
-    line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-    return line if len(line) <= 200 else line[:197] + "..."

@@ -10,7 +10,7 @@ import jax
 
 from pldr_jax.config import HOW_COMPUTED, CheckpointConfig, ConfigError, ExperimentConfig
 from pldr_jax.config.load import describe_differences, dump_config
-from pldr_jax.files import TOKENIZER, new_folder, write_whole
+from pldr_jax.files import TOKENIZER, append_whole, new_folder, write_whole
 from pldr_jax.model.decoder import Params
 from pldr_jax.runs.checkpoint import Checkpointer
 from pldr_jax.terminal import print_line
@@ -103,9 +103,9 @@ def write_run_files(
 
 
 def append_sample(run_dir: Path, step: int, sample: str) -> None:
-    """Adds the sample of an evaluation."""
-    with (run_dir / SAMPLES).open("ab") as file:
-        file.write(f"--- step {step}\n{sample}\n".encode())
+    """Adds the sample of an evaluation; OSError if it cannot be written."""
+    with (run_dir / SAMPLES).open("ab", buffering=0) as file:
+        append_whole(file, f"--- step {step}\n{sample}\n".encode(errors="backslashreplace"))
 
 
 def _samples_until(samples: bytes, last_step: int) -> bytes:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pldr_jax.config import TrainingConfig
+from pldr_jax.files import append_whole
 
 NONFINITE = "nonfinite.jsonl"
 WINDOW = 100
@@ -81,5 +82,5 @@ class Health:
 
     def _note(self, row: dict[str, object]) -> None:
         if self._enabled:
-            with self._path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            with self._path.open("ab", buffering=0) as file:
+                append_whole(file, json.dumps(row).encode() + b"\n")

@@ -7,6 +7,7 @@ from typing import Any, Self
 import jax
 
 from pldr_jax.config import ExperimentConfig
+from pldr_jax.config.load import config_to_dict
 from pldr_jax.runs.curves import summary_table, write_curves
 from pldr_jax.runs.folder import append_sample
 from pldr_jax.runs.metrics import MetricWriter
@@ -40,6 +41,7 @@ class Record:
             start,
             enabled=self._enabled,
             wandb_project=self._training.wandb_project,
+            config=config_to_dict(config),
         )
         display = Display(enabled=self._enabled)
         self._progress = Progress(self._training.steps, start, tokens_per_step, display)
