@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from pldr_jax.config import ModelConfig
 from pldr_jax.interop.transformers import open_transformers
 from pldr_jax.model.decoder import Params
+from pldr_jax.runs.compiled import keep_programs
 
 # Before the backend starts, else this raises. Arrays that nobody places live on device 0.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -97,8 +98,7 @@ def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             folder = folder.parent  # shared by the workers: what one compiled, the other reads
         patch.setenv("PLDR_CACHE", str(folder / "pldr_cache"))
         # What a file or a worker has compiled, the others read.
-        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        keep_programs(folder / "compiled", 0.3)
         yield
 
 

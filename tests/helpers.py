@@ -256,3 +256,16 @@ def config_error(files: Sequence[str] = (), overrides: Sequence[str] = ()) -> st
         load_config(files, overrides)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, kilobytes: int) -> Iterator[Path]:
+    """A new folder on a disk of its own; skips the test where none can be mounted."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("cannot mount a small disk here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)

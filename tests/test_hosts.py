@@ -1,6 +1,7 @@
 """Several processes on one machine train as one program."""
 
 import json
+import shutil
 import signal
 import socket
 import time
@@ -24,8 +25,8 @@ FIELDS = {
 }
 
 
-def several(source: Path, run_dir: Path, count: int, **fields: object) -> list:
-    """The processes of one run, started."""
+def several(source: Path, run_dir: Path, count: int, fields: list[dict]) -> list:
+    """The processes of one run, started, each with fields of its own."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -36,7 +37,7 @@ def several(source: Path, run_dir: Path, count: int, **fields: object) -> list:
             f"--coordinator={address}",
             f"--processes={count}",
             f"--process_index={index}",
-            *flags(source, {**FIELDS, **fields}),
+            *flags(source, {**FIELDS, **fields[index]}),
         )
         for index in range(count)
     ]
@@ -76,7 +77,7 @@ def test_processes_train_as_one(
     process continues.
     """
     run_dir = tmp_path / "run"
-    ended = [finish(process) for process in several(text, run_dir, count, **mesh)]
+    ended = [finish(process) for process in several(text, run_dir, count, [mesh] * count)]
     assert [process.returncode for process in ended] == [0] * count, ended[0].stderr[-2000:]
     assert losses(run_dir) == pytest.approx(losses(alone)[:5], abs=1e-5)
     samples, expected = (folder / "samples.txt" for folder in (run_dir, alone))
@@ -97,7 +98,8 @@ def test_processes_train_as_one(
 def test_a_signal_to_one_process_stops_all(text: Path, tmp_path: Path) -> None:
     """Of a model that learns its G_LM, so that each of the two also writes samples with one."""
     run_dir = tmp_path / "run"
-    processes = several(text, run_dir, 2, **{"Training.steps": 400, "Model.g_source": "learned"})
+    fields = {"Training.steps": 400, "Model.g_source": "learned"}
+    processes = several(text, run_dir, 2, [fields] * 2)
     end = time.monotonic() + 300
     while not (run_dir / "samples.txt").exists() and time.monotonic() < end:
         time.sleep(0.1)
@@ -115,6 +117,11 @@ def test_a_signal_to_one_process_stops_all(text: Path, tmp_path: Path) -> None:
         (("localhost:1", None, None), "--processes"),
         ((None, 2, 0), "--coordinator"),
         (("localhost:1", 2, 2), "--process_index=2"),
+        (("localhost", 2, 0), "--coordinator=localhost: must be HOST:PORT"),
+        (("localhost:", 2, 0), "--coordinator=localhost:"),
+        (("localhost:http", 2, 1), "--coordinator=localhost:http"),
+        (("localhost:99999", 2, 1), "--coordinator=localhost:99999"),
+        ((":1234", 1, 0), "--coordinator=:1234"),
     ],
 )
 def test_incomplete_addresses_are_one_line(given: tuple, named: str) -> None:
@@ -132,8 +139,100 @@ def test_the_environment_says_the_same() -> None:
     join(environment={})  # one process: nothing to join
 
 
+SRUN = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "node[1-2]"}
+
+
 def test_launchers_are_known_by_what_they_set() -> None:
-    assert launched({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"})
+    assert launched(SRUN)
+    assert launched({**SRUN, "SLURM_STEP_NUM_TASKS": "4"})
     assert launched({"OMPI_COMM_WORLD_SIZE": "2"})
     assert launched({"TPU_WORKER_HOSTNAMES": "a,b"})
-    assert not launched({"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "TPU_WORKER_HOSTNAMES": "a"})
+    assert not launched({**SRUN, "SLURM_NTASKS": "1", "TPU_WORKER_HOSTNAMES": "a"})
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"},  # a batch script
+        {"SLURM_NTASKS": "4", "SLURM_JOB_ID": "1", "SLURM_NODELIST": "node[1-2]"},  # salloc
+        {**SRUN, "SLURM_STEP_NUM_TASKS": "1"},  # the interactive step of salloc
+        {"SLURM_NTASKS": "2(x2)", "SLURM_JOB_ID": "1"},
+    ],
+)
+def test_in_an_allocation_without_srun_a_run_is_alone(environment: dict[str, str]) -> None:
+    assert not launched(environment)
+    join(environment=environment)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {**SRUN, "SLURM_NTASKS": "2(x2)"},
+        {**SRUN, "SLURM_NTASKS": ""},
+        {**SRUN, "SLURM_STEP_NUM_TASKS": "two"},
+        {"OMPI_COMM_WORLD_SIZE": "x"},
+        {"OMPI_COMM_WORLD_SIZE": "-2"},
+    ],
+)
+def test_what_no_launcher_sets_is_one_line(environment: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="must be a whole number; unset it") as error:
+        join(environment=environment)
+    assert "\n" not in str(error.value)
+
+
+def one_error(output: str) -> str:
+    """The only line on stderr that is no note."""
+    lines = [line for line in output.splitlines() if " waits for the others" not in line]
+    assert len(lines) == 1 and lines[0].startswith("error: "), output
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"Training.steps": 5}, "Training.steps"),
+        ({"Optimizer.learning_rate": 0.5}, "Optimizer.learning_rate"),
+        ({"Data.validation_fraction": 0.3}, "Data.validation_fraction"),
+    ],
+)
+def test_processes_that_differ_say_so(
+    text: Path, tmp_path: Path, other: dict[str, object], named: str
+) -> None:
+    """Before the first step; all of them end."""
+    ended = [finish(process) for process in several(text, tmp_path / "run", 2, [{}, other])]
+    for process in ended:
+        assert process.returncode != 0
+        assert one_error(process.stderr).startswith(f"error: {named}: not the same in process 1 ")
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+def test_another_text_in_one_process(text: Path, tmp_path: Path) -> None:
+    other = tmp_path / "text"
+    shutil.copytree(text, other)
+    words = (other / "07.txt").read_text()
+    (other / "07.txt").write_text(words.replace("document", "documents"))
+    fields = [{}, {"Data.source": other}]
+    ended = [finish(process) for process in several(text, tmp_path / "run", 2, fields)]
+    for process in ended:
+        assert process.returncode != 0
+        assert "not the same in process 1 as in process 0" in one_error(process.stderr)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_lost_process_ends_the_others_in_one_line(
+    text: Path, tmp_path: Path, victim: int
+) -> None:
+    run_dir = tmp_path / "run"
+    fields = {"Training.steps": 10**6, "Training.eval_every": 10**6, "Checkpoint.save_every": 2}
+    processes = several(text, run_dir, 2, [fields, fields])
+    end = time.monotonic() + 400
+    while not (run_dir / "checkpoints" / "2").exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    processes[victim].kill()
+    begun = time.monotonic()
+    process = finish(processes[1 - victim])
+    assert time.monotonic() - begun < 60
+    assert process.returncode > 0
+    assert "another process of the run is lost" in one_error(process.stderr)
+    finish(processes[victim])
+    assert any(path.name.isdigit() for path in (run_dir / "checkpoints").iterdir())

@@ -1,18 +1,22 @@
 """The record of a run, its progress lines and its curves."""
 
+import contextlib
 import io
 import json
 import math
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers import small_disk
 from matplotlib import image
 
 from pldr_jax.runs.curves import summary_table, write_curves
+from pldr_jax.runs.folder import append_sample
 from pldr_jax.runs.metrics import MetricsError, MetricWriter, read_metrics
 from pldr_jax.terminal import Display
 from pldr_jax.training.progress import Progress
@@ -219,7 +223,7 @@ def test_summary_table() -> None:
 
 
 def test_rows_go_to_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under one id, before and after a restart."""
+    """Under an id of the run: the same after a restart and a move, another in a new run."""
     sent: list[Any] = []
 
     class Run:
@@ -233,18 +237,115 @@ def test_rows_go_to_weights_and_biases(tmp_path: Path, monkeypatch: pytest.Monke
         sent.append(settings)
         return Run()
 
+    def write(run_dir: Path, step: int) -> None:
+        config = {"Model": {"num_layers": 2}}
+        resume = step - 1 or None
+        with MetricWriter(run_dir, False, resume, wandb_project="mine", config=config) as writer:
+            writer.write(step, {"train/loss": 2.5})
+
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    for resume_step in (None, 1):
-        with MetricWriter(tmp_path, False, resume_step, wandb_project="mine") as writer:
-            writer.write(1 if resume_step is None else 2, {"train/loss": 2.5})
-    assert sent[0]["project"] == "mine" and sent[0]["resume"] == "allow"
+    write(tmp_path / "run", 1)
+    write(tmp_path / "run", 2)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    write(tmp_path / "moved", 3)
+    write(tmp_path / "run", 1)
+    first, again, moved, other = sent[::3]
+    assert first["project"] == "mine" and first["resume"] == "allow"
+    assert first["config"] == {"Model": {"num_layers": 2}}
     assert sent[1:3] == [(1, {"train/loss": 2.5}), "finished"]
-    assert sent[3] == sent[0] and sent[4][0] == 2
+    assert first == again and first["id"] == moved["id"] != other["id"]
 
 
-def test_weights_and_biases_missing_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [ValueError("api_key not configured\nrun wandb login"), None])
+def test_weights_and_biases_that_cannot_be_used_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None
 ) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(MetricsError, match=r"^Training\.wandb_project = 'mine': needs wandb"):
+    def init(**_: Any) -> None:
+        assert error is not None
+        raise error
+
+    module = None if error is None else types.SimpleNamespace(init=init)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    with pytest.raises(MetricsError, match=r"^Training\.wandb_project = 'mine': ") as found:
         MetricWriter(tmp_path, False, None, wandb_project="mine")
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": "5"}',
+        '{"step": true}',
+        '{"step": 2.0}',
+        '{"step": -1}',
+        '{"step": null}',
+        '{"step": 2, "train/loss": "low"}',
+        '{"step": 2, "train/loss": [1.0]}',
+        '{"step": 2, "train/loss": false}',
+        '{"step": 2, "train/loss": 1' + "0" * 400 + "}",
+        "[2]",
+        "2",
+        "[" * 99999,
+        "\xff",
+    ],
+)
+def test_a_row_of_another_type_is_one_line(tmp_path: Path, line: str) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b'{"step": 1}\n' + line.encode("latin-1") + b'\n{"step": 3}\n'
+    )
+    for read in (read_metrics, write_curves, lambda path: MetricWriter(path, False, 3)):
+        with pytest.raises(MetricsError, match=r"metrics\.jsonl:2: .*; remove the line$") as error:
+            read(tmp_path)
+        assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of 64 KB."""
+    with small_disk(tmp_path / "disk", 64) as folder:
+        yield folder
+
+
+def fill(folder: Path) -> None:
+    """Leaves no byte free."""
+    with (folder / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"0" * 100)
+
+
+@pytest.mark.parametrize("tensorboard", [False, True])
+def test_a_full_disk_is_one_line_and_loses_nothing(full_disk: Path, tensorboard: bool) -> None:
+    run_dir = full_disk / "run"
+    writer = MetricWriter(run_dir, tensorboard, None)
+    writer.write(1, {"train/loss": 1.0})
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    fill(full_disk)
+    with pytest.raises(
+        MetricsError, match=r"cannot be written \(No space left on device\)"
+    ) as error:
+        for step in range(2, 200):
+            before = (run_dir / "metrics.jsonl").read_bytes()
+            writer.write(step, {"train/loss": 1.0, "train/accuracy": 0.5})
+    assert "\n" not in str(error.value)
+    writer.close()
+    after = (run_dir / "metrics.jsonl").read_bytes()
+    assert after.startswith(before) and after.endswith(b"}\n")
+    (full_disk / "filler").unlink()
+    last = recorded_steps(run_dir)[-1]
+    with MetricWriter(run_dir, tensorboard, last) as writer:
+        writer.write(last + 1, {"train/loss": 1.0})
+    assert recorded_steps(run_dir) == list(range(1, last + 2))
+
+
+def test_a_full_disk_leaves_samples_and_curves_whole(full_disk: Path) -> None:
+    append_sample(full_disk, 1, "a sample")
+    write_rows(full_disk, [{"step": 1, "train/loss": 2.0}])
+    (full_disk / "curves.png").write_bytes(b"earlier")
+    fill(full_disk)
+    names = {path.name for path in full_disk.iterdir()}
+    for act in (lambda: append_sample(full_disk, 2, "x" * 9999), lambda: write_curves(full_disk)):
+        with pytest.raises(OSError, match="No space left"):
+            act()
+    assert (full_disk / "samples.txt").read_bytes() == b"--- step 1\na sample\n"
+    assert (full_disk / "curves.png").read_bytes() == b"earlier"
+    assert {path.name for path in full_disk.iterdir()} == names

@@ -2,6 +2,9 @@
 
 import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,16 @@ import pytest
 from helpers import (
     FINISHED,
     QUICK,
+    REPOSITORY,
     contents,
     corpus_of,
     finished_run,
     flags,
+    record_batches,
     rows_of,
     run_here,
     run_program,
+    small_disk,
     stored,
     tiny_config,
     train_here,
@@ -29,6 +35,7 @@ from pldr_jax.config import GROUPS
 from pldr_jax.config.load import load_config
 from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.files import locked
+from pldr_jax.training.evaluate import Evaluator
 from pldr_jax.training.optimizer import decayed_matrices
 
 OUTPUTS = ("A", "A_LM", "A_P", "G_LM")
@@ -273,3 +280,46 @@ def test_a_run_folder_in_use_is_refused(source, tmp_path, capsys) -> None:
     assert err.startswith(f"error: --run_dir={run_dir}: is in use by process {os.getpid()}")
     with locked(run_dir):  # a lock that was left is no lock
         pass
+
+
+def test_every_evaluation_is_drawn_and_the_best_one_saved(source, tmp_path, monkeypatch) -> None:
+    drawn: list[bool] = []
+    losses = iter([3.0, 4.0, 2.0, 5.0])
+
+    def evaluate(*_: Any) -> dict[str, float]:
+        loss = next(losses)
+        return {"eval/loss": loss, "eval/bits_per_byte": loss / 2}
+
+    monkeypatch.setattr(Evaluator, "__call__", evaluate)
+    record_batches(monkeypatch, lambda n: drawn.append((tmp_path / "curves.png").exists()))
+    fields = {**QUICK, "Training.steps": 7, "Training.eval_every": 2}
+    fields |= {"Checkpoint.save_every": 1000, "Checkpoint.keep_last": 1}
+    train_here(tiny_config(source, fields), tmp_path)
+    assert drawn == [False, False, True, True, True, True, True]
+    kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {"6", "7", "manifests"}
+    assert stored(tmp_path)[1]["best"] == 2.0
+
+
+@pytest.mark.parametrize("shell", ["{} | head -n 1", "{} <&- >&- 2>&-", "{} >/dev/full"])
+def test_a_run_outlives_its_terminal(source, tmp_path, shell: str) -> None:
+    arguments = (sys.executable, "train.py", f"--run_dir={tmp_path / 'run'}", *flags(source, QUICK))
+    command = shell.format(" ".join(map(shlex.quote, arguments)))
+    end = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert end.returncode == 0 and not end.stderr, end
+    assert stored(tmp_path / "run")[2] == 2
+
+
+def test_a_disk_that_fills_up_is_one_line(source, tmp_path) -> None:
+    """And the program ends."""
+    fields = {**QUICK, "Training.steps": 50, "Checkpoint.save_every": 1, "Checkpoint.keep_last": 50}
+    with small_disk(tmp_path / "disk", 1500) as disk:
+        run_dir = disk / "run"
+        result = run_program("train.py", f"--run_dir={run_dir}", *flags(source, fields))
+        assert result.returncode == 1
+        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+        assert "No space left on device" in result.stderr
+        assert stored(run_dir)[2] >= 1
+        rows_of(run_dir)

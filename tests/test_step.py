@@ -116,6 +116,49 @@ def test_an_update_that_is_not_finite_is_left_out() -> None:
     assert int(after.step) == 1  # the batch is passed over, not tried again
 
 
+@pytest.mark.parametrize(
+    "optimizer",
+    [{"learning_rate": 3e38, "eps": 1e-30}, {"learning_rate": 1e30, "weight_decay": 1e30}],
+    ids=["the update", "the decay"],
+)
+def test_an_update_that_makes_parameters_infinite_is_left_out(optimizer: dict[str, float]) -> None:
+    """Loss and gradient are finite; the message that it is left out is true."""
+    config = changed("training", skip_nonfinite=True)
+    config = dataclasses.replace(
+        config,
+        optimizer=dataclasses.replace(config.optimizer, warmup_steps=0, clip="none", **optimizer),
+    )
+    before = create_state(config, build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]))
+    after, metrics = jax.jit(functools.partial(train_step, config))(before, rows())
+    assert np.isfinite(float(metrics["train/loss"])) and np.isfinite(metrics["train/grad_norm"])
+    broken = [name for name, value in metrics.items() if not np.isfinite(value)]
+    assert broken, metrics
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+    jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
+
+
+def test_the_learning_rate_is_that_of_the_updates_made() -> None:
+    """Also after some were left out: an update is the same whenever it is made."""
+    config = changed("training", skip_nonfinite=True)
+    step = jax.jit(functools.partial(train_step, config))
+    expected, rates = state(), []
+    for _ in range(3):
+        expected, metrics = step(expected, rows())
+        rates.append(float(metrics["train/learning_rate"]))
+    assert len(set(rates)) == 3
+    actual, _ = step(state(), rows())
+    bias = actual.params["head"]["bias"]
+    broken = actual.replace(params=jax.tree.map(lambda x: x, actual.params))
+    broken.params["head"]["bias"] = bias.at[0].set(jnp.inf)
+    broken, metrics = step(broken, rows())
+    assert not np.isfinite(metrics["train/loss"])
+    broken.params["head"]["bias"] = bias
+    again, metrics = step(broken, rows())
+    assert float(metrics["train/learning_rate"]) == rates[1] and int(again.step) == 3
+    second, _ = step(actual, rows())
+    jax.tree.map(np.testing.assert_array_equal, again.params, second.params)
+
+
 def test_health_counts_and_notes(tmp_path: Path) -> None:
     config = TrainingConfig(skip_nonfinite=True, max_nonfinite=2, spike_nats=0.5)
     health = Health(tmp_path, config)

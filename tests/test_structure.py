@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "terminal": set(),
     "plots": set(),
     "partition": {"config"},
-    "hosts": {"config"},
+    "hosts": {"config", "files", "terminal"},
     "model": {"config", "partition"},
     "data": BASE,
     "runs": BASE | {"model"},

@@ -80,10 +80,8 @@ def keep_compiled_programs(cache_dir: str | None) -> None:
     """Keeps XLA's compiled programs beside the tokenised text, so that the next start of the same
     run is quick.
     """
-    import jax
-
     from pldr_jax.files import cache_folder
+    from pldr_jax.runs.compiled import keep_programs
 
     with contextlib.suppress(ConfigError):  # there is no home folder: every start compiles
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder(cache_dir) / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        keep_programs(cache_folder(cache_dir) / "xla")

@@ -5,8 +5,11 @@ Notebooks and tests call `pldr_jax.cli.train.main` and its like, which leave the
 
 import importlib
 import io
+import multiprocessing
 import os
 import sys
+import traceback
+from typing import Any, NoReturn
 
 from pldr_jax.cli.huge_pages import use_huge_pages
 from pldr_jax.terminal import flush_streams, open_missing_streams
@@ -25,10 +28,34 @@ def start(name: str) -> None:
     # Every dtype is named, and arrays of 64 bits would be other ones.
     os.environ.pop("JAX_ENABLE_X64", None)
     use_huge_pages()
+    sys.unraisablehook = _unraisable
     try:
         importlib.import_module(f"pldr_jax.cli.{name}").main()
+    except SystemExit as end:
+        if isinstance(end.code, int) and end.code:
+            _leave(end.code)
+        raise
+    except Exception:
+        traceback.print_exc()
+        _leave(1)
     finally:
         flush_streams()
+
+
+def _unraisable(error: Any) -> None:
+    """Says nothing of what is left of a failed save, which is reported by another way."""
+    if not (isinstance(error.exc_value, RuntimeError) and "loop is closed" in str(error.exc_value)):
+        sys.__unraisablehook__(error)
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends the process at once: after an error, threads and other processes of the run may wait
+    for minutes for what will not come.
+    """
+    flush_streams()
+    for child in multiprocessing.active_children():
+        child.terminate()
+    os._exit(status)
 
 
 def train() -> None:

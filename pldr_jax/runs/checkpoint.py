@@ -11,7 +11,10 @@ import dataclasses
 import json
 import logging
 import math
+import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,12 @@ from pldr_jax.runs.checksums import (
     remove_orphans,
     write_manifest,
 )
+
+_CAUSES = re.compile(
+    "No space left on device|Disk quota exceeded|File too large|Permission denied|"
+    "Read-only file system"
+)
+"""In what is else a page of paths."""
 
 BEST_METRIC = "eval/loss"
 """The metric whose lowest value `Checkpoint.keep_best` keeps."""
@@ -106,6 +115,8 @@ class Checkpointer:
         """
         self.wait()
         with _quiet(), self._reporting(step):
+            if jax.process_index() == 0:
+                _check_writable(self.folder)
             manager = self._manager or self._open()
             if step in self.all_steps():
                 return False
@@ -209,9 +220,11 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
+            known = _CAUSES.search(str(error))
             raise CheckpointError(
-                f"{self.folder}: the checkpoint of step {step} could not be saved"
-                f" ({one_line(error)}); check the free space and the permissions of the folder"
+                f"{self.folder}: the checkpoint of step {step} could not be saved "
+                f"({known[0] if known else one_line(error)}); see to the free space and the "
+                "permissions of the folder"
             ) from error
 
     def _open(self) -> ocp.CheckpointManager:
@@ -283,6 +296,14 @@ def read_weights(run_dir: str | Path, step: int | None = None, log: Log = _to_st
     with _quiet():
         found, parts = newest_whole(Path(run_dir) / "checkpoints", step, read, log)
     return Weights(found, *parts)
+
+
+def _check_writable(folder: Path) -> None:
+    """OSError where no folder can be made in it: Orbax would notice in a thread that others wait
+    for.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    os.rmdir(tempfile.mkdtemp(prefix=".writable-", dir=folder))
 
 
 def _stored_arrays(folder: Path) -> Any:

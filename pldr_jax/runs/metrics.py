@@ -141,7 +141,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             row = json.loads(line)
             problem = _problem(row)
         except (ValueError, RecursionError):
-            problem = "is no JSON object"
+            problem = "is no row of metrics"
             if number == len(lines):
                 break
         if problem is not None:
@@ -153,7 +153,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 def _problem(row: object) -> str | None:
     """What is wrong with a row, if anything is."""
     if not isinstance(row, dict):
-        return "is no JSON object"
+        return "is no row of metrics"
     if type(row.get("step")) is not int or row["step"] < 0:
         return f"step is {row.get('step')!r:.40} and no step number"
     for name, value in row.items():
@@ -181,6 +181,7 @@ class _Events:
     """
 
     def __init__(self, folder: Path, resume_step: int | None) -> None:
+        import tensorboardX  # noqa: F401
         from tensorboardX.proto import event_pb2
         from tensorboardX.record_writer import RecordWriter
         from tensorboardX.summary import scalar

@@ -22,7 +22,7 @@ from pldr_jax.config import ExperimentConfig, ModelConfig, SamplingConfig
 from pldr_jax.config.load import config_from_dict, config_to_dict
 from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.files import locked
-from pldr_jax.hosts import any_process
+from pldr_jax.hosts import agree, any_process, code_facts, ending_with_the_others
 from pldr_jax.inference.engine import Engine
 from pldr_jax.inference.request import DecodeOptions, Request
 from pldr_jax.model.decoder import Params
@@ -40,6 +40,7 @@ from pldr_jax.training.start import (
     check_batch_size,
     check_enough_text,
     check_resume,
+    config_facts,
     first_state,
     open_data,
     restore,
@@ -55,6 +56,7 @@ TaskMetrics = Callable[[ModelConfig, Params, jax.Array | None, Tokenizer, Mesh],
 """Measures a model (config, parameters, predefined G_LM, tokenizer, mesh) on tasks."""
 
 
+@ending_with_the_others()
 def train(
     config: ExperimentConfig,
     run_dir: str | Path,
@@ -82,16 +84,20 @@ def train(
       CheckpointError, MetricsError: the run folder cannot be read or written.
       TrainingError: a loss that is not finite.
     """
+    agree(code_facts())
     run_dir, is_main = Path(run_dir), jax.process_index() == 0
     profiler = Profiler(run_dir, profile)
     with Checkpointer(run_dir, config.checkpoint) as checkpointer:
-        goes_on = check_resume(run_dir, resume, checkpointer.latest_step())
+        latest = checkpointer.latest_step()
+        agree(config_facts(config) | {"the newest checkpoint in --run_dir": latest})
+        goes_on = check_resume(run_dir, resume, latest)
         mesh = build_mesh(config.mesh)
         check_batch_size(config, mesh)
         stored = checkpointer.read_config() if goes_on else None
         saved = None if stored is None else config_from_dict(stored, str(run_dir))
         data = open_data(config, saved, mesh, print_line if is_main else _ignore)
         config = data.config
+        agree({"the text": data.batches.state, "Data.max_segments": config.data.max_segments})
         # From here on there is something to save; a signal before this ends the program at once.
         with (
             data.batches,

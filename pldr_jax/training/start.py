@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pldr_jax.config import ConfigError, ExperimentConfig
+from pldr_jax.config.load import config_to_dict
 from pldr_jax.data.mixture import open_training_text
 from pldr_jax.data.pipeline import TrainIterator, ValidationRows
 from pldr_jax.data.segment_count import with_segment_count
@@ -55,6 +56,19 @@ def check_resume(run_dir: Path, resume: str, latest: int | None) -> bool:
             f"--resume=never: {run_dir} already holds step {latest}; choose another --run_dir"
         )
     return latest is not None
+
+
+def config_facts(config: ExperimentConfig) -> dict[str, Any]:
+    """The fields that must be the same in all processes, with their values. Paths need not be, and
+    what they lead to is compared when it is open.
+    """
+    may_differ = {"Data.source", "Data.mixture", "Data.tokenizer", "Data.cache_dir", "Data.workers"}
+    return {
+        f"{group}.{name}": value
+        for group, fields in config_to_dict(config).items()
+        for name, value in fields.items()
+        if f"{group}.{name}" not in may_differ
+    }
 
 
 def check_batch_size(config: ExperimentConfig, mesh: Mesh) -> None:
