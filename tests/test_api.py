@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDENS, Golden
+from letters import Letters, letters_model
 from safetensors.numpy import load_file, save_file
 
 import pldr_jax
@@ -126,6 +128,105 @@ def test_bad_prompts(lm: Any) -> None:
     fails("top_p = 0", lm.generate, [1], top_p=0.0)
     fails("g_cache = 'B': is not one of 'G_LM', 'A', 'none'", lm.generate, [1], g_cache="B")
     fails("turn the key-value cache off", lm.generate, [1], g_cache="none")
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [b"def", bytearray(b"def"), 2.5, None, 7, {"a": 1}, [b"def"], [2.5], [[1.5]], [None], [[True]],
+     [[None]], [{1: 2}], np.array([[0.5]]), [["a"]], [[10**30]], [[[1]]]],
+)  # fmt: skip
+def test_what_is_no_prompt_is_one_line(lm: Any, prompts: Any) -> None:
+    fails("prompt", lm.generate, prompts)
+
+
+def test_prompts_of_any_kind(lm: Any) -> None:
+    wanted = [r.tokens for r in lm.generate(PROMPTS, 4)]
+    rows = [PROMPTS[1], PROMPTS[1]]
+    for prompts, expected in (
+        ((prompt for prompt in PROMPTS), wanted),
+        (map(np.asarray, PROMPTS), wanted),
+        (tuple(map(tuple, PROMPTS)), wanted),
+        ([jnp.asarray(prompt) for prompt in PROMPTS], wanted),
+        (np.array(rows, np.uint8), [wanted[1]] * 2),
+        (jnp.array(PROMPTS[0]), wanted[:1]),
+        (iter(PROMPTS[0]), wanted[:1]),
+        (range(9, 6, -1), [lm.generate([9, 8, 7], 4)[0].tokens]),
+    ):
+        assert [r.tokens for r in lm.generate(prompts, 4)] == expected
+
+
+def test_a_bad_prompt_leaves_the_others_their_results(lm: Any) -> None:
+    wanted = lm.generate(PROMPTS, 4)
+    mixed = [PROMPTS[0], [], [1, 61], None, PROMPTS[2], [1] * 48]
+    with pytest.warns(UserWarning, match="prompt 1: the prompt is empty; its result has .error"):
+        made = lm.generate(mixed, 4)
+    assert [r.finish_reason for r in made] == ["length", *["error"] * 3, "length", "error"]
+    assert [made[0].tokens, made[4].tokens] == [wanted[0].tokens, wanted[2].tokens]
+    assert all(r.error and not r.tokens for r in made if r.finish_reason == "error")
+    assert sorted(i for i, r in lm.stream(mixed, 1) if r.error) == [1, 2, 3, 5]
+
+
+def test_one_value_of_sampling(lm: Any) -> None:
+    sampling = pldr_jax.SamplingConfig(6, temperature=1.0, top_k=9, seed=3)
+    wanted = [r.tokens for r in lm.generate(PROMPTS, 6, temperature=1.0, top_k=9, seed=3)]
+    assert [r.tokens for r in lm.generate(PROMPTS, sampling)] == wanted
+    assert [r.tokens for r in lm.generate(PROMPTS, sampling=sampling, rows=2)] == wanted
+    assert [r.tokens for r in lm.generate(PROMPTS, sampling, seed=4)] != wanted
+    assert [r.tokens for r in lm.generate(PROMPTS, sampling, seed=2)][1:] != wanted[1:]
+    ended = {i: r.tokens for i, r in lm.stream(PROMPTS, sampling, steps=4, batch_size=2)}
+    assert [ended[i] for i in range(3)] == wanted
+    first, second = lm.generate(PROMPTS[:2], 4, temperature=1.0, seed=2**32 - 1)
+    assert second.tokens == lm.generate(PROMPTS[1], 4, temperature=1.0, seed=0)[0].tokens
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"rows": 0}, "batch_size = 0: must be at least 1"),
+        ({"batch_size": 2.0}, "batch_size = 2.0: must be int"),
+        ({"steps": 0}, "steps = 0"),
+        ({"top_k": 2**40}, "top_k = 1099511627776: must be at most"),
+        ({"max_new_tokens": 10**12}, "max_new_tokens = 1000000000000"),
+        ({"max_new_tokens": True}, "max_new_tokens = True: must be int"),
+        ({"temperature": float("nan")}, "temperature = nan: must be finite"),
+        ({"seed": 2**32}, "seed = 4294967296: must be at most"),
+        ({"stop_ids": [99999999999]}, "stop_ids = "),
+        ({"stop_ids": [61]}, "stop_ids has the token id 61, outside the vocabulary of 61"),
+        ({"stop": "fn"}, "stop: this checkpoint has no tokenizer; use stop_ids"),
+        ({"stop": [""]}, "an empty string"),
+        ({"temprature": 1}, "temprature: no such setting; did you mean temperature?"),
+        ({"batchsize": 1}, "batchsize: no such setting; did you mean batch_size?"),
+    ],
+)
+def test_settings_that_cannot_be_used(lm: Any, settings: dict[str, Any], named: str) -> None:
+    fails(re.escape(named), lm.generate, [1, 2], **settings)
+
+
+def test_a_stop_string_is_one_string() -> None:
+    lm = letters_model()
+    (free,) = lm.generate("hello", 20, temperature=1.0)
+    stop = free.text[4:7]
+    (cut,) = lm.generate("hello", 20, temperature=1.0, stop=stop)
+    assert cut.text == free.text[: free.text.index(stop)] and cut.finish_reason == "stop"
+    (same,) = lm.generate("hello", 20, temperature=1.0, stop=[stop])
+    assert same == cut
+
+
+def test_a_tokenizer_with_fewer_pieces_than_the_model() -> None:
+    """Ids without a piece are never drawn, and no prompt may have them."""
+    whole = letters_model()
+    few = Letters()
+    few.vocab_size = 40
+    lm = pldr_jax.LanguageModel(whole.config, whole.params, tokenizer=few)
+    texts = [whole.encode("abc"), whole.encode("x y"), [3, 45]]
+    assert any(
+        t >= 40 for r in whole.generate(texts[:1] * 20, 9, temperature=2.0) for t in r.tokens
+    )
+    made = lm.generate(texts[:1] * 20, 9, temperature=2.0)
+    assert all(0 <= t < 40 for r in made for t in r.tokens)
+    for bad in (texts[1], texts[2], "x y"):
+        fails("of which the tokenizer has no piece", lm.generate, bad)
+    fails("of which the tokenizer has no piece", lm.generate, "abc", stop_ids=[63])
 
 
 def test_bad_tokens_and_g_lm(lm: Any) -> None:

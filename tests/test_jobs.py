@@ -2,92 +2,40 @@
 
 import io
 import json
-import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
-import jax
 import numpy as np
 import pytest
-from helpers import REPOSITORY, finished_run, run_here
+from helpers import REPOSITORY, finished_run
+from letters import CONFIG, CONTEXT, LETTERS, infer_here, jsonl, letters_model, results
 
-import pldr_jax.api
 from pldr_jax.api import LanguageModel
-from pldr_jax.cli.infer import infer_main
 from pldr_jax.config import ConfigError, GenerationConfig, ModelConfig, SamplingConfig
 from pldr_jax.inference.batch import Output, run_batch
 from pldr_jax.inference.jobs import BadLine, Job, JsonlWriter, count_prompts, read_prompts
 from pldr_jax.inference.progress import JobProgress
 from pldr_jax.inference.request import Request
-from pldr_jax.model.decoder import init_params
 from pldr_jax.model.deductive import identity_g_lm
 from pldr_jax.terminal import Display
-
-CONTEXT = 48
-LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 "
-CONFIG = ModelConfig(
-    vocab_size=64,
-    num_layers=1,
-    num_heads=2,
-    head_dim=8,
-    num_residual_layers=1,
-    context_length=CONTEXT,
-)
-
-
-class Letters:
-    """A tokenizer of one token a letter."""
-
-    eos_id, vocab_size = 63, 64
-
-    def encode(self, text: str) -> list[int]:
-        return [LETTERS.index(letter) for letter in text]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return "".join(LETTERS[i] for i in ids if i != self.eos_id)
-
-    def decode_continuation(self, before: Iterable[int], ids: Iterable[int]) -> str:
-        return self.decode(ids)
 
 
 @pytest.fixture(scope="module")
 def lm() -> LanguageModel:
-    params = nn.unbox(init_params(CONFIG, jax.random.key(1)))
-    # Larger than at the start of a training, so that prompts and G_LM change what is drawn.
-    params = jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, params)
-    return LanguageModel(CONFIG, params, tokenizer=Letters())  # type: ignore[arg-type]
+    return letters_model()
 
 
 @pytest.fixture
-def infer(
-    lm: LanguageModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[Any, str, str]]:
+def infer(lm: LanguageModel, capsys: pytest.CaptureFixture[str]) -> Any:
     """`infer.py` in this process with the small model: exit status, stdout, stderr."""
 
     def call(*arguments: object, model: LanguageModel = lm) -> tuple[Any, str, str]:
-        monkeypatch.setattr(pldr_jax.api, "load", lambda *_: model)
-        return run_here(capsys, infer_main, "--checkpoint=none", *arguments)  # type: ignore[return-value]
+        return infer_here(capsys, model, *arguments)
 
     return call
-
-
-def jsonl(path: Path, *rows: Any) -> Path:
-    """A file with a line of JSON, or of raw text, for each row."""
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_text("".join(f"{line}\n" for line in lines))
-    return path
-
-
-def results(path: Path) -> dict[Any, dict[str, Any]]:
-    """By their ids; those of lines that cannot be read by ("line", number)."""
-    found = [json.loads(line) for line in path.read_text().splitlines()]
-    names = [("line", x["line"]) if x["id"] is None else x["id"] for x in found]
-    assert len(set(names)) == len(found)
-    return dict(zip(names, found, strict=True))
 
 
 # Reading
@@ -173,37 +121,6 @@ def test_a_missing_file_is_noticed_at_once() -> None:
         read_prompts(source="no_such.jsonl")
 
 
-# Writing
-
-
-def test_rows_are_in_the_file_when_they_are_written(tmp_path: Path) -> None:
-    path = tmp_path / "out.jsonl"
-    with JsonlWriter(path) as writer:
-        for row_id in ("\u00e9", "\ud800", 3):
-            writer.write({"id": row_id, "finish_reason": "error"})
-            assert list(results(path))[-1] == row_id
-    assert "\u00e9" in path.read_text()
-    again = JsonlWriter(path, resume=True)
-    again.close()
-    assert set(again.done) == {"\u00e9", "\ud800", 3} and again.failed == 3
-
-
-def test_an_output_that_exists_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "out.jsonl"
-    path.write_text("precious")
-    with pytest.raises(ConfigError, match=r"is there already; add --resume"):
-        JsonlWriter(path)
-    for foreign in ("precious", '{"prompt": "a"}', '{"id": 1, "prompt": "a"}\n', "\0\0\n"):
-        path.write_text(foreign)
-        with pytest.raises(ConfigError, match="line 1 is not a result"):
-            JsonlWriter(path, resume=True)
-        assert path.read_text() == foreign
-    with pytest.raises(ConfigError, match="No such file"):
-        JsonlWriter(tmp_path / "no" / "out.jsonl")
-    path.write_text("")
-    JsonlWriter(path).close()
-
-
 # The program
 
 
@@ -241,32 +158,6 @@ def test_a_queue_and_its_failures(infer: Any, lm: LanguageModel, tmp_path: Path)
     assert any(line.startswith("error: line 2: is not JSON") for line in lines)
     assert any(line.startswith("error: line 7: unknown key 'max_tokens'") for line in lines)
     assert lines[-1].startswith("7 prompts, 9 new tokens, ") and lines[-1].endswith("5 failures")
-
-
-def test_a_killed_job_is_resumed(infer: Any, tmp_path: Path) -> None:
-    rows = [{"id": f"row {i}", "prompt": "abc"[: i % 3 + 1] * (i + 1)} for i in range(9)]
-    prompts = jsonl(tmp_path / "in.jsonl", *rows, {"prompt": ""})
-    common = (
-        f"--prompt_file={prompts}",
-        "--max_new_tokens=5",
-        "--temperature=1",
-        "--batch_size=3",
-        "--gin.Generation.g_mode=first",
-    )
-    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    assert infer(*common, f"--output={whole}")[0] == 1  # the empty prompt
-    data, wanted = whole.read_bytes(), results(whole)
-    assert len(wanted) == 10
-    chance = random.Random(0)
-    for size in (0, 3, data.index(b"\n") + 1, *chance.sample(range(len(data)), 3), len(data)):
-        cut.write_bytes(data[:size])
-        kept = data[:size].rpartition(b"\n")[0]
-        status, _, stderr = infer(*common, f"--output={cut}", "--resume")
-        assert status == 1
-        assert results(cut) == wanted
-        assert cut.read_bytes().startswith(kept)
-        decoded = 10 - len(kept.splitlines())
-        assert f"\n{decoded} prompt" in f"\n{stderr}"
 
 
 def test_existing_output_and_usage_errors(infer: Any, tmp_path: Path) -> None:

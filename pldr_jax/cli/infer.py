@@ -1,7 +1,6 @@
 """`infer.py`: generates text from a checkpoint, for one prompt or a file of them."""
 
 import dataclasses
-import os
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -86,15 +85,7 @@ def infer_main(argv: list[str]) -> None:
     generation = dataclasses.replace(config.generation, **chosen)
     config = dataclasses.replace(config, generation=generation)
     _check(options)
-    try:
-        _infer(options, config)
-    except BrokenPipeError:  # the reader of stdout has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(FAILURE) from None
-    except OSError as error:
-        name = error.filename or options.output or options.prompt_file or "stdout"
-        print_line(f"error: {name}: {error.strerror or error}", to_stderr=True)
-        raise SystemExit(FAILURE) from None
+    _infer(options, config)
 
 
 def _check(options: Options) -> None:

@@ -84,19 +84,18 @@ def read_prompts(
         return (Job(i + 1, prompt, index=i) for i, prompt in enumerate(prompts))
     suffix = Path(source).suffix.lower()
     if source == "-":
-        file, suffix = stdin or sys.stdin.buffer, ""
+        file, suffix, source = stdin or sys.stdin.buffer, "", "stdin"
     else:
         file = _open(source)
     is_json = True if suffix in _JSON_SUFFIXES else False if suffix == ".txt" else None
-    return _read_lines(file, is_json)
+    return _read_lines(file, source, is_json)
 
 
 def count_prompts(source: str) -> int | None:
     """Lines of a file, without those that are blank; None where it can be read only once."""
     if not Path(source).is_file():
         return None
-    with _open(source) as file:
-        return sum(1 for line in file if line.strip())
+    return sum(1 for line in _lines(_open(source), source) if line.strip())
 
 
 def _open(source: str) -> BinaryIO:
@@ -106,25 +105,37 @@ def _open(source: str) -> BinaryIO:
         raise ConfigError(f"--prompt_file {source!r}: {error.strerror or error}") from None
 
 
-def _read_lines(file: BinaryIO, is_json: bool | None) -> Iterator[Job | BadLine]:
-    seen: set[JobId] = set()
-    index = number = 0
+def _lines(file: BinaryIO, source: str) -> Iterator[bytes]:
+    """The lines of a file, of bounded length.
+
+    Raises:
+      ConfigError: it cannot be read, or a line has no end.
+    """
     with file:
-        while raw := file.readline(LONGEST_LINE):
-            number += 1
-            if len(raw) == LONGEST_LINE:
-                raise ConfigError(
-                    f"--prompt_file: line {number} is longer than {LONGEST_LINE:,} bytes; is it a "
-                    "file of prompts?"
-                )
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if not raw.strip():
-                continue
-            if is_json is None:
-                is_json = raw.lstrip().startswith(b"{")
-            yield _parse_line(raw, number, index, is_json, seen)
-            index += 1
+        try:
+            while raw := file.readline(LONGEST_LINE):
+                if len(raw) == LONGEST_LINE:
+                    raise ConfigError(
+                        f"--prompt_file {source!r}: has a line of {LONGEST_LINE:,} bytes; is it a "
+                        "file of prompts?"
+                    )
+                yield raw
+        except OSError as error:
+            raise ConfigError(f"--prompt_file {source!r}: {error.strerror or error}") from None
+
+
+def _read_lines(file: BinaryIO, source: str, is_json: bool | None) -> Iterator[Job | BadLine]:
+    seen: set[JobId] = set()
+    index = 0
+    for number, raw in enumerate(_lines(file, source), start=1):
+        if number == 1:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        if not raw.strip():
+            continue
+        if is_json is None:
+            is_json = raw.lstrip().startswith(b"{")
+        yield _parse_line(raw, number, index, is_json, seen)
+        index += 1
 
 
 def _parse_line(
