@@ -528,3 +528,26 @@ def test_seeds_are_bounded(text, tmp_path, capsys, seed: int) -> None:
     arguments += [f"--tokenizer={text}/tok.model", f"--seed={seed}"]
     status, _, err = run_here(capsys, data_main, *arguments)
     assert status == 2 and err.count("\n") == 1 and f"--seed={seed}: must be at" in err
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_is_one_line_and_the_work_goes_on(text, tmp_path, workers: int) -> None:
+    """No file may grow beyond 4 KiB: what a disk does that has no room left."""
+    words = np.random.default_rng(0).choice(WORDS, 6000)
+    lines = [json.dumps({"text": f"{k} {words[k]} {k * k}"}) for k in range(6000)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    arguments = f"-m pldr_jax.data build --input={tmp_path}/a.jsonl --output={tmp_path}/out"
+    command = f"{sys.executable} {arguments} --tokenizer={text}/tok.model --workers={workers}"
+    command += " --shard_bytes=100000"
+    for limit, status in (("ulimit -f 4", 1), ("true", 0)):
+        result = subprocess.run(
+            ["bash", "-c", f"{limit}; exec {command}"],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode in (status, 2 * status), result.stderr
+        errors = [line for line in result.stderr.splitlines() if "error: " in line]
+        assert len(errors) == status and "Traceback" not in result.stderr
+        assert not errors or "cannot be written to (File too large)" in errors[0]
+    assert read_prepared(tmp_path / "out").count("train", "n_documents") > 5000

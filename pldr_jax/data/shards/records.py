@@ -13,6 +13,7 @@ import hashlib
 import os
 import pathlib
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,8 @@ class ShardWriter:
             self._files.enter_context(whole_file(folder / f"{name}{ending}"))
             for ending in (ENDING, LENGTHS)
         )
-        self._writer = ArrayRecordWriter(str(self._tokens_path), _WRITER_OPTIONS)
+        with _one_line(self._tokens_path):
+            self._writer = ArrayRecordWriter(str(self._tokens_path), _WRITER_OPTIONS)
         self._waiting: list[np.ndarray] = []
         self._n_waiting = self._n_tokens = self._n_bytes = self._n_records = 0
         self._lengths: list[int] = []
@@ -98,7 +100,8 @@ class ShardWriter:
     def close(self) -> Shard:
         """Writes what is left and gives the files their names."""
         self._write(1)
-        self._writer.close()
+        with _one_line(self._tokens_path):
+            self._writer.close()
         lengths = np.asarray(self._lengths, "<u4").tobytes()
         self._lengths_path.write_bytes(lengths)
         self._digest.update(lengths)
@@ -122,12 +125,26 @@ class ShardWriter:
         while len(tokens) - start >= least:
             payload = tokens[start : start + RECORD_TOKENS].tobytes()
             checksum = _checksum(self._name, self._n_records, payload)
-            self._writer.write(checksum.to_bytes(4, "little") + payload)
+            with _one_line(self._tokens_path):
+                self._writer.write(checksum.to_bytes(4, "little") + payload)
             self._digest.update(payload)
             self._n_records += 1
             start += RECORD_TOKENS
         self._waiting = [tokens[start:]]
         self._n_waiting = len(self._waiting[0])
+
+
+@contextlib.contextmanager
+def _one_line(path: pathlib.Path) -> Iterator[None]:
+    """A disk that is full, which the library reports as a RuntimeError of several sentences."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).partition(";")[0].removeprefix("write() failed: ")
+        raise DataError(
+            f"{path.parent}: cannot be written to ({reason}); the same command goes on where it "
+            "stopped"
+        ) from None
 
 
 def _checksum(name: str, number: int, payload: bytes | memoryview) -> int:
