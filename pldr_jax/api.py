@@ -1,7 +1,6 @@
 """The Python API: `load` a checkpoint, call it, generate with it."""
 
 import dataclasses
-import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
@@ -14,11 +13,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pldr_jax.config import ConfigError, MeshConfig, ModelConfig, SamplingConfig
-from pldr_jax.config.annotations import show
 from pldr_jax.config.sampling import override
 from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.inference.engine import Engine
+from pldr_jax.inference.intervention import Intervention, intervene
 from pldr_jax.inference.modes import ScoreMode
+from pldr_jax.inference.prompts import Prompt, Prompts, as_list, token_ids
 from pldr_jax.inference.request import (
     Completion,
     DecodeOptions,
@@ -33,9 +33,6 @@ from pldr_jax.model.decoder import ModelOutputs, Params, forward
 from pldr_jax.model.low_rank import LowRankG, check_budget, factorize
 from pldr_jax.model.shapes import place_params
 from pldr_jax.partition import build_mesh, mesh_scope, on_every_device
-
-Prompt = str | Sequence[int] | np.ndarray | jax.Array
-Prompts = Prompt | Iterable[Prompt]
 
 
 class LanguageModel:
@@ -80,6 +77,8 @@ class LanguageModel:
         self.g_lm = g_lm if self.low_rank is None else self.low_rank.G_LM
         own = g_lm if self.low_rank is None else self.low_rank
         pieces = None if tokenizer is None else tokenizer.vocab_size
+        self._decoding = (cache_dtype, mesh, rank_budget)
+        self._intervened: dict[Intervention, LanguageModel] = {}
         self._engine = Engine(config, self.params, own, cache_dtype, mesh, rank_budget, pieces)
         self._forward = _compiled_forward(config, mesh)
 
@@ -87,12 +86,14 @@ class LanguageModel:
         self,
         tokens_BT: jax.Array | np.ndarray | Sequence[Sequence[int]],
         g_lm: jax.Array | np.ndarray | None = None,
+        intervention: Intervention | None = None,
     ) -> ModelOutputs:
         """One jitted full forward pass.
 
         Args:
           tokens_BT: token ids [B,T]; no padding.
           g_lm: G_LM to use instead of the model's, [L,N,H,J], or with a batch axis after L.
+          intervention: a change of the deductive outputs; not together with `g_lm`.
 
         Returns:
           `.logits` [B,T,V], `.deductive.A`, `.A_LM`, `.A_P`, `.G_LM` [L,B,N,H,J], `.hidden`
@@ -101,6 +102,8 @@ class LanguageModel:
         Raises:
           ConfigError: tokens that are not [B,T] ids of the vocabulary, or a G_LM of another shape.
         """
+        if intervention is not None:
+            return self.intervened(intervention, g_lm)(tokens_BT)
         tokens = np.asarray(tokens_BT)
         if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
             raise ConfigError(
@@ -121,6 +124,7 @@ class LanguageModel:
         prompts: Prompts,
         sampling: SamplingConfig | int | None = None,
         g_lm: jax.Array | np.ndarray | None = None,
+        intervention: Intervention | None = None,
         **overrides: Any,
     ) -> list[Generation]:
         """Continues the prompts.
@@ -131,6 +135,7 @@ class LanguageModel:
             `max_new_tokens`. Prompt i draws with seed + i. `stop_ids` None is the tokenizer's end
             token, if there is one.
           g_lm: one G_LM for every prompt, [L,N,H,J]; None takes what each prompt gives.
+          intervention: a change of the deductive outputs; not together with `g_lm`.
           overrides: fields of `SamplingConfig` and of `DecodeOptions`, such as `temperature=0.7`,
             `stop="\n\n"`, `batch_size=32`, `share_first_g=True`, `kv_cache=False`.
 
@@ -141,6 +146,8 @@ class LanguageModel:
         Raises:
           ConfigError: no prompt at all can be decoded, or a setting is out of range.
         """
+        if intervention is not None:
+            return self.intervened(intervention, g_lm).generate(prompts, sampling, **overrides)
         results: dict[int, Generation] = {}
         for index, result in self.stream(prompts, sampling, g_lm, **{"steps": 8, **overrides}):
             results[index] = result
@@ -237,6 +244,7 @@ class LanguageModel:
         g_lm: jax.Array | np.ndarray | None = None,
         batch_size: int = 8,
         rows: int | None = None,
+        intervention: Intervention | None = None,
     ) -> list[Score]:
         """Log-probability of each continuation after its context.
 
@@ -249,10 +257,14 @@ class LanguageModel:
             what follows it; "causal" from the context alone; "frozen" from `g_lm` or the model.
           g_lm: one G_LM for every text, [L,N,H,J]; for "causal" and "frozen".
           batch_size: texts scored side by side; no score depends on it. Formerly `rows`.
+          intervention: a change of the deductive outputs; not together with `g_lm`.
 
         Raises:
           ConfigError: a text that cannot be scored, or a mode that the model or `g_lm` rules out.
         """
+        if intervention is not None:
+            changed = self.intervened(intervention, g_lm)
+            return changed.score(contexts, continuations, mode, None, batch_size, rows)
         before, after = as_list(contexts), as_list(continuations)
         if len(before) != len(after):
             raise ConfigError(
@@ -263,6 +275,25 @@ class LanguageModel:
         with mesh_scope(self.mesh):
             batch = batch_size if rows is None else rows
             return score(self.config, self.params, pairs, mode, given, batch)
+
+    def intervened(
+        self, intervention: Intervention, g_lm: jax.Array | np.ndarray | None = None
+    ) -> "LanguageModel":
+        """The model under an intervention, a model like any other; kept for the next call.
+
+        Raises:
+          ConfigError: the model has not what would be changed, or a `g_lm` is given besides.
+        """
+        if g_lm is not None:
+            raise ConfigError("g_lm: cannot be given together with intervention; choose one")
+        if intervention not in self._intervened:
+            cache_dtype, mesh, rank_budget = self._decoding
+            with mesh_scope(mesh):
+                config, params, own = intervene(self.config, self.params, self.g_lm, intervention)
+            self._intervened[intervention] = LanguageModel(
+                config, params, own, self.tokenizer, cache_dtype, mesh, rank_budget, self.end_ids
+            )
+        return self._intervened[intervention]
 
     def encode_pair(self, context: Prompt, continuation: Prompt) -> tuple[list[int], list[int]]:
         """Token ids of a context and its continuation, as every backend of lm-evaluation-harness
@@ -282,17 +313,7 @@ class LanguageModel:
           ConfigError: neither a string nor token ids; or a string, and the checkpoint has no
             tokenizer.
         """
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ConfigError(
-                    "prompt: this checkpoint has no tokenizer; pass lists of token ids"
-                )
-            return self.tokenizer.encode(prompt)
-        if isinstance(prompt, Iterable) and not isinstance(prompt, (bytes, bytearray, Mapping)):
-            tokens = list(prompt)
-            if all(map(_is_token, tokens)):
-                return [operator.index(token) for token in tokens]
-        raise ConfigError(f"prompt {show(prompt)}: must be a string or a list of token ids")
+        return token_ids(prompt, self.tokenizer)
 
     def _generation(self, completion: Completion) -> Generation:
         return Generation(
@@ -322,33 +343,6 @@ class LanguageModel:
 def _compiled_forward(config: ModelConfig, mesh: Mesh | None) -> Callable[..., ModelOutputs]:
     """Shared by all models of a config, so that new parameters compile nothing again."""
     return jax.jit(partial(forward, config))
-
-
-def as_list(prompts: Prompts) -> list[Prompt]:
-    """Several prompts, or a single one, as a list.
-
-    Raises:
-      ConfigError: neither.
-    """
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, bytearray, Mapping)):
-        raise ConfigError(
-            f"prompts: {show(prompts)}: must be a string, a list of token ids, or a list of these"
-        )
-    listed: list[Any] = list(prompts)
-    return [listed] if listed and all(map(_is_token, listed)) else listed
-
-
-def _is_token(value: Any) -> bool:
-    """Whether a value is an integer of any kind, a scalar of an array included."""
-    if isinstance(value, (bool, np.bool_, str)) or np.ndim(value):
-        return False
-    try:
-        operator.index(value)
-    except TypeError:
-        return False
-    return True
 
 
 def _renamed(overrides: Mapping[str, Any]) -> dict[str, Any]:

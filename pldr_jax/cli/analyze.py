@@ -36,6 +36,11 @@ OPTIONS = (
         repeat=True,
         metavar="PATH",
     ),
+    Option(
+        "intervention",
+        "change the deductive outputs: centroid, gain=X, text=FILE, joined by commas",
+        metavar="LIST",
+    ),
     Option("tensors", "also write tensors.npz; its G_LM is one for Model.g_file", type=bool),
     Option("float64", "also compute the deductive outputs in float64, in NumPy: slow", type=bool),
     Option(
@@ -66,6 +71,7 @@ def analyze_main(argv: list[str]) -> None:
             batch_size=options.batch_size,
             step=options.step,
             sections=options.sections,
+            intervention=options.intervention,
             other_g=tuple(options.other_g),
             tensors=options.tensors,
             float64=options.float64,

@@ -222,7 +222,7 @@ def _continued(
         stop_ids=[],
         kv_cache=cached,
         g_cache="G_LM" if cached else "none",
-        rows=len(prompts_BP),
+        batch_size=len(prompts_BP),
     )
     tokens = np.asarray([generation.tokens for generation in generations], np.int32)
     return np.concatenate([prompts_BP, tokens], axis=1)

@@ -20,6 +20,7 @@ from pldr_jax.api import LanguageModel
 from pldr_jax.config import ConfigError, MeshConfig
 from pldr_jax.config.load import config_to_dict
 from pldr_jax.files import new_folder, user_path
+from pldr_jax.inference.intervention import parse_intervention
 from pldr_jax.interop.weights import Checkpoint, held_out_text, open_checkpoint
 from pldr_jax.model.deductive import read_g_lm
 from pldr_jax.partition import build_mesh
@@ -43,6 +44,7 @@ class ReportOptions:
       batch_size: rows of one forward pass.
       step: of the checkpoint; None is the newest complete one.
       sections: comma-separated keys; None is all.
+      intervention: a change of the deductive outputs of each model (`parse_intervention`).
       other_g: files with a G_LM, or runs, whose G_LM is tried in place of the model's.
       tensors: also write `tensors.npz`.
       float64: also compute the deductive outputs in float64.
@@ -58,6 +60,7 @@ class ReportOptions:
     batch_size: int = 8
     step: int | None = None
     sections: str | None = None
+    intervention: str | None = None
     other_g: tuple[str, ...] = ()
     tensors: bool = False
     float64: bool = False
@@ -135,7 +138,10 @@ class _RunAnalysis:
     ) -> None:
         self._folder, self._label = folder, label
         self._options, self._progress = options, progress
-        opened, self._model = _open(folder, options.step, options.mesh)
+        opened, model = _open(folder, options.step, options.mesh)
+        if options.intervention is not None:
+            model = model.intervened(parse_intervention(options.intervention, model.encode))
+        self._model = model
         self._config, self._step = opened.config, opened.step or 0
         self._rows_RC = self._read_rows()
 
@@ -209,6 +215,7 @@ class _RunAnalysis:
             "rows": len(self._rows_RC),
             "tokens_of_a_row": self._rows_RC.shape[1],
             "text": self._options.prompts or "held-out text of the run",
+            "intervention": self._options.intervention or "none",
             "model": config_to_dict(self._config)["Model"],
         }
 
