@@ -26,7 +26,6 @@ from jax.experimental import multihost_utils
 
 from pldr_jax.config import CheckpointConfig
 from pldr_jax.files import one_line
-from pldr_jax.terminal import print_line
 from pldr_jax.runs.checksums import (
     CheckpointError,
     Log,
@@ -35,6 +34,7 @@ from pldr_jax.runs.checksums import (
     remove_orphans,
     write_manifest,
 )
+from pldr_jax.terminal import print_line
 
 _CAUSES = re.compile(
     "No space left on device|Disk quota exceeded|File too large|Permission denied|"
