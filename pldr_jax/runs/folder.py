@@ -1,4 +1,4 @@
-"""What a run folder holds besides checkpoints and metrics, and run folders made of weights alone."""
+"""What a run folder holds beside checkpoints and metrics; run folders made of weights alone."""
 
 import dataclasses
 import re
