@@ -29,8 +29,7 @@ from pldr_jax.cli.huge_pages import use_huge_pages
 from pldr_jax.config import ConfigError, ModelConfig
 from pldr_jax.model.decoder import init_params
 from pldr_jax.model.deductive import read_tensor
-from pldr_jax.model.low_rank import factorize
-from pldr_jax.model.spectra import singular_values
+from pldr_jax.model.low_rank import factorize, singular_values
 from pldr_jax.training.freeze.rank_budget import savings
 
 COLUMNS = {

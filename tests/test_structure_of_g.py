@@ -19,7 +19,7 @@ from pldr_jax.analysis.structure.tables import structure_tables
 from pldr_jax.analysis.structure.words import matrix_kind, structure_words
 from pldr_jax.api import LanguageModel
 from pldr_jax.config import ConfigError
-from pldr_jax.model.spectra import numerical_rank, singular_values
+from pldr_jax.model.low_rank import numerical_rank, singular_values
 from pldr_jax.training.freeze.calibrate import without_plga
 
 RNG = np.random.default_rng(0)

@@ -14,7 +14,7 @@ from pldr_jax.analysis.invariance.determinants import Determinants
 from pldr_jax.analysis.section import DEFAULTS, Picture, Section, Settings, Table
 from pldr_jax.analysis.statistics import RunningStatistics
 from pldr_jax.api import LanguageModel
-from pldr_jax.model.spectra import RANK_TOLERANCE, numerical_rank, singular_values
+from pldr_jax.model.low_rank import RANK_TOLERANCE, numerical_rank, singular_values
 from pldr_jax.plots import COLORS, OUTPUT_COLORS, new_figure
 from pldr_jax.training.order_parameter import DeductiveStatistics
 

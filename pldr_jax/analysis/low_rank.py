@@ -14,7 +14,7 @@ from pldr_jax.analysis.section import DEFAULTS, ModelSection, Picture, Settings,
 from pldr_jax.api import LanguageModel
 from pldr_jax.config import ConfigError
 from pldr_jax.model.deductive import identity_g_lm
-from pldr_jax.model.spectra import singular_values
+from pldr_jax.model.low_rank import singular_values
 from pldr_jax.partition import mesh_scope
 from pldr_jax.plots import COLORS, new_figure
 from pldr_jax.training.freeze.rank_budget import BUDGETS, measure_budgets

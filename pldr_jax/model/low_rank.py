@@ -15,8 +15,27 @@ import numpy as np
 
 from pldr_jax.config import ConfigError, ModelConfig
 
+RANK_TOLERANCE = 1e-3
+"""Singular values above this share of the largest count for the rank that reports quote."""
 MAX_GROUPS = 4
 """Groups of heads in a layer, at most: each is one set of arrays, and costs its own operations."""
+
+
+def singular_values(x: np.ndarray) -> np.ndarray:
+    """Singular values of matrices [..., H, J], largest first; NaN where a matrix is not finite."""
+    x = np.asarray(x, np.float64)
+    finite = np.isfinite(x).all((-2, -1))
+    values = np.linalg.svd(np.where(finite[..., None, None], x, 0.0), compute_uv=False)
+    return np.where(finite[..., None], values, np.nan)
+
+
+def numerical_rank(values: np.ndarray, tolerance: float = RANK_TOLERANCE) -> np.ndarray:
+    """How many singular values [..., H] are above `tolerance` times the largest: 0 of a zero
+    matrix. Integers, unless some matrix is not finite: its rank is NaN.
+    """
+    rank = (values > tolerance * values[..., :1]).sum(-1)
+    broken = np.isnan(values).any(-1)
+    return np.where(broken, np.nan, rank) if broken.any() else rank
 
 
 class HeadGroup(flax.struct.PyTreeNode):

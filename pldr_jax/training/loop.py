@@ -14,6 +14,7 @@ What a run folder holds:
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -117,9 +118,8 @@ def train(
                 files = initial.files if initial is not None and not start else {}
                 write_run_files(run_dir, config, data.tokenizer.model_bytes, start, files)
             with profiler, Record(config, run_dir, start, data.tokens_per_step) as record:
-                record.health.state = position.get("health", {})
                 trainer = Trainer(data, mesh, checkpointer, record, stop, task_metrics)
-                trainer.best = position.get("best") or math.inf
+                trainer.continue_from(position)
                 return trainer.run(state, start, profiler)
 
 
@@ -156,6 +156,11 @@ class Trainer:
         self._stop, self._task_metrics = stop, task_metrics
         self._evaluator = Evaluator(data.config, mesh, data.held_out, data.bytes_per_token)
         self.best = math.inf
+
+    def continue_from(self, position: Mapping[str, Any]) -> None:
+        """Takes over what a checkpoint keeps beside the state; {} is the start of a run."""
+        self._record.health.state = position.get("health", {})
+        self.best = position.get("best") or math.inf
 
     def run(self, state: TrainState, start: int, profiler: Profiler) -> dict[str, float]:
         """Trains from step `start` on, and returns the metrics of the last evaluation."""

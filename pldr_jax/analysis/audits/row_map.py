@@ -85,8 +85,7 @@ class RowMap(ModelSection):
         check_finite("rows of A", jacobians_LRHJ)
         values_LRH = np.linalg.svd(np.asarray(jacobians_LRHJ, np.float64), compute_uv=False)
         pairs = [contraction(rows, phi) for rows, phi in zip(rows_LRH, phi_LRH, strict=True)]
-        sigma_LR = values_LRH[..., 0]
-        median = float(median_sigma(sigma_LR.ravel()))
+        sigma_LR, median = values_LRH[..., 0], float(median_sigma(values_LRH[..., 0].ravel()))
         return cls(
             numbers={
                 "verdict": "flat" if median < FLAT else "not flat",

@@ -9,7 +9,7 @@ import numpy as np
 from pldr_jax.analysis.figures import SMALLEST_ORDER, panel_grid, picture
 from pldr_jax.analysis.report.files import RunReport
 from pldr_jax.analysis.section import Cell, Picture, Section, Table
-from pldr_jax.model.spectra import singular_values
+from pldr_jax.model.low_rank import singular_values
 from pldr_jax.plots import COLORS
 
 COMPARED_NUMBERS = ("order_parameter", "causal_gap", "gap", "loss", "relative_rmse", "rank")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pldr_jax.model.spectra import numerical_rank, singular_values
+from pldr_jax.model.low_rank import numerical_rank, singular_values
 
 RANK_TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6)
 """Tolerances, relative to the largest singular value, of the numerical ranks that are reported."""

@@ -31,7 +31,7 @@ from pldr_jax.api import LanguageModel
 from pldr_jax.config import ModelConfig
 from pldr_jax.model.decoder import Decoder, Params, apply
 from pldr_jax.model.deductive import DeductiveOutputs
-from pldr_jax.model.spectra import singular_values
+from pldr_jax.model.low_rank import singular_values
 from pldr_jax.partition import mesh_scope
 from pldr_jax.training.losses import log_trace_expm
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from pldr_jax.config import ModelConfig
 from pldr_jax.model.decoder import Params
+from pldr_jax.model.low_rank import RANK_TOLERANCE, numerical_rank, singular_values
 from pldr_jax.model.reductions import most_probable
-from pldr_jax.model.spectra import RANK_TOLERANCE, numerical_rank, singular_values
 from pldr_jax.training.freeze.calibrate import (
     CalibratedG,
     RowSet,

@@ -81,13 +81,7 @@ def freeze(
             settings.rank_budget,
             evaluated_on.rows.max_segments,
         )
-    files = {
-        "config.gin": dump_config(frozen).encode(),
-        **inherited_files(opened.folder),
-        CERTIFICATE: (json.dumps(certificate, indent=2, allow_nan=False) + "\n").encode(),
-    }
-    if (folder / TOKENIZER).is_file():
-        files[TOKENIZER] = (folder / TOKENIZER).read_bytes()
+    files = {"config.gin": dump_config(frozen).encode(), **_files(folder, certificate)}
     write_run(output, step, params, calibrated.g_lm, config_to_dict(frozen), files)
     if settings.save_g is not None:
         np.savez(settings.save_g, G_LM=np.asarray(calibrated.g_lm)[:, 0])
@@ -96,6 +90,15 @@ def freeze(
         log(text)
     log(f"frozen checkpoint of step {step}: {output}")
     return certificate
+
+
+def _files(folder: Path, certificate: dict[str, Any]) -> dict[str, bytes]:
+    """What a frozen run folder holds of the folder it comes from, and the certificate."""
+    text = json.dumps(certificate, indent=2, allow_nan=False) + "\n"
+    files = {**inherited_files(folder), CERTIFICATE: text.encode()}
+    if (folder / TOKENIZER).is_file():
+        files[TOKENIZER] = (folder / TOKENIZER).read_bytes()
+    return files
 
 
 def _shown(certificate: dict[str, Any]) -> Iterator[str]:

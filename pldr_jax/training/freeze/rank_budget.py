@@ -12,8 +12,7 @@ import numpy as np
 
 from pldr_jax.config import ModelConfig
 from pldr_jax.model.decoder import Params
-from pldr_jax.model.low_rank import LowRankG, factorize, smallest_ranks
-from pldr_jax.model.spectra import singular_values
+from pldr_jax.model.low_rank import LowRankG, factorize, singular_values, smallest_ranks
 from pldr_jax.training.freeze.certificate import Totals, difference
 from pldr_jax.training.rows import forward_rows
 
