@@ -81,7 +81,7 @@ def freeze(
             settings.rank_budget,
             evaluated_on.rows.max_segments,
         )
-    files = {"config.gin": dump_config(frozen).encode(), **_files(folder, certificate)}
+    files = {"config.gin": dump_config(frozen).encode(), **_files(opened.folder, certificate)}
     write_run(output, step, params, calibrated.g_lm, config_to_dict(frozen), files)
     if settings.save_g is not None:
         np.savez(settings.save_g, G_LM=np.asarray(calibrated.g_lm)[:, 0])
