@@ -412,5 +412,5 @@ def test_stdin_and_exit_status(tmp_path_factory: pytest.TempPathFactory, tmp_pat
     assert done.stderr.splitlines()[-1].startswith("2 prompts, 8 new tokens")
     done = call('{"id": 1, "prompt": "def "}\n{"prompt"\n{"id": "n", "prompt": "in"}', "--resume")
     assert done.returncode == 1 and "line 2: is not JSON" in done.stderr
-    assert set(results(out)) == {1, 3, "n"}
+    assert set(results(out)) == {1, 3, "n", ("line", 2)}
     assert call("x\n").returncode == 2
