@@ -30,6 +30,23 @@ OPTIMISED = ("test_parity", "test_convert", "test_model")
 """Test files that compile as users do."""
 
 
+SLOW_FILES = (
+    "test_analyze", "test_collectives", "test_convert_faults", "test_evaluation", "test_finetune",
+    "test_freeze", "test_gpu_benchmark", "test_hosts", "test_invariance", "test_job_results",
+    "test_jobs", "test_kills", "test_low_rank", "test_mixture", "test_partition", "test_plan",
+    "test_resume", "test_run", "test_sweep",
+)  # fmt: skip
+"""Test files that run whole programs, or compile many: `pytest -m slow` runs them."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks them, before `-m` chooses."""
+    for item in items:
+        if item.path.stem in SLOW_FILES:
+            item.add_marker(pytest.mark.slow)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Golden:
     """One case: the authors' weights, and what their implementation printed for them.
