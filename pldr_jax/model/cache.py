@@ -283,7 +283,8 @@ def empty_cache(
         kept = jnp.zeros(g_lm_shape(config, batch), jnp.float32)
     no_tokens = jnp.zeros((config.num_layers, batch, 0, config.num_heads, config.head_dim), dtype)
     outputs = LayerOutputs(no_tokens, no_tokens, DeductiveOutputs(**{keep: kept}))
-    return build_cache(outputs, jnp.zeros((batch,), jnp.int32), capacity, keep, low_rank)
+    length_B = constrain(jnp.zeros((batch,), jnp.int32), "batch")
+    return build_cache(outputs, length_B, capacity, keep, low_rank)
 
 
 def write_row(old: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
