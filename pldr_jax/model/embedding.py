@@ -65,8 +65,9 @@ def _gradient(dtype: Any, tokens_and_table: Any, gradient_BTD: jax.Array) -> tup
         ids_BT = jnp.where(ids_BT < 0, pieces, ids_BT)  # dropped, as those beyond are
         sum_VD = jnp.zeros((pieces, table_VD.shape[1]), table_VD.dtype)
         sum_VD = sum_VD.at[ids_BT].add(gradient_BTD, mode="drop")
-        sum_VD = jax.lax.psum_scatter(sum_VD, "fsdp", scatter_dimension=1, tiled=True)
-        return jax.lax.psum(sum_VD, "data")
+        # Scattered over the first axis: over the last one, a TPU would send all of it.
+        parts = jnp.moveaxis(sum_VD.reshape(pieces, sizes["fsdp"], -1), 1, 0)
+        return jax.lax.psum(jax.lax.psum_scatter(parts, "fsdp"), "data")
 
     by_rows = PartitionSpec(batch, None), PartitionSpec(batch, None, None)
     lies = PartitionSpec(vocab, embed)
