@@ -16,14 +16,17 @@ every row a call, caches half full at the first), of:
 and for each context the prefill of one prompt of half its length, which is how the engine admits
 one. The floor is the bytes that a step must read (weights of the step, keys, values, G_LM) over the
 read bandwidth: that of the fastest of a few kernels that read a large array once, timed beside the
-steps. All are timed in turn, round after round, so that a change of the machine's speed meets all
-of them alike; times and bandwidth are medians over rounds, ratios medians of each round's ratio.
-Parameters are random: times do not depend on them.
+steps. `products_ms` is the time of the step's products with weights alone, in one call, which no
+step can be faster than with this compiler; `--layouts` times each of them in both layouts that
+weights can have. All are timed in turn, round after round, so that a change of the machine's speed
+meets all of them alike; times and bandwidth are medians over rounds, ratios medians of each round's
+ratio. Parameters are random: times do not depend on them.
 """
 
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import statistics
 import time
@@ -44,6 +47,7 @@ from pldr_jax.inference.sampling import slot_sampling
 from pldr_jax.inference.slots import Slots, admit, decode_slots, empty_slots
 from pldr_jax.model.decoder import Params, init_params, unstack_layers
 from pldr_jax.model.deductive import random_g_lm
+from pldr_jax.model.weights import DecodeKernel
 from pldr_jax.training.freeze.calibrate import without_plga
 
 STEPS = 8
@@ -110,6 +114,7 @@ class Variant:
         learned: Params,
         g_lm: Any = None,
         steps: int = STEPS,
+        weights: str = "auto",
     ) -> None:
         self.steps = steps
         self.name, self.keep = name, "A" if name == "KV" else "G_LM"
@@ -119,7 +124,8 @@ class Variant:
         self.g_lm = g_lm
         if source == "external" and g_lm is None:
             self.g_lm = random_g_lm(self.config, 0)
-        self.unstacked = jax.jit(functools.partial(unstack_layers, self.config))(self.params)
+        unstack = functools.partial(unstack_layers, self.config, weights=weights)
+        self.unstacked = jax.jit(unstack)(self.params)
         self._decode = jax.jit(
             functools.partial(
                 decode_slots, self.config, steps=steps, pieces=self.config.vocab_size
@@ -185,6 +191,37 @@ class Variant:
         return total + self.slots.cache.nbytes
 
 
+def kernels(variant: Variant) -> list[DecodeKernel]:
+    """Of all linear layers of a decode step."""
+    leaves = jax.tree.leaves(variant.unstacked, is_leaf=lambda leaf: isinstance(leaf, DecodeKernel))
+    return [leaf for leaf in leaves if isinstance(leaf, DecodeKernel)]
+
+
+def bare_products(variant: Variant, batch: int) -> Callable[[], Any]:
+    """The products of a decode step with its weights, and nothing else."""
+    found, dtype = kernels(variant), variant.config.dtype
+    rows = [jnp.ones((batch, kernel.width), dtype) for kernel in found]
+    products = jax.jit(lambda ks, xs: [k.product(x) for k, x in zip(ks, xs, strict=True)])
+    return lambda: products(found, rows)
+
+
+def print_layouts(variant: Variant, batches: list[int], rounds: int) -> None:
+    """Times every kernel of a layer, and the head, in both layouts, in turn."""
+    print("\nmedian ms of a product: x W with W [in,out], W x^T with W [out,in], their ratio")
+    shapes = dict.fromkeys((k.width, k.values.size // k.width) for k in kernels(variant))
+    for batch, (inner, outer) in itertools.product(batches, shapes):
+        x, w = jnp.ones((batch, inner)), jnp.ones((inner, outer))
+        product = jax.jit(DecodeKernel.product)
+        made = [DecodeKernel(w, None, inner, False), DecodeKernel(w.T, None, inner, True)]
+        times: list[list[float]] = [[], []]
+        for number in range(rounds + 2):
+            for kernel, taken in zip(made, times, strict=True):
+                taken += [seconds(functools.partial(product, kernel, x))][number < 2 :]
+        one, other = (statistics.median(taken) * 1e3 for taken in times)
+        pairs = ratio(times[1], times[0])
+        print(f"batch {batch:3d} {inner:6d} -> {outer:6d} {one:9.3f} {other:9.3f} {pairs:7.3f}")
+
+
 def no_cache_step(variant: Variant, batch: int, context: int) -> Callable[[], Any]:
     """A token without any cache, from as many tokens as the context has."""
     step = jax.jit(functools.partial(full_step, variant.config))
@@ -208,6 +245,10 @@ def measure(
     slow = no_cache_step(variants[0], batch, context) if few else None
     times: dict[str, list[float]] = {variant.name: [] for variant in variants}
     times |= {"no cache": [], "read": []}
+    bare = {variant.name: bare_products(variant, batch) for variant in variants}
+    products: dict[str, list[float]] = {name: [] for name in bare}
+    for call in bare.values():
+        seconds(call)
     base = "frozen" if "frozen" in times else "SDPA"
     if slow is not None:
         seconds(slow)
@@ -216,6 +257,7 @@ def measure(
         times["read"].append(1 / bandwidth())
         for variant in variants:
             times[variant.name].append(variant.decode())
+            products[variant.name].append(seconds(bare[variant.name]))
         if slow is not None and number % max(1, rounds // 4) == 0:
             times["no cache"].append(seconds(slow))
     assert compilations.count == count, "something was compiled while the steps were timed"
@@ -227,6 +269,7 @@ def measure(
             {
                 "variant": variant.name,
                 "step_ms": statistics.median(times[variant.name]) * 1e3,
+                "products_ms": statistics.median(products[variant.name]) * 1e3,
                 "to_floor": ratio(times[variant.name], floors),
                 "to_sdpa": ratio(times[variant.name], times["SDPA"]),
                 "to_frozen": ratio(times[variant.name], times[base]),
@@ -268,6 +311,7 @@ COLUMNS = {
     "context": "7d",
     "variant": ">8s",
     "step_ms": "9.2f",
+    "products_ms": "11.2f",
     "tokens_s": "9.1f",
     "to_floor": "8.2f",
     "to_sdpa": "8.3f",
@@ -298,6 +342,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 32, 64])
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 256, 512, 1024])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--weights", choices=("auto", "bfloat16", "int8"), default="auto")
+    parser.add_argument("--layouts", action="store_true", help="time both layouts of the weights")
     parser.add_argument("--json", help="also write the rows to this file", metavar="PATH")
     options = parser.parse_args()
     if min(options.contexts) < 4 * STEPS:
@@ -312,7 +358,9 @@ def main() -> None:
         unroll=False,
     )
     params = jax.jit(lambda key: nn.unbox(init_params(config, key)))(jax.random.key(0))
-    variants = [Variant(name, config, params) for name in SOURCES]
+    variants = [Variant(name, config, params, weights=options.weights) for name in SOURCES]
+    if options.layouts:
+        print_layouts(variants[0], options.batches, options.rounds)
     compilations, bandwidth = Compilations(), Bandwidth()
     device = jax.devices()[0]
     print(f"{device.platform} ({device.device_kind}), {options.dtype}, {options.rounds} rounds")

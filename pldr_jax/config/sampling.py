@@ -100,6 +100,11 @@ class GenerationConfig(SamplingConfig):
     cache_dtype: Literal["auto", "float32", "bfloat16"] = field(
         "auto", "dtype of cached keys and values; auto is Model.dtype"
     )
+    weights: Literal["auto", "bfloat16", "int8"] = field(
+        "auto",
+        "dtype of linear layers and head in decode steps, where reading them takes the time: auto "
+        "is Model.dtype, int8 has a scale for each output channel",
+    )
     rank_budget: float | None = field(
         None,
         "relative error of a G_LM shared by all prompts (g_mode 'first' or 'frozen') for which "

@@ -1,6 +1,5 @@
 """The engine: a queue of requests in, completions out, with fixed shapes and few compilations."""
 
-import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -58,14 +57,17 @@ class Engine:
         self._g_lm = g_lm
         self._cache_dtype = cache_dtype or config.dtype
         self._slots, self._steps = compiled_slots(config, mesh), compiled_steps(config, mesh)
+        self._unstacked_as: tuple[str, Params] = "", None
         self._rank_budget = rank_budget
         self._pieces = min(pieces or config.vocab_size, config.vocab_size)
         self._tensor = 1 if mesh is None else mesh.shape["tensor"]
         self._shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
-    @functools.cached_property
-    def _unstacked(self) -> Params:
-        return self._slots.unstack(self._params)
+    def _unstacked(self, weights: str) -> Params:
+        if self._unstacked_as[0] != weights:
+            self._unstacked_as = "", None  # the old ones are freed first
+            self._unstacked_as = weights, self._slots.unstack(self._params, weights=weights)
+        return self._unstacked_as[1]
 
     def run(
         self,
@@ -167,7 +169,10 @@ class Engine:
             if not any(running):
                 return
             slots, emitted = self._slots.decode(
-                self._unstacked, slots=slots, steps=options.steps, pieces=self._pieces
+                self._unstacked(options.weights),
+                slots=slots,
+                steps=options.steps,
+                pieces=self._pieces,
             )
             made = jax.device_get(emitted)
             ended_by_text: Any = np.zeros((batch,), bool)

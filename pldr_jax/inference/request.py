@@ -29,6 +29,9 @@ class Request:
     error: str | None = None
 
 
+WeightsDtype = Literal["auto", "bfloat16", "int8"]
+
+
 @dataclasses.dataclass(frozen=True)
 class DecodeOptions(Keywords):
     """How the requests of one call are decoded; no completion depends on the first three.
@@ -48,6 +51,12 @@ class DecodeOptions(Keywords):
         "G_LM",
         "keep the prompt's G_LM, or its metric tensor A, from which the last steps of PLGA run at "
         "every token, or recompute G_LM from all tokens: the definition of the model",
+    )
+
+    weights: WeightsDtype = field(
+        "auto",
+        "dtype of linear layers and head in decode steps: auto is the compute dtype, int8 has a "
+        "scale for each output channel",
     )
 
     def __post_init__(self) -> None:

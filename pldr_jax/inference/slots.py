@@ -276,7 +276,7 @@ class CompiledSlots:
         self.empty = bind(
             empty_slots, config, mesh, static_argnames=("batch", "capacity", "keep", "dtype")
         )
-        self.unstack = bind(unstack_layers, config, mesh)
+        self.unstack = bind(unstack_layers, config, mesh, static_argnames="weights")
 
 
 def bind(

@@ -17,6 +17,7 @@ from pldr_jax.model.deductive import DeductiveOutputs, g_lm_shape
 from pldr_jax.model.embedding import Embedding
 from pldr_jax.model.layers import GLU, Linear, join_gate, layer_norm
 from pldr_jax.model.segments import Segments
+from pldr_jax.model.weights import for_decoding
 from pldr_jax.partition import Names, constrain, divided, in_use, save_all_but_gathered
 
 M = TypeVar("M", bound=nn.Module)
@@ -259,24 +260,28 @@ def forward(
     )
 
 
-def unstack_layers(config: ModelConfig, params: Params) -> Params:
+def unstack_layers(config: ModelConfig, params: Params, weights: str = "auto") -> Params:
     """Parameters as `decode_step` reads them: `layers` a tuple of one tree a layer, which needs no
-    slicing; kernels in the compute dtype, so that no step converts them; those that read the same
-    state side by side, since a step of few rows costs what its products cost to start.
-    """
-    dtype = jnp.dtype(config.dtype)
+    slicing; kernels that read the same state side by side, since a step of few rows costs what its
+    products cost to start; and all of them laid out for the device.
 
-    def converted(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        return leaf.astype(dtype) if path[-1].key == "kernel" else leaf
+    Args:
+      weights: `Generation.weights`, the dtype of kernels outside PLGA and of the embedding table
+        (bfloat16 with int8 kernels); "auto" is the compute dtype.
+    """
+    dtype = jnp.dtype(config.dtype if weights == "auto" else weights)
 
     def layer(i: int) -> Params:
-        one = jax.tree.map_with_path(lambda path, leaf: converted(path, leaf[i]), params["layers"])
+        one = jax.tree.map(lambda leaf: leaf[i], params["layers"])
         attention, ffn = join_projections(one["attention"]), join_gate(one["ffn"], "ffn")
-        return {**one, "attention": attention, "ffn": ffn}
+        return for_decoding({**one, "attention": attention, "ffn": ffn}, dtype)
 
-    layers = tuple(map(layer, range(config.num_layers)))
-    head = {**params["head"], "kernel": params["head"]["kernel"].astype(dtype)}
-    return {**params, "layers": layers, "head": head}
+    table = params["embedding"]["table"].astype(jnp.bfloat16 if weights == "int8" else dtype)
+    return {
+        "embedding": {**params["embedding"], "table": table},
+        "layers": tuple(map(layer, range(config.num_layers))),
+        **for_decoding({"head": params["head"]}, dtype),
+    }
 
 
 def decode_step(

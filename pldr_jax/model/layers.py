@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pldr_jax.model.reductions import add_bias
+from pldr_jax.model.weights import DecodeKernel
 from pldr_jax.partition import divided, in_use
 
 Initializer = Callable[..., Any]
@@ -35,8 +36,8 @@ def glorot_uniform(fan_in: int, fan_out: int) -> Initializer:
     return init
 
 
-Weights: TypeAlias = tuple[jax.Array, jax.Array]
-"""Kernel and bias."""
+Weights: TypeAlias = tuple[Any, jax.Array]
+"""Kernel, an array or a `DecodeKernel`, and bias."""
 
 
 class Linear(nn.Module):
@@ -56,17 +57,19 @@ class Linear(nn.Module):
     precision: str | None = None
 
     def setup(self) -> None:
-        init = glorot_uniform(math.prod(self.in_shape), math.prod(self.out_shape))
-        self.kernel = self.param(
-            "kernel",
-            logical(init, *self.in_axes, *self.out_axes),
-            (*self.in_shape, *self.out_shape),
-        )
+        kernel: Any = self.get_variable("params", "kernel")
+        if not isinstance(kernel, DecodeKernel):
+            init = glorot_uniform(math.prod(self.in_shape), math.prod(self.out_shape))
+            names = (*self.in_axes, *self.out_axes)
+            kernel = self.param("kernel", logical(init, *names), (*self.in_shape, *self.out_shape))
+        self.kernel = kernel
         bias_axes = tuple("norm" if axis == "embed" else axis for axis in self.out_axes)
         self.bias = self.param("bias", logical(nn.initializers.zeros, *bias_axes), self.out_shape)
 
     def weights(self) -> Weights:
         """Kernel and bias as the product takes them."""
+        if isinstance(self.kernel, DecodeKernel):
+            return self.kernel, self.bias.astype(self.dtype)
         kernel = in_use(self.kernel, (*self.in_axes, *self.out_axes), self.dtype)
         return kernel, self.bias.astype(self.dtype)
 
@@ -79,6 +82,9 @@ def linear(x: jax.Array, weights: Weights, summed: int, precision: str | None) -
     """`x W + b`, summed over the last `summed` axes of x."""
     kernel, bias = weights
     rows = x.shape[: x.ndim - summed]
+    if isinstance(kernel, DecodeKernel):
+        y = kernel.product(x.reshape(-1, kernel.width)) + bias.reshape(-1)
+        return y.reshape(*rows, *bias.shape)
     if len(rows) > 2:  # heads among them, which a mesh may divide
         contract = (tuple(range(x.ndim - summed, x.ndim)), tuple(range(summed)))
         return jax.lax.dot_general(x, kernel, (contract, ((), ())), precision=precision) + bias

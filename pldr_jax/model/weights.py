@@ -25,10 +25,12 @@ class DecodeKernel(flax.struct.PyTreeNode):
     Attributes:
       values: [*in, *out], or [*out, *in] where `out_first`; in a float dtype, or int8.
       scale: of each output channel, [*out] float32, that int8 values are multiplied by.
+      width: of the rows it multiplies, the product of the axes `in`.
     """
 
     values: jax.Array
     scale: jax.Array | None
+    width: int = flax.struct.field(pytree_node=False)
     out_first: bool = flax.struct.field(pytree_node=False)
 
     @classmethod
@@ -37,23 +39,46 @@ class DecodeKernel(flax.struct.PyTreeNode):
 
         Args:
           dtype: int8 values have a scale for each output channel.
-          names: logical axes of the kernel, on a mesh.
+          names: logical axes of the kernel.
         """
         values, scale = rounded(kernel, inputs, dtype)
+        width = math.prod(kernel.shape[:inputs])
         out_first = jax.default_backend() == "cpu"
         if out_first:
             order = (*range(inputs, kernel.ndim), *range(inputs))
             values, names = values.transpose(order), tuple(names[i] for i in order if names)
-        return cls(constrain(values, *names) if names else values, scale, out_first)
+        return cls(constrain(values, *names) if names else values, scale, width, out_first)
 
-    def product(self, x: jax.Array, inner: int) -> jax.Array:
-        """x [rows,inner] times the kernel, [rows,width] in the dtype of x."""
+    def product(self, x: jax.Array) -> jax.Array:
+        """x [rows,width] times the kernel, [rows,out] in the dtype of x."""
         values = self.values.astype(x.dtype)
         if self.out_first:
-            y = (values.reshape(-1, inner) @ x.T).T
+            y = (values.reshape(-1, self.width) @ x.T).T
         else:
-            y = x @ values.reshape(inner, -1)
+            y = x @ values.reshape(self.width, -1)
         return y if self.scale is None else y * self.scale.reshape(-1).astype(x.dtype)
+
+
+KERNELS: dict[str, tuple[int, Names]] = {
+    "qkv": (1, ("embed", "joined", "heads", "head_dim")),
+    "out": (2, ("heads", "head_dim", "embed")),
+    "w12": (1, ("embed", "joined", "ffn")),
+    "w3_aligned": (1, ("ffn", "embed")),
+    "head": (1, ("embed", "vocab")),
+}
+"""Linear layers of a decode step: axes summed over, and logical axes."""
+
+
+def for_decoding(tree: Any, dtype: Any) -> Any:
+    """Parameters of a layer, or of the head, with a `DecodeKernel` for each kernel but PLGA's."""
+
+    def convert(path: tuple[Any, ...], leaf: jax.Array) -> Any:
+        if path[-1].key != "kernel" or path[-2].key not in KERNELS:
+            return leaf
+        inputs, names = KERNELS[path[-2].key]
+        return DecodeKernel.of(leaf, inputs, dtype, names)
+
+    return jax.tree.map_with_path(convert, tree)
 
 
 def rounded(kernel: jax.Array, inputs: int, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
@@ -67,32 +92,21 @@ def rounded(kernel: jax.Array, inputs: int, dtype: Any) -> tuple[jax.Array, jax.
     return jnp.round(kernel / scale).astype(jnp.int8), scale
 
 
-def summed_axes(path: tuple[Any, ...]) -> int:
-    """Axes of a kernel that its product sums over: heads and head dimension in attention's `out`,
-    else one.
-    """
-    return 2 if path[-2].key == "out" else 1
-
-
-def is_linear(path: tuple[Any, ...]) -> bool:
-    """Whether a parameter is a kernel that is rounded: of any linear layer outside PLGA."""
-    return path[-1].key == "kernel" and not any(key.key == "plga" for key in path)
-
-
 def rounded_params(params: Any, dtype: Any) -> Any:
     """Stacked parameters with kernels rounded to `dtype` and back: what decoding with such weights
     computes with, for whole forward passes.
     """
 
     def back(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        if not is_linear(path):
+        names = [key.key for key in path]
+        if names[-1] != "kernel" or "plga" in names:
             return leaf
 
         def one(kernel: jax.Array) -> jax.Array:
-            values, scale = rounded(kernel, summed_axes(path), dtype)
+            values, scale = rounded(kernel, 2 if names[-2] == "out" else 1, dtype)
             return values.astype(leaf.dtype) * (1 if scale is None else scale)
 
-        return jax.vmap(one)(leaf) if path[0].key == "layers" else one(leaf)
+        return jax.vmap(one)(leaf) if names[0] == "layers" else one(leaf)
 
     return jax.tree.map_with_path(back, params)
 
