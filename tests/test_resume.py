@@ -131,7 +131,7 @@ MOMENTS = {
     "compilation": (signal_in_compilation, {1}),
     "evaluation": (signal_in(Evaluator, "__call__"), {5}),
     "sample": (signal_in(Engine, "run"), {5}),
-    "save": (signal_in(Checkpointer, "save"), {4}),
+    "save": (signal_in(Checkpointer, "save"), set(range(4, STEPS))),
 }
 """Where a signal comes, and the step that is then saved."""
 
