@@ -66,7 +66,7 @@ def train(
     initial: InitialWeights | None = None,
     task_metrics: TaskMetrics | None = None,
 ) -> dict[str, float]:
-    """Trains to `Training.steps`, from the start or from where the run folder stands.
+    """Trains to `Training.steps`, and returns the metrics of the last evaluation.
 
     Args:
       config: everything that defines the run.
@@ -76,9 +76,6 @@ def train(
       profile: "STEP:COUNT" writes a trace of those steps.
       initial: weights that a new run begins with; a run that is continued does not use them.
       task_metrics: more metrics for each evaluation.
-
-    Returns:
-      The metrics of the last evaluation.
 
     Raises:
       ConfigError: a config that cannot be used here, or another model than the run folder's.
