@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 from pldr_jax.config import ConfigError, MeshConfig, ModelConfig, SamplingConfig
 from pldr_jax.config.sampling import override
 from pldr_jax.data.text.tokenizer import Tokenizer
+from pldr_jax.inference.classify import check_head, classify
 from pldr_jax.inference.engine import Engine
 from pldr_jax.inference.intervention import Intervention, intervene
 from pldr_jax.inference.modes import ScoreMode
-from pldr_jax.inference.prompts import Prompt, Prompts, as_list, token_ids
+from pldr_jax.inference.prompts import Prompt, Prompts, as_list, token_array, token_ids
 from pldr_jax.inference.request import (
     Completion,
     DecodeOptions,
@@ -30,6 +31,7 @@ from pldr_jax.inference.request import (
 from pldr_jax.inference.score import Score, score
 from pldr_jax.inference.text import find_stop, text_of
 from pldr_jax.model.decoder import ModelOutputs, Params, forward
+from pldr_jax.model.deductive import given_g_lm
 from pldr_jax.model.low_rank import LowRankG, check_budget, factorize
 from pldr_jax.model.shapes import place_params
 from pldr_jax.partition import build_mesh, mesh_scope, on_every_device
@@ -104,19 +106,11 @@ class LanguageModel:
         """
         if intervention is not None:
             return self.intervened(intervention, g_lm)(tokens_BT)
-        tokens = np.asarray(tokens_BT)
-        if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
-            raise ConfigError(
-                f"tokens: shape {tokens.shape}, dtype {tokens.dtype}: must be integer ids [B,T]"
-            )
-        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
-            raise ConfigError(
-                f"tokens: an id lies outside the vocabulary of {self.config.vocab_size}"
-            )
-        given = self._checked_g_lm(g_lm)
+        tokens = token_array(tokens_BT, self.config.vocab_size)
+        given = given_g_lm(self.config, g_lm, self.mesh)
         with mesh_scope(self.mesh):
             return self._forward(
-                self.params, jnp.asarray(tokens, jnp.int32), self.g_lm if given is None else given
+                self.params, jnp.asarray(tokens), self.g_lm if given is None else given
             )
 
     def generate(
@@ -179,6 +173,27 @@ class LanguageModel:
         ]
         return self.run(requests, options, g_lm)
 
+    @property
+    def task(self) -> str | None:
+        """What the head is for: "sequence", "token" or "question"; None is the next token."""
+        return self.config.task
+
+    def classify(self, prompts: Prompts, batch_size: int = 8) -> list[np.ndarray]:
+        """Logits of a task's head, one array a prompt: [Y] of its labels for "sequence", [T,Y] of
+        each token's for "token", [T,2] of the start and the end of an answer for "question".
+
+        Args:
+          prompts: as for `generate`; `config.pad_id` at their end is padding.
+          batch_size: prompts side by side; no result depends on it.
+
+        Raises:
+          ConfigError: a language model, or a prompt that cannot be classified.
+        """
+        check_head(self.config, "classify", task=True)
+        ids = [self.encode(prompt) for prompt in as_list(prompts)]
+        with mesh_scope(self.mesh):
+            return classify(self.config, self.params, ids, self.g_lm, batch_size)
+
     def request(self, prompt: Prompt, sampling: SamplingConfig, cut_left: bool = False) -> Request:
         """What the engine is asked for a prompt, or why it cannot be.
 
@@ -186,6 +201,7 @@ class LanguageModel:
           cut_left: a prompt that is too long keeps its end, so that `max_new_tokens` fit, or half
             of the model's context where they alone would fill it.
         """
+        check_head(self.config, "generate")
         context = self.config.context_length
         try:
             if sampling.stop and self.tokenizer is None:
@@ -221,6 +237,7 @@ class LanguageModel:
           g_lm: one G_LM for every request, [L,N,H,J]; None takes what each prompt gives.
           overrides: fields of `DecodeOptions`.
         """
+        check_head(self.config, "generate")
         (options,) = override(_renamed(overrides), options or DecodeOptions())
         if isinstance(requests, Sequence):
             context = self.config.context_length
@@ -233,7 +250,9 @@ class LanguageModel:
                 capacity=options.capacity or capacity,
             )
         stop = None if self.tokenizer is None else partial(find_stop, self.tokenizer)
-        completions = self._engine.run(requests, options, self._checked_g_lm(g_lm), stop)
+        completions = self._engine.run(
+            requests, options, given_g_lm(self.config, g_lm, self.mesh), stop
+        )
         return ((completion.index, self._generation(completion)) for completion in completions)
 
     def score(
@@ -265,13 +284,14 @@ class LanguageModel:
         if intervention is not None:
             changed = self.intervened(intervention, g_lm)
             return changed.score(contexts, continuations, mode, None, batch_size, rows)
+        check_head(self.config, "score")
         before, after = as_list(contexts), as_list(continuations)
         if len(before) != len(after):
             raise ConfigError(
                 f"continuations: {len(after)} for {len(before)} contexts; give one for each"
             )
         pairs = [self.encode_pair(*pair) for pair in zip(before, after, strict=True)]
-        given = self.g_lm if g_lm is None else self._checked_g_lm(g_lm)
+        given = self.g_lm if g_lm is None else given_g_lm(self.config, g_lm, self.mesh)
         with mesh_scope(self.mesh):
             batch = batch_size if rows is None else rows
             return score(self.config, self.params, pairs, mode, given, batch)
@@ -325,19 +345,6 @@ class LanguageModel:
             error=completion.error,
         )
 
-    def _checked_g_lm(self, g_lm: jax.Array | np.ndarray | None) -> jax.Array | None:
-        if g_lm is None:
-            return None
-        config = self.config
-        layers, head = config.num_layers, (config.num_heads, config.head_dim, config.head_dim)
-        if g_lm.shape == (layers, *head):
-            g_lm = g_lm[:, None]
-        if g_lm.ndim != 5 or g_lm.shape[0] != layers or g_lm.shape[2:] != head:
-            raise ConfigError(
-                f"g_lm: has shape {g_lm.shape}, this model needs {(layers, *head)} [L,N,H,H]"
-            )
-        return on_every_device(jnp.asarray(g_lm, jnp.float32), self.mesh)
-
 
 @lru_cache(maxsize=8)
 def _compiled_forward(config: ModelConfig, mesh: Mesh | None) -> Callable[..., ModelOutputs]:
@@ -378,7 +385,7 @@ def load(
 
     if isinstance(mesh, MeshConfig):
         mesh = build_mesh(mesh)
-    opened = open_checkpoint(path, step)
+    opened = open_checkpoint(path, step, tasks=True)
     return LanguageModel(
         opened.config.model,
         opened.params,

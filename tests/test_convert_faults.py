@@ -68,7 +68,7 @@ def test_rotary_fields_of_transformers_5() -> None:
         "reference_rope = 0": {"reference_rope": 0},
         "sliding_window = 8": {"sliding_window": 8},
         "quantization_config = ": {"quantization_config": {"bits": 4}},
-        "architectures = .*Sequence": {"architectures": ["PldrllmForSequenceClassification"]},
+        "architectures = .*MultipleChoice": {"architectures": ["PldrllmForMultipleChoice"]},
         "architectures = .*PldrllmModel": {"architectures": ["PldrllmModel"]},
         "rope_theta": {"rope_theta": "10000"},
     }.items():  # fmt: skip

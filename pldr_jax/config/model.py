@@ -53,6 +53,20 @@ class ModelConfig(Validated):
         path=True,
     )
     layer_norm_eps: float = field(1e-6, "epsilon of every LayerNorm", above=0)
+    task: Literal["sequence", "token", "question"] | None = field(
+        None,
+        "what the head is for: None is the next token; a label of the text, a label of each token, "
+        "or where an answer starts and ends in the text (Task.kind sets it)",
+    )
+    num_labels: int = field(
+        0, "labels of a task's head; 2 of a question, 0 without a task", low=0, high=2**20
+    )
+    pad_id: int | None = field(
+        0,
+        "piece that fills up the texts of a task: at the end of a text it is left out, and a label "
+        "of the text is read from the token before; None is no such piece",
+        low=0,
+    )
     dtype: Literal["float32", "bfloat16"] = field(
         "float32", "compute dtype of the matrix products; parameters stay float32"
     )
@@ -88,6 +102,10 @@ class ModelConfig(Validated):
             self.fail("g_file", f"is only read when g_source = 'external', not {self.g_source!r}")
         if self.attention_kernel == "cudnn" and self.dtype != "bfloat16":
             self.fail("attention_kernel", "the fused kernel needs Model.dtype = 'bfloat16'")
+        if (self.num_labels > 0) != (self.task is not None):
+            self.fail("num_labels", f"must be 0 without a task, and above it with one: {self.task}")
+        if self.task == "question" and self.num_labels != 2:
+            self.fail("num_labels", "a question's head has 2: start and end of the answer")
         if self._weights_at_least > MOST_WEIGHTS:
             self.fail(
                 "num_layers",
@@ -102,6 +120,11 @@ class ModelConfig(Validated):
         plga = 3 * units * self.head_dim * self.metric_width + 5 * self.model_dim * self.head_dim
         layer = self.model_dim * (4 * self.model_dim + 3 * self.ffn_width) + plga
         return self.num_layers * layer + 2 * self.vocab_size * self.model_dim
+
+    @property
+    def head_width(self) -> int:
+        """What the head makes of a token: V logits, or one for each label."""
+        return self.num_labels if self.task else self.vocab_size
 
     @property
     def model_dim(self) -> int:

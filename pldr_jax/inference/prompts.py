@@ -38,6 +38,22 @@ def token_ids(prompt: Prompt, tokenizer: Encoder | None) -> list[int]:
     raise ConfigError(f"prompt {show(prompt)}: must be a string or a list of token ids")
 
 
+def token_array(tokens_BT: Any, vocab_size: int) -> np.ndarray:
+    """Token ids [B,T] as int32.
+
+    Raises:
+      ConfigError: another shape or type, or an id outside the vocabulary.
+    """
+    tokens = np.asarray(tokens_BT)
+    if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ConfigError(
+            f"tokens: shape {tokens.shape}, dtype {tokens.dtype}: must be integer ids [B,T]"
+        )
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise ConfigError(f"tokens: an id lies outside the vocabulary of {vocab_size}")
+    return tokens.astype(np.int32)
+
+
 def as_list(prompts: Prompts) -> list[Prompt]:
     """Several prompts, or a single one, as a list.
 

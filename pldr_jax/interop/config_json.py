@@ -42,7 +42,13 @@ _FIXED = {
 _ABSENT = {"partial_rotary_factor": 1.0, "sliding_window": None, "quantization_config": None}
 """What it does not have, with the value that says so."""
 
-_CAUSAL = "PldrllmForCausalLM"
+ARCHITECTURES = {
+    None: "PldrllmForCausalLM",
+    "sequence": "PldrllmForSequenceClassification",
+    "token": "PldrllmForTokenClassification",
+    "question": "PldrllmForQuestionAnswering",
+}
+"""Task -> their class."""
 
 CODE_REPOSITORY = "fromthesky/PLDR-LLM-v51-SOC-110M-1"
 """Of the hub; has the authors' code for transformers."""
@@ -57,10 +63,7 @@ def model_from_json(raw: Mapping[str, Any], where: str | Path) -> ModelConfig:
     """
     if raw.get("model_type") != "pldrllm":
         raise ConfigError(f"{where}: model_type = {raw.get('model_type')!r}: must be 'pldrllm'")
-    if raw.get("architectures", [_CAUSAL]) not in (None, [_CAUSAL]):
-        raise ConfigError(
-            f"{where}: architectures = {raw['architectures']!r}: only {_CAUSAL!r} is supported"
-        )
+    task = _task(raw, where)
     for name, needed in {**_FIXED, **_ABSENT}.items():
         if raw.get(name, needed) != needed:
             raise ConfigError(f"{where}: {name} = {raw[name]!r}: only {needed!r} is supported")
@@ -71,6 +74,10 @@ def model_from_json(raw: Mapping[str, Any], where: str | Path) -> ModelConfig:
         elif theirs not in _OPTIONAL:
             raise ConfigError(f"{where}: the field {theirs!r} is missing")
     fields |= _rope(raw, where)
+    if task is not None:
+        labels = label_names(raw, where)
+        fields |= {"task": task, "pad_id": raw.get("pad_token_id", 0)}
+        fields["num_labels"] = 2 if task == "question" else len(labels) if labels else 2
     custom = raw.get("custom_G_type")
     if custom is not None and custom not in CUSTOM_G_TYPES:
         raise ConfigError(
@@ -86,6 +93,37 @@ def model_from_json(raw: Mapping[str, Any], where: str | Path) -> ModelConfig:
             f"{config.model_dim}"
         )
     return config
+
+
+def _task(raw: Mapping[str, Any], where: str | Path) -> str | None:
+    stated = raw.get("architectures") or [ARCHITECTURES[None]]
+    for task, architecture in ARCHITECTURES.items():
+        if stated == [architecture]:
+            return task
+    known = ", ".join(map(repr, ARCHITECTURES.values()))
+    raise ConfigError(f"{where}: architectures = {stated!r}: only one of {known} is supported")
+
+
+def label_names(raw: Mapping[str, Any], where: str | Path) -> tuple[str, ...] | None:
+    """The names of a task's labels, in the order of its logits; None where nothing says how many
+    there are, which is usual for two.
+
+    Raises:
+      ConfigError: `id2label` or `num_labels` cannot be used, or they contradict each other.
+    """
+    named, count = raw.get("id2label"), raw.get("num_labels")
+    if named is None:
+        if count is None:
+            return None
+        if not isinstance(count, int) or isinstance(count, bool) or not 0 < count <= 2**20:
+            raise ConfigError(f"{where}: num_labels = {count!r}: must be a number of labels")
+        return tuple(f"LABEL_{i}" for i in range(count))
+    numbers = [str(i) for i in range(len(named))] if isinstance(named, dict) else []
+    if not numbers or set(named) != set(numbers) or len({*named.values()}) < len(named):
+        raise ConfigError(f"{where}: id2label: must name each label 0, 1, ... once")
+    if count not in (None, len(numbers)):
+        raise ConfigError(f"{where}: num_labels = {count!r}: id2label names {len(numbers)}")
+    return tuple(str(named[number]) for number in numbers)
 
 
 def _rope(raw: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
@@ -157,6 +195,7 @@ def end_ids(raw: Mapping[str, Any]) -> tuple[int, ...]:
 
 def config_json(config: ModelConfig, ids: PieceIds, code_repository: str) -> dict[str, Any]:
     """The `config.json` of a model; transformers finds its code in a repository of the hub."""
+    architecture = ARCHITECTURES[config.task]
     values = {
         **{theirs: getattr(config, ours) for theirs, ours in _NAMES.items()},
         "intermediate_size": config.ffn_width,
@@ -168,10 +207,12 @@ def config_json(config: ModelConfig, ids: PieceIds, code_repository: str) -> dic
         **_FIXED,
         "rope_scaling": None,
         "model_type": "pldrllm",
-        "architectures": [_CAUSAL],
+        "architectures": [architecture],
         "auto_map": {
             "AutoConfig": f"{code_repository}--configuration_pldrllm.PldrllmConfig",
-            "AutoModelForCausalLM": f"{code_repository}--modeling_pldrllm.{_CAUSAL}",
+            f"AutoModel{architecture.removeprefix('Pldrllm')}": (
+                f"{code_repository}--modeling_pldrllm.{architecture}"
+            ),
         },
         "torch_dtype": "float32",
         "use_cache": True,

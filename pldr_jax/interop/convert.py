@@ -146,7 +146,7 @@ def export_run(
       ConfigError, CheckpointError: one line, saying what is wrong with a folder.
     """
     check_output(output, "OUT")
-    run = open_checkpoint(run_dir, step)
+    run = open_checkpoint(run_dir, step, tasks=True)
     if run.step is None:
         raise ConfigError(f"{run_dir}: has the transformers layout already; give a run folder")
     tensors = to_source(run.config.model, run.params, run.g_lm)

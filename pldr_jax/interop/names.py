@@ -17,6 +17,9 @@ from pldr_jax.config import ConfigError, ModelConfig
 from pldr_jax.model.decoder import Params
 from pldr_jax.model.shapes import param_shapes
 
+HEADS = {None: "final_layer", "sequence": "score", "token": "score", "question": "qa_outputs"}
+"""Task -> name of the head. That of sequences has no bias."""
+
 
 class _Entry(NamedTuple):
     """Where a tensor of theirs goes: a path of ours, and an index into its stacked axes."""
@@ -137,7 +140,7 @@ def _table(config: ModelConfig) -> Iterator[_Entry]:
 
     yield _Entry("decoder.embedding.weight", ("embedding", "table"))
     yield from norm("decoder.layernorm1", ("embedding", "norm"))
-    yield from linear("final_layer", ("head",))
+    yield from list(linear(HEADS[config.task], ("head",)))[: 1 if config.task == "sequence" else 2]
     for i in range(config.num_layers):
         theirs = f"decoder.dec_layers.{i}"
         yield from norm(f"{theirs}.layernorm1", ("layers", "attention_norm"), (i,))

@@ -56,7 +56,10 @@ def reference_outputs(
         x_TD = net.norm(f"{layer}.layernorm1", x_TD + net.linear(f"{attention}.dense", mixed_TD))
         x_TD = net.norm(f"{layer}.layernorm2", x_TD + net.glu(f"{layer}.ffn", x_TD))
     outputs = {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
-    return net.linear("final_layer", x_TD), outputs
+    head = next(x for x in ("final_layer", "score", "qa_outputs") if f"{x}.weight" in tensors)
+    if f"{head}.bias" not in tensors:  # that of sequences has none
+        return x_TD @ net.get(f"{head}.weight").T, outputs
+    return net.linear(head, x_TD), outputs
 
 
 class _Layers:

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pldr_jax.config import ConfigError, ModelConfig
-from pldr_jax.interop.config_json import model_from_json
+from pldr_jax.interop.config_json import label_names, model_from_json
 from pldr_jax.interop.folder import read_json
-from pldr_jax.interop.names import as_float32, from_tensors, to_tensors
+from pldr_jax.interop.names import HEADS, as_float32, from_tensors, to_tensors
 from pldr_jax.interop.tensors import TensorFiles, read_folder
 from pldr_jax.model.decoder import Params
 from pldr_jax.model.deductive import g_lm_shape
@@ -51,8 +51,13 @@ def open_transformers(folder: str | Path) -> TransformersCheckpoint:
         than the config says.
     """
     folder = Path(folder)
-    config = model_from_json(read_json(folder / CONFIG), folder / CONFIG)
+    raw = read_json(folder / CONFIG)
+    config = model_from_json(raw, folder / CONFIG)
     source = read_folder(folder)
+    head = source.tensors.get(f"{HEADS[config.task]}.weight")
+    if config.task in ("sequence", "token") and label_names(raw, folder) is None:
+        if head is not None and head.ndim == 2 and len(head):
+            config = dataclasses.replace(config, num_labels=len(head))
     return from_source(config, source, str(folder / next(iter(source.files))))
 
 

@@ -43,17 +43,27 @@ class Checkpoint:
     end_ids: tuple[int, ...] = ()
 
 
-def open_checkpoint(path: str | Path, step: int | None = None, flag: str = "") -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, step: int | None = None, flag: str = "", tasks: bool = False
+) -> Checkpoint:
     """Reads a checkpoint for any use: inference, fine-tuning, freezing, analysis, export.
 
     Args:
       path: a run folder, or a folder with `config.json` and safetensors.
       step: checkpoint of a run folder; None is the newest complete one.
       flag: that named the path, for errors, such as "--init_from".
+      tasks: whether the head may be a task's; else it must be that of a language model.
 
     Raises:
       ConfigError, CheckpointError: one line, saying what the folder lacks.
     """
+    opened = _read(path, step, flag)
+    if not tasks and (task := opened.config.model.task) is not None:
+        raise ConfigError(f"{path}: has a {task} head; this needs a language model")
+    return opened
+
+
+def _read(path: str | Path, step: int | None, flag: str) -> Checkpoint:
     folder = user_path(path, flag or "path")
     if not folder.is_dir():
         name = f"{flag}={path}" if flag else repr(str(path))

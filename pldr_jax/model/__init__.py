@@ -17,6 +17,7 @@ project; no letter has two meanings:
     R  residual layers of the metric learner
     U  gated units in a residual layer
     V  vocabulary
+    Y  labels of a task
     K  segments in a packed row
     E  rank of a head of a low-rank G_LM
     C  tokens of a row of data, T + 1

@@ -92,7 +92,9 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """PLDR-LLM: tokens to logits, with the deductive outputs of every layer."""
+    """PLDR-LLM: tokens to logits, with the deductive outputs of every layer. With `Model.task` the
+    logits are [B,T,Y], of labels.
+    """
 
     config: ModelConfig
 
@@ -102,10 +104,11 @@ class Decoder(nn.Module):
         self.layers = DecoderLayer(config)
         self.head = Linear(
             (config.model_dim,),
-            (config.vocab_size,),
+            (config.head_width,),
             ("embed",),
             ("vocab",),
             jnp.dtype(config.dtype),
+            use_bias=config.task != "sequence",
         )
 
     def __call__(

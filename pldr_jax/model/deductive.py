@@ -8,8 +8,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from pldr_jax.config import ConfigError, ModelConfig
+from pldr_jax.partition import on_every_device
 
 
 class DeductiveOutputs(flax.struct.PyTreeNode):
@@ -111,3 +113,24 @@ def predefined_g_lm(config: ModelConfig) -> jax.Array | None:
             config.fail("g_file", "g_source = 'external' needs the file that holds G_LM")
         return read_g_lm(config.g_file, config)
     return None
+
+
+def given_g_lm(
+    config: ModelConfig, g_lm: jax.Array | np.ndarray | None, mesh: Mesh | None
+) -> jax.Array | None:
+    """A G_LM that a user gives, [L,N,H,J] or [L,B,N,H,J], as [L,B,N,H,J] on every device; None
+    stays None.
+
+    Raises:
+      ConfigError: it has another shape.
+    """
+    if g_lm is None:
+        return None
+    layers, head = config.num_layers, (config.num_heads, config.head_dim, config.head_dim)
+    if g_lm.shape == (layers, *head):
+        g_lm = g_lm[:, None]
+    if g_lm.ndim != 5 or g_lm.shape[0] != layers or g_lm.shape[2:] != head:
+        raise ConfigError(
+            f"g_lm: has shape {g_lm.shape}, this model needs {(layers, *head)} [L,N,H,H]"
+        )
+    return on_every_device(jnp.asarray(g_lm, jnp.float32), mesh)

@@ -46,6 +46,7 @@ class Linear(nn.Module):
       in_shape, out_shape: axes contracted and made; the kernel is [*in_shape, *out_shape].
       in_axes, out_axes: their logical names.
       dtype, precision: of the product.
+      use_bias: False is `y = x W`.
     """
 
     in_shape: tuple[int, ...]
@@ -54,6 +55,7 @@ class Linear(nn.Module):
     out_axes: tuple[str, ...]
     dtype: Any = jnp.float32
     precision: str | None = None
+    use_bias: bool = True
 
     def setup(self) -> None:
         init = glorot_uniform(math.prod(self.in_shape), math.prod(self.out_shape))
@@ -62,6 +64,9 @@ class Linear(nn.Module):
             logical(init, *self.in_axes, *self.out_axes),
             (*self.in_shape, *self.out_shape),
         )
+        if not self.use_bias:
+            self.bias = jnp.zeros(self.out_shape)
+            return
         bias_axes = tuple("norm" if axis == "embed" else axis for axis in self.out_axes)
         self.bias = self.param("bias", logical(nn.initializers.zeros, *bias_axes), self.out_shape)
 
