@@ -75,11 +75,13 @@ def whole_batches(text: str, config: ExperimentConfig, small: int = 0) -> list[s
 
 
 def sizes_of_parameters(config: ExperimentConfig) -> set[int]:
-    """Elements of every parameter, of a layer of it, and of a residual layer: whole, and what lies
-    on a device of the tensor axis.
+    """Elements of every parameter, of a layer of it, of a residual layer, and of the weights of
+    q, k and v side by side, as a decode step takes them: whole, and what lies on a device of the
+    tensor axis.
     """
     L, R = config.model.num_layers, config.model.num_residual_layers
     whole = {math.prod(shape) for shape in param_shapes(config.model).values()}
+    whole.add(3 * L * config.model.model_dim**2)
     layers = {size // n for size in whole for n in (1, L, L * R) if size % n == 0}
     return {size // n for size in layers for n in (1, config.mesh.tensor) if size % n == 0}
 

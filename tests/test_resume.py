@@ -111,7 +111,9 @@ def signal_in_compilation(patch: pytest.MonkeyPatch) -> None:
 
 
 def signal_in(owner: type, method: str) -> Callable[[pytest.MonkeyPatch], None]:
-    """SIGTERM in the midst of the first call of a method."""
+    """SIGTERM in the midst of the first call of a method, to the thread that handles it: on a busy
+    machine another thread, to which a signal of the process may go, can run some steps later.
+    """
 
     def install(patch: pytest.MonkeyPatch) -> None:
         original = getattr(owner, method)
@@ -119,7 +121,7 @@ def signal_in(owner: type, method: str) -> Callable[[pytest.MonkeyPatch], None]:
         def call(*arguments: Any, **options: Any) -> Any:
             patch.setattr(owner, method, original)
             result = original(*arguments, **options)
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
             return result
 
         patch.setattr(owner, method, call)
@@ -131,7 +133,7 @@ MOMENTS = {
     "compilation": (signal_in_compilation, {1}),
     "evaluation": (signal_in(Evaluator, "__call__"), {5}),
     "sample": (signal_in(Engine, "run"), {5}),
-    "save": (signal_in(Checkpointer, "save"), set(range(4, STEPS))),
+    "save": (signal_in(Checkpointer, "save"), {4}),
 }
 """Where a signal comes, and the step that is then saved."""
 

@@ -1,6 +1,7 @@
 """The wheel is whole: installed into an empty environment it trains, away from any checkout."""
 
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -37,7 +38,9 @@ def test_the_wheel_holds_what_the_programs_read(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     configs = {f"pldr_jax/configs/{path.name}" for path in (REPOSITORY / "configs").glob("*.gin")}
     assert len(configs) > 10 and configs <= names
-    tasks = {f"pldr_jax/evaluation/tasks/{n}" for n in ("pldr_quiz.yaml", "pldr_quiz.jsonl")}
+    tasks = {
+        f"pldr_jax/evaluation/tasks/{n}" for n in ("pldr_quiz.yaml", "quiz.jsonl", "text/words.txt")
+    }
     assert tasks <= names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "docs/"))]
 
@@ -46,12 +49,11 @@ def test_a_clean_environment_trains(wheel: Path, tmp_path: Path) -> None:
     home = tmp_path / "environment"
     venv.create(home, with_pip=True)
     run(home / "bin" / "pip", "install", "-q", wheel, cwd=tmp_path)
-    text = tmp_path / "text"
-    text.mkdir()
-    for k in range(40):
-        (text / f"{k}.txt").write_text(f"document {k}: " + "some words to read " * 40)
+    for guide in (REPOSITORY / "docs").glob("*.md"):
+        shutil.copy(guide, tmp_path)
     small = [
-        "--gin_file=pldr_110m.gin", f"--gin.Data.source={text}", "--gin.Model.vocab_size=300",
+        "--gin_file=pldr_110m.gin", "--gin.Data.source=*.md", "--gin.Data.tokenizer=None",
+        "--gin.Model.vocab_size=400",
         "--gin.Model.num_layers=1", "--gin.Model.num_heads=2", "--gin.Model.head_dim=8",
         "--gin.Model.num_residual_layers=1", "--gin.Model.context_length=32",
         "--gin.Model.dtype=float32", "--gin.Data.batch_size=4", f"--gin.Training.steps={STEPS}",

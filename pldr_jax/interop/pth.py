@@ -125,14 +125,14 @@ def _arrays(torch: Any, value: Any, where: str) -> Any:
 
 
 def _torch(path: Path) -> Any:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file")
     try:
         import torch
     except ImportError:
         raise ConfigError(
             f"{path}: is read with torch, which is not installed; pip install 'pldr_jax[torch]'"
         ) from None
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file")
     return torch
 
 
