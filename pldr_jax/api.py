@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from pldr_jax.config import ConfigError, MeshConfig, ModelConfig, SamplingConfig
 from pldr_jax.config.sampling import override
+from pldr_jax.data.text.chat import Message, prompt_ids
 from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.inference.classify import check_head, classify
 from pldr_jax.inference.engine import Engine
@@ -193,6 +194,25 @@ class LanguageModel:
         ids = [self.encode(prompt) for prompt in as_list(prompts)]
         with mesh_scope(self.mesh):
             return classify(self.config, self.params, ids, self.g_lm, batch_size)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        sampling: SamplingConfig | int | None = None,
+        **overrides: Any,
+    ) -> Generation:
+        """The answer to a conversation, written with the checkpoint's chat template.
+
+        Args:
+          messages: [{"role": "user", "content": TEXT}, ...]: user and assistant in turn, perhaps
+            after a system message; the last is the user's.
+          sampling, overrides: as for `generate`.
+
+        Raises:
+          ConfigError: messages out of order, a template that fails, or more than the context holds.
+        """
+        prompt = prompt_ids(self.tokenizer, messages)
+        return self.generate([prompt], sampling, **overrides)[0]
 
     def request(self, prompt: Prompt, sampling: SamplingConfig, cut_left: bool = False) -> Request:
         """What the engine is asked for a prompt, or why it cannot be.

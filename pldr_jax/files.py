@@ -18,6 +18,8 @@ from pldr_jax.config import ConfigError, expand_home
 LOCK = ".lock"
 TOKENIZER = "tokenizer.model"
 """The SentencePiece model in a run folder, a checkpoint or a folder of shards."""
+TOKENIZER_CONFIG = "tokenizer_config.json"
+"""What transformers knows of a tokenizer; in a run folder and beside shards, its chat template."""
 
 OUTPUT = "--output"
 

@@ -17,6 +17,7 @@ COMMANDS = {
 FLAGS = {
     "Data.tokenizer_sample_bytes": "--sample_bytes",
     "Data.tokenizer": "--tokenizer",
+    "Data.chat_template": "--chat_template",
     "Data.source": "--input",
     "Model.vocab_size": "--vocab_size",
 }
@@ -28,6 +29,12 @@ INPUT_OPTIONS = (
         "glob, hf:NAME[:CONFIG[:SPLIT]], or stdlib for Python's own sources",
         required=True,
         repeat=True,
+        metavar="PATH",
+    ),
+    Option(
+        "chat_template",
+        "Jinja file with which JSON lines of messages are written; default: the template beside "
+        "the tokenizer, or ours",
         metavar="PATH",
     ),
     Option("text_field", "field or column with the text", default="text", metavar="NAME"),
@@ -133,9 +140,9 @@ def _at_least(options: Options, low: float, *names: str) -> None:
             raise ConfigError(f"--{name}={getattr(options, name)}: must be at least {low}")
 
 
-def _unit_settings(options: Options) -> Any:
+def _unit_settings(options: Options, pieces: Any, tokenizer: Any) -> Any:
     from pldr_jax.data.shards.units import UnitSettings
-    from pldr_jax.data.text.readers import ReadSettings
+    from pldr_jax.data.text.readers import ReadSettings, with_chat
 
     _at_least(options, 0, "validation_fraction", "test_fraction", "seed")
     _at_least(options, 1, "max_document_bytes")
@@ -143,8 +150,9 @@ def _unit_settings(options: Options) -> Any:
         raise ConfigError(f"--seed={options.seed}: must be at most {SEED_LIMIT}")
     if options.validation_fraction + options.test_fraction >= 1:
         raise ConfigError("--validation_fraction, --test_fraction: leave nothing to train on")
+    read = ReadSettings(options.text_field, options.documents, options.max_document_bytes)
     return UnitSettings(
-        ReadSettings(options.text_field, options.documents, options.max_document_bytes),
+        with_chat(read, pieces, options.chat_template, options.tokenizer, tokenizer),
         options.validation_fraction,
         options.test_fraction,
         options.seed,
@@ -160,11 +168,12 @@ def _build(argv: list[str]) -> None:
 
     options = _parse(argv, "build", BUILD_OPTIONS)
     _at_least(options, 1, "workers", "shard_bytes")
-    settings = BuildSettings(_unit_settings(options), options.shard_bytes, options.workers)
-    tokenizer = Tokenizer.load(options.tokenizer)
+    tokenizer, pieces = Tokenizer.load(options.tokenizer), find_inputs(options.input)
+    units = _unit_settings(options, pieces, tokenizer)
+    settings = BuildSettings(units, options.shard_bytes, options.workers)
     output = user_path(options.output, "--output")
     manifest = build(
-        find_inputs(options.input),
+        pieces,
         tokenizer,
         output,
         settings,
@@ -178,6 +187,7 @@ def _build(argv: list[str]) -> None:
     print(
         f"train on it with --gin.Data.source={manifest.folder} "
         f"--gin.Model.vocab_size={manifest.vocab_size}"
+        f"{'' if manifest.chat_template is None else ' --gin.Data.packing=document'}"
     )
 
 
@@ -192,9 +202,10 @@ def _tokenizer(argv: list[str]) -> None:
     _at_least(options, 1000, "sample_bytes")
     if (options.output is None) == (options.tokenizer is None):
         raise ConfigError("--output: name the file to write, or a --tokenizer to measure instead")
-    settings = _unit_settings(options)
     loaded = None if options.tokenizer is None else Tokenizer.load(options.tokenizer)
-    units = BuildSettings(settings).plan(find_inputs(options.input))
+    pieces = find_inputs(options.input)
+    settings = _unit_settings(options, pieces, loaded)
+    units = BuildSettings(settings).plan(pieces)
     sample = take_sample(units, settings, options.sample_bytes)
     tokenizer = loaded or Tokenizer.train(
         sample.training,

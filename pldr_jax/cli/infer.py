@@ -13,6 +13,7 @@ from pldr_jax.inference.progress import JobProgress
 from pldr_jax.terminal import Display, is_terminal, print_line
 
 if TYPE_CHECKING:
+    from pldr_jax.api import LanguageModel
     from pldr_jax.inference.batch import Output
 
 DESCRIPTION = "Generates text with a trained PLDR-LLM; its config is read from the checkpoint."
@@ -39,6 +40,8 @@ OPTIONS = (
     Option("output", "JSONL file for the results; default: stdout", metavar="PATH"),
     Option("resume", "continue the output of a job that was stopped", type=bool),
     Option("retry_failed", "as --resume, and try failed prompts again", type=bool),
+    Option("chat", "talk to the model: a message a line of stdin; /new begins anew", type=bool),
+    Option("system", "system message that a --chat begins with", metavar="TEXT"),
     Option("logprobs", "add the log-probability of each new token to JSONL", type=bool),
     Option("format", "of stdout", choices=("text", "jsonl"), default="text"),
     Option(
@@ -84,14 +87,23 @@ def infer_main(argv: list[str]) -> None:
     chosen = {name: value for name, value in given.items() if value not in (None, [])}
     generation = dataclasses.replace(config.generation, **chosen)
     config = dataclasses.replace(config, generation=generation)
+    if options.chat:
+        from pldr_jax.cli.chat import chat
+
+        chat(options, config)
+        return
     _check(options)
     _infer(options, config)
 
 
 def _check(options: Options) -> None:
     options.resume = options.resume or options.retry_failed
+    if options.system is not None:
+        raise ConfigError("--system: begins a --chat; add that, or leave it out")
     if not options.prompt and options.prompt_file is None:
-        raise ConfigError('--prompt: none was given; add --prompt "..." or --prompt_file PATH')
+        raise ConfigError(
+            '--prompt: none was given; add --prompt "...", --prompt_file PATH or --chat'
+        )
     if options.prompt and options.prompt_file is not None:
         raise ConfigError("--prompt_file: cannot be given together with --prompt; choose one")
     if options.resume and options.output is None:
@@ -112,14 +124,9 @@ def _infer(options: Options, config: ExperimentConfig) -> None:
         writer = JsonlWriter(options.output, options.resume, options.retry_failed)
     try:
         keep_compiled_programs(config.data.cache_dir)
-        import jax
-
-        from pldr_jax.api import load
         from pldr_jax.inference.batch import run_batch
 
-        dtype = None if settings.cache_dtype == "auto" else settings.cache_dtype
-        mesh = config.mesh if jax.device_count() > 1 else None
-        lm = load(options.checkpoint, options.step, dtype, mesh, settings.rank_budget)
+        lm = open_model(options, config)
         output = _output(options, writer, total)
         with output.progress:
             run_batch(lm, lines, settings, output, total)
@@ -133,6 +140,18 @@ def _infer(options: Options, config: ExperimentConfig) -> None:
         print_line(message, to_stderr=True)
     if output.progress.failures or earlier:
         raise SystemExit(FAILURE)
+
+
+def open_model(options: Options, config: ExperimentConfig) -> "LanguageModel":
+    """The checkpoint that the options name, on the devices that there are."""
+    import jax
+
+    from pldr_jax.api import load
+
+    settings = config.generation
+    dtype = None if settings.cache_dtype == "auto" else settings.cache_dtype
+    mesh = config.mesh if jax.device_count() > 1 else None
+    return load(options.checkpoint, options.step, dtype, mesh, settings.rank_budget)
 
 
 def _output(options: Options, writer: JsonlWriter | None, total: int | None) -> "Output":

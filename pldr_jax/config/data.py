@@ -29,6 +29,12 @@ class DataConfig(Validated):
         "SentencePiece model to load; None trains one with Model.vocab_size pieces on the text",
         path=True,
     )
+    chat_template: str | None = field(
+        None,
+        "Jinja file with which conversations, JSON lines of messages, are written; None is the "
+        "template beside the tokenizer, or the default one",
+        path=True,
+    )
     tokenizer_sample_bytes: int = field(
         1_000_000, "bytes of text that a new tokenizer is trained on", low=1000, high=2**40
     )

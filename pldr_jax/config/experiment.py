@@ -61,8 +61,10 @@ class ExperimentConfig:
         if loss.g_from != "row":
             if self.model.g_source != "learned":
                 loss.fail("g_from", "a predefined G_LM is computed from no tokens; take 'row'")
-            if self.data.keeps_segments:
-                loss.fail("g_from", "rows with segments know 'row' alone; take another packing")
+            if self.data.keeps_segments and loss.g_from != "prompt":
+                loss.fail("g_from", "rows with segments know 'row' and 'prompt'; take one of them")
+            if self.data.packing == "concat" and loss.g_from == "prompt":
+                loss.fail("g_from", "a cut text has no prompt; take Data.packing = 'document'")
         if (loss.g_prefix_length or 1) > longest:
             loss.fail("g_prefix_length", f"a row has {longest} inputs; take at most that many")
         if (

@@ -29,11 +29,12 @@ class LossConfig(Validated):
     dag_until_step: int | None = field(
         None, "step from which on the coefficients are 0; None is never", low=1
     )
-    g_from: Literal["row", "prefix", "random_prefix", "neighbour"] = field(
+    g_from: Literal["row", "prefix", "random_prefix", "neighbour", "prompt"] = field(
         "row",
         "tokens that G_LM is computed from in training: all of the row, which tells each position "
         "of its future; its first ones, a fixed or random number, the loss being over the others; "
-        "or those of another row of the batch, in a second forward pass",
+        "those of another row of the batch, in a second forward pass; or of a conversation the "
+        "prompt, as decoding computes it, in evaluation too",
     )
     g_prefix_length: int | None = field(
         None,

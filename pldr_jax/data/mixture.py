@@ -7,9 +7,15 @@ from collections.abc import Callable
 
 from pldr_jax.config import ConfigError, DataConfig, ExperimentConfig
 from pldr_jax.data.pipeline import TrainIterator, ValidationRows, train_iterator, validation_rows
-from pldr_jax.data.rows import Rows, make_rows
+from pldr_jax.data.rows import Rows, SegmentRows, make_rows
 from pldr_jax.data.shards.cached import cached_text
-from pldr_jax.data.shards.prepared import Manifest, ShardedTokens, is_prepared, read_prepared
+from pldr_jax.data.shards.prepared import (
+    Manifest,
+    ShardedTokens,
+    is_prepared,
+    open_tokens,
+    read_prepared,
+)
 from pldr_jax.data.text.tokenizer import Tokenizer
 
 
@@ -29,11 +35,13 @@ class TrainingText:
 
     Attributes:
       digest: of the tokens of all texts, both splits, and of their weights.
+      chat_template: of the conversations among them; None where there are none.
     """
 
     tokenizer: Tokenizer
     texts: tuple[WeightedText, ...]
     digest: str
+    chat_template: str | None = None
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -46,8 +54,28 @@ class TrainingText:
         return sum(text.weight * text.validation.bytes_per_token for text in self.texts)
 
     def rows(self, split: str, context_length: int, config: DataConfig) -> list[Rows]:
-        """Rows of every text; split is 'train' or 'validation'."""
+        """Rows of every text; split is 'train' or 'validation'.
+
+        Raises:
+          ConfigError: a packing that cuts conversations.
+        """
+        if self.chat_template is not None and config.packing == "concat":
+            config.fail("packing", "would cut conversations; take 'document' or 'packed'")
         return [make_rows(getattr(text, split), context_length, config) for text in self.texts]
+
+    def cut_conversations(self, config: ExperimentConfig) -> str | None:
+        """A line on the training conversations that are too long for a row; None without any."""
+        cut = dropped = 0
+        for rows in self.rows("train", config.model.context_length, config.data):
+            if isinstance(rows, SegmentRows):
+                cut, dropped = cut + rows.n_cut, dropped + rows.n_dropped
+        if not cut + dropped:
+            return None
+        return (
+            f"Model.context_length = {config.model.context_length}: of {cut:,} longer "
+            f"conversations only the first tokens are trained on, and {dropped:,} are left out, "
+            "whose answer would begin behind them"
+        )
 
     def train_batches(
         self, config: ExperimentConfig, process: tuple[int, int] = (0, 1)
@@ -95,12 +123,14 @@ def open_training_text(
     tokenizer = manifests[0].tokenizer
     if config.tokenizer and Tokenizer.load(config.tokenizer).digest != tokenizer.digest:
         config.fail("tokenizer", "is not the one the shards were made with; leave it at None")
-    trains = [ShardedTokens(manifest, "train") for manifest in manifests]
+    if config.chat_template is not None and not raw:
+        config.fail("chat_template", "prepared conversations have theirs; leave it at None")
+    trains = [open_tokens(manifest, "train") for manifest in manifests]
     sizes = config.mixture_weights or tuple(float(train.n_tokens) for train in trains)
     weights = tuple(size / sum(sizes) for size in sizes)
     key = [[manifest.digest("train", "validation") for manifest in manifests], weights]
     texts = tuple(
-        WeightedText(path, weight, train, ShardedTokens(manifest, "validation"))
+        WeightedText(path, weight, train, open_tokens(manifest, "validation"))
         for path, weight, train, manifest in zip(paths, weights, trains, manifests, strict=True)
     )
     for text in () if raw else texts:
@@ -108,7 +138,11 @@ def open_training_text(
             f"{text.name}: {text.weight:.1%} of the rows; {text.train.n_documents:,} documents, "
             f"{text.train.n_tokens:,} tokens, and {text.validation.n_tokens:,} held out"
         )
-    return TrainingText(tokenizer, texts, hashlib.sha256(json.dumps(key).encode()).hexdigest())
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    templates = {manifest.chat_template for manifest in manifests} - {None}
+    if len(templates) > 1:
+        config.fail("mixture", "its folders have several chat templates; prepare them with one")
+    return TrainingText(tokenizer, texts, digest, *templates)
 
 
 def _check(where: str, manifest: Manifest, first: Manifest, vocab_size: int) -> None:

@@ -10,13 +10,16 @@ The row is part of the model, because Q^T Q sums over it. With C = context_lengt
 The three planes of the last two are inputs, targets, and segment numbers: 1, 2, ... and 0 for
 padding. In them every token of a document but the last is an input once, and every one but the
 first a target once: where a long document is cut, its next piece begins with the last target.
+
+Of conversations only the tokens of the answer are targets, and one that is longer than C tokens is
+not cut in pieces: its first C tokens stay, and where the answer begins behind them, nothing does.
 """
 
 import abc
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -160,13 +163,21 @@ class SegmentRows(Rows):
     which needs only to know how many remainders there are of each length; which documents share a
     row is then counted off, so that the index takes 24 bytes a document, and no row is ever stored.
     Pickles as its store.
+
+    Attributes:
+      n_cut, n_dropped: conversations of which the first C tokens stay, and nothing.
     """
 
     def __init__(self, store: TokenStore, context_length: int, max_segments: int) -> None:
         self._store, self._length, self.max_segments = store, context_length - 1, max_segments
         self.row_shape = row_shape("packed", context_length)
         lengths = np.asarray(store.lengths, np.int64)
+        starts = np.cumsum(lengths) - lengths
         inputs = np.maximum(lengths - 1, 0)
+        self.n_cut = self.n_dropped = 0
+        self._targets: Callable[[int, int], np.ndarray] | None = getattr(store, "targets", None)
+        if self._targets is not None:
+            self._cut(self._targets, starts, inputs)
         self.n_targets = int(inputs.sum())
         self._whole_ends = np.cumsum(inputs // self._length)
         self._n_whole = int(self._whole_ends[-1]) if len(lengths) else 0
@@ -176,10 +187,19 @@ class SegmentRows(Rows):
         self._patterns = pack_segments(counts, self._length, max_segments)
         self._pattern_ends = list(itertools.accumulate(pattern.count for pattern in self._patterns))
         self._n_rows = self._n_whole + (self._pattern_ends[-1] if self._patterns else 0)
-        starts = np.cumsum(lengths) - lengths
         tails = (starts + inputs - remainders)[np.argsort(remainders, kind="stable")]
         # Single numbers of an array are read twice as fast through a memoryview.
         self._starts, self._tails = starts.data, tails.data
+
+    def _cut(
+        self, targets: Callable[[int, int], np.ndarray], starts: np.ndarray, inputs: np.ndarray
+    ) -> None:
+        """Shortens the conversations that are too long for a row, in `inputs`."""
+        for k in np.flatnonzero(inputs > self._length):
+            first = int(starts[k])
+            kept = (targets(first + 1, first + 1 + self._length) != PAD_ID).any()
+            self.n_cut, self.n_dropped = self.n_cut + bool(kept), self.n_dropped + (not kept)
+            inputs[k] = self._length if kept else 0
 
     def __len__(self) -> int:
         return self._n_rows
@@ -194,7 +214,8 @@ class SegmentRows(Rows):
             tokens = self._store.read(start, start + length + 1)
             number, begin, end = number + 1, end, end + length
             inputs[begin:end] = tokens[:-1]
-            targets[begin:end] = tokens[1:]
+            told = self._targets
+            targets[begin:end] = tokens[1:] if told is None else told(start + 1, start + length + 1)
             segments[begin:end] = number
 
     def _pieces(self, k: int) -> list[tuple[int, int]]:

@@ -88,7 +88,7 @@ class Output:
         if self.stream is None:
             return
         if self.stream == "text" and not self._begun and result.error is None:
-            _print(str(running.job.prompt))
+            print_text(str(running.job.prompt))
             self._begun = True
         text = result.text if result.finish_reason else stable_text(result.text, running.stop)
         if text.startswith(running.shown) and text != running.shown:
@@ -96,14 +96,14 @@ class Output:
             if self.stream == "pieces":
                 escaped = piece.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
                 piece = f"[{running.job.id}] {escaped}\n"
-            _print(piece)
+            print_text(piece)
             running.shown = text
 
     def finish(self, running: Running, result: Generation, prompt: str) -> None:
         """A job has ended; `prompt` is its text."""
         job = running.job
         if self._begun:
-            _print("\n")
+            print_text("\n")
         if self._takes_json:
             line: dict[str, Any] = {
                 "id": job.id,
@@ -118,7 +118,7 @@ class Output:
             self._write({**line, "input": running.digest})
         elif self.stream is None and result.error is None:
             text = result.text if result.text or not result.tokens else f" {result.tokens}"
-            _print(f"{prompt}{text}\n--- {len(result.tokens)} tokens, {result.finish_reason}\n")
+            print_text(f"{prompt}{text}\n--- {len(result.tokens)} tokens, {result.finish_reason}\n")
         if result.error is not None:
             self.progress.print(f"error: prompt {job.id}: {result.error}")
         elif self.stream == "text":
@@ -166,7 +166,7 @@ def run_batch(
         that of another prompt.
       OSError: the output cannot be written; its file name says which.
     """
-    g_lm, lines = _g_lm(lm, lines, settings)
+    g_lm, lines = shared_g_lm(lm, lines, settings)
     running: dict[int, Running] = {}
     numbers = itertools.count()
 
@@ -209,7 +209,7 @@ def _sampling(job: Job, settings: GenerationConfig) -> SamplingConfig:
     return dataclasses.replace(settings.sampling.of_prompt(job.index), **job.settings)
 
 
-def _g_lm(
+def shared_g_lm(
     lm: BatchModel, lines: Iterator[Job | BadLine], settings: GenerationConfig
 ) -> tuple[jax.Array | None, Iterator[Job | BadLine]]:
     """G_LM for every job (None: each its own), and all lines from the start."""
@@ -254,7 +254,7 @@ def stable_text(text: str, stop: Sequence[str]) -> str:
     return text[: len(text) - max((len(h) for h in halves if text.endswith(h)), default=0)]
 
 
-def _print(text: str) -> None:
+def print_text(text: str) -> None:
     """Text for people: what would steer a terminal is spelled out."""
     encoding = sys.stdout.encoding or "utf-8"
     _write_stdout(visible(text).encode(encoding, "backslashreplace"))

@@ -11,8 +11,16 @@ import numpy as np
 
 from pldr_jax.config import ConfigError, ExperimentConfig
 from pldr_jax.config.load import config_to_dict, dump_config
+from pldr_jax.data.text.chat import template_in
 from pldr_jax.data.text.tokenizer import Tokenizer
-from pldr_jax.files import TOKENIZER, check_output, new_folder, user_path, whole_file
+from pldr_jax.files import (
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    check_output,
+    new_folder,
+    user_path,
+    whole_file,
+)
 from pldr_jax.interop import card, native
 from pldr_jax.interop.check import LogitCheck, check_logits
 from pldr_jax.interop.config_json import (
@@ -28,7 +36,7 @@ from pldr_jax.interop.names import from_tensors
 from pldr_jax.interop.pth import read_pickled_g_lm, read_pth, refuse_distributed
 from pldr_jax.interop.record import Record, make_record, read_record, record_files
 from pldr_jax.interop.tensors import SINGLE, TensorFiles, write_folder
-from pldr_jax.interop.tokenizer.files import FAST, check_tokenizer, tokenizer_files
+from pldr_jax.interop.tokenizer.files import FAST, SETTINGS, check_tokenizer, tokenizer_files
 from pldr_jax.interop.transformers import (
     CONFIG,
     G_VALUES,
@@ -217,6 +225,11 @@ def _exported_files(
     }
     if run.tokenizer is not None:
         files |= tokenizer_files(run.tokenizer, model.context_length, source)
+    template = template_in(run.folder) if (run.folder / TOKENIZER_CONFIG).is_file() else None
+    if template is not None and SETTINGS in files:
+        settings = parse_json(files[SETTINGS], SETTINGS) | {"chat_template": template}
+        files[SETTINGS] = _json(settings)
+        files.pop("chat_template.jinja", None)  # transformers would read it first
     if theirs and model_from_json(theirs, CONFIG) != model_from_json(ours, CONFIG):
         files[CONFIG] = _json(merged_config(theirs, ours))
     return files

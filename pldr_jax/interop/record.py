@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from pldr_jax.config import ConfigError
-from pldr_jax.files import TOKENIZER, read_regular_file
+from pldr_jax.files import TOKENIZER, TOKENIZER_CONFIG, read_regular_file
 from pldr_jax.interop.folder import WEIGHTS, listed_file, other_files, read_json
 from pldr_jax.interop.tensors import INDEX, TensorFiles, read_safetensors
 from pldr_jax.interop.transformers import CONFIG, G_STATUS, G_VALUES
@@ -104,14 +104,18 @@ def record_files(record: Record) -> dict[str, bytes]:
 
 def inherited_files(folder: Path) -> dict[str, bytes]:
     """What a run that begins with the weights of a checkpoint keeps of it, by paths in the run
-    folder: the files that are no weights, of a folder in the transformers layout or an import.
+    folder: the files that are no weights, of a folder in the transformers layout or an import, and
+    the chat template of a run.
     """
+    own = {}
     if (folder / CONFIG).is_file():
         others = _others(folder)
     else:
         record = read_record(folder)
         others = {} if record is None else record.others
-    return record_files(Record(others=others)) if others else {}
+        if (folder / TOKENIZER_CONFIG).is_file():
+            own = {TOKENIZER_CONFIG: read_regular_file(folder / TOKENIZER_CONFIG)}
+    return own | (record_files(Record(others=others)) if others else {})
 
 
 def read_record(run_dir: Path) -> Record | None:

@@ -9,6 +9,7 @@ import jax
 from pldr_jax.config import ConfigError, ExperimentConfig
 from pldr_jax.config.load import config_from_dict
 from pldr_jax.data.mixture import TrainingText, open_training_text
+from pldr_jax.data.text.chat import template_in
 from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.files import TOKENIZER, user_path
 from pldr_jax.interop.config_json import end_ids
@@ -70,7 +71,9 @@ def _read(path: str | Path, step: int | None, flag: str) -> Checkpoint:
         raise ConfigError(f"{name}: no such folder; give a run folder, or one with {CONFIG}")
     refuse_distributed(folder)
     has_tokenizer = (folder / TOKENIZER).is_file()
-    tokenizer = Tokenizer.load(folder / TOKENIZER) if has_tokenizer else None
+    tokenizer = None
+    if has_tokenizer:
+        tokenizer = Tokenizer.load(folder / TOKENIZER, template_in(folder))
     ends = _end_ids(folder, tokenizer)
     if (folder / CONFIG).is_file():
         opened = open_transformers(folder)

@@ -22,10 +22,12 @@ class Segments(flax.struct.PyTreeNode):
     Attributes:
       ids_BT: 1 .. K, each a run of neighbouring tokens; 0 is padding.
       count: K; static.
+      g_length_BK: tokens of each segment, its first ones, that its Q^T Q sums over; None is all.
     """
 
     ids_BT: jax.Array
     count: int = flax.struct.field(pytree_node=False)
+    g_length_BK: jax.Array | None = None
 
     @property
     def positions_BT(self) -> jax.Array:
@@ -42,7 +44,10 @@ class Segments(flax.struct.PyTreeNode):
 
     def density_matrix(self, q_BTNH: jax.Array, precision: str | None = None) -> jax.Array:
         """Q^T Q of every segment, [B * K,N,H,J] in float32."""
-        q_BTKNH = full_product_operand(self._spread(q_BTNH))
+        summed_BTK = self._of_segment_BTK
+        if self.g_length_BK is not None:
+            summed_BTK &= self.positions_BT[:, :, None] < self.g_length_BK[:, None]
+        q_BTKNH = full_product_operand(_spread(q_BTNH, summed_BTK))
         q = full_product_operand(q_BTNH)
         density = jnp.einsum(
             "BTKNH,BTNJ->BKNHJ", q_BTKNH, q, precision=precision, preferred_element_type=jnp.float32
@@ -55,12 +60,13 @@ class Segments(flax.struct.PyTreeNode):
         One product over (K, H), in which a token is zero in all segments but its own.
         """
         g_lm_BKNHJ = g_lm.reshape(-1, self.count, *g_lm.shape[1:])
-        return jnp.einsum("BTKNH,BKNHJ->BTNJ", self._spread(q_BTNH), g_lm_BKNHJ)
+        return jnp.einsum("BTKNH,BKNHJ->BTNJ", _spread(q_BTNH, self._of_segment_BTK), g_lm_BKNHJ)
 
     @property
     def _of_segment_BTK(self) -> jax.Array:
         return self.ids_BT[:, :, None] == jnp.arange(1, self.count + 1)
 
-    def _spread(self, q_BTNH: jax.Array) -> jax.Array:
-        """q where the token is of segment K, else 0."""
-        return jnp.where(self._of_segment_BTK[..., None, None], q_BTNH[:, :, None], 0)
+
+def _spread(q_BTNH: jax.Array, chosen_BTK: jax.Array) -> jax.Array:
+    """q where the token is chosen for segment K, else 0."""
+    return jnp.where(chosen_BTK[..., None, None], q_BTNH[:, :, None], 0)

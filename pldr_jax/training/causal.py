@@ -6,6 +6,7 @@ In ordinary training Q^T Q sums over the whole row, so that G_LM tells each posi
     prefix, random_prefix   from the first p tokens of the row; the loss is over the tokens after
                             them, which is how a prompt is continued
     neighbour               from the whole of another row of the batch; the loss is over all tokens
+    prompt                  from what comes before the answer, which alone is a target
 
 Attention is causal over the whole row in either case. In every layer the queries of the first p
 tokens depend on these tokens alone, so that what position t >= p - 1 predicts depends on tokens up
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from pldr_jax.config import ExperimentConfig
+from pldr_jax.data.rows import SEGMENTS, TARGETS
 from pldr_jax.model.decoder import Params, forward
 from pldr_jax.training.losses import PAD_ID
 from pldr_jax.training.rows import RowOutputs, forward_rows, inputs_of, lengths_of, targets_of
@@ -28,6 +30,7 @@ def prefix_lengths(
     config: ExperimentConfig, rows: jax.Array, step: jax.Array | int
 ) -> jax.Array | None:
     """Tokens [B] that G_LM of each row is computed from, at least 1; None where it is all of them.
+    Of prompts in rows with segments [B,K], those of each.
 
     A random length is uniform on 1 .. p, where p is `Loss.g_prefix_length`, or all tokens that the
     row has. It follows from `Training.seed`, the step and the row's place in the batch alone.
@@ -37,6 +40,9 @@ def prefix_lengths(
       step: updates made before.
     """
     loss = config.loss
+    if loss.g_from == "prompt":
+        lengths_BK = prompt_lengths(rows, config.data.segments_per_row)
+        return lengths_BK if config.data.segments_per_row > 1 else lengths_BK[:, 0]
     if loss.g_from not in ("prefix", "random_prefix"):
         return None
     batch, length = inputs_of(rows).shape
@@ -48,6 +54,17 @@ def prefix_lengths(
         return longest_B
     key = jax.random.fold_in(jax.random.key(config.training.seed), _STREAM)
     return jax.random.randint(jax.random.fold_in(key, step), (batch,), 1, longest_B + 1)
+
+
+def prompt_lengths(rows: jax.Array, max_segments: int) -> jax.Array:
+    """Tokens [B,K] of each segment of rows [B,3,T] up to the one that predicts its first target;
+    those of all of it where it has none.
+    """
+    segments_BT, targets_BT = rows[:, SEGMENTS], rows[:, TARGETS]
+    of_segment_BTK = segments_BT[:, :, None] == jnp.arange(1, max_segments + 1)
+    answered_BTK = jnp.cumsum(of_segment_BTK & (targets_BT != PAD_ID)[:, :, None], axis=1) > 0
+    before_BK = (of_segment_BTK & ~answered_BTK).sum(1)
+    return jnp.minimum(before_BK + 1, jnp.maximum(of_segment_BTK.sum(1), 1))
 
 
 def half_lengths(rows: jax.Array) -> jax.Array:

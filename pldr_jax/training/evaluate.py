@@ -6,7 +6,8 @@ from which nothing can leak (`loss_frozen_g`, and `causal_gap`, that minus the o
 how far the deductive outputs of two sequences are apart (the order parameter of arXiv 2603.23539).
 A third can be asked for: the loss of the second half of each row with the G_LM of its first half
 (`loss_prefix_g`, and `prefix_gap`, that minus the loss of the second half with the G_LM of it all).
-That is what a prompt as long gives its continuation.
+That is what a prompt as long gives its continuation. Where `Loss.g_from = 'prompt'`, the ordinary
+loss has the G_LM of the prompts, and its gap tells of nothing else.
 The audits of `pldr_jax/model/audits.py:quick_audits` are of the first two rows.
 
 Memory is that of a microbatch, whatever the number of rows: logits are made in the chunks of
@@ -31,7 +32,7 @@ from pldr_jax.model.audits import quick_audits
 from pldr_jax.model.decoder import Params
 from pldr_jax.model.deductive import g_lm_shape
 from pldr_jax.partition import batch_sharding
-from pldr_jax.training.causal import half_lengths
+from pldr_jax.training.causal import half_lengths, prefix_lengths
 from pldr_jax.training.losses import TokenLoss, dag_losses
 from pldr_jax.training.order_parameter import DeductiveStatistics, pair_sums
 from pldr_jax.training.rows import RowOutputs, first_documents, forward_rows
@@ -186,8 +187,11 @@ class Evaluator:
         return self._loss(params, before), self._loss(params, whole)
 
     def _forward(self, params: Params, rows_BC: jax.Array, g_lm: jax.Array | None) -> RowOutputs:
-        segments = self._config.data.segments_per_row
-        return forward_rows(self._config.model, params, rows_BC, segments, g_lm)
+        config, lengths = self._config, None
+        if config.loss.g_from == "prompt" and g_lm is None:
+            lengths = prefix_lengths(config, rows_BC, 0)
+        segments = config.data.segments_per_row
+        return forward_rows(config.model, params, rows_BC, segments, g_lm, lengths)
 
     def _loss(self, params: Params, rows: RowOutputs) -> TokenLoss:
         return batch_loss(self._config, params, rows.outputs, rows.targets_BT)

@@ -112,7 +112,8 @@ def train(
                 state, start, position = first_state(config, mesh, initial), 0, {}
             check_enough_text(config, start, data.batches.batches_left)
             if is_main:
-                files = initial.files if initial is not None and not start else {}
+                files = dict(initial.files) if initial is not None and not start else {}
+                files |= data.files
                 write_run_files(run_dir, config, data.tokenizer.model_bytes, start, files)
             with profiler, Record(config, run_dir, start, data.tokens_per_step) as record:
                 trainer = Trainer(data, mesh, checkpointer, record, stop, task_metrics)

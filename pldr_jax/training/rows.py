@@ -35,12 +35,13 @@ def targets_of(rows: jax.Array, g_length_B: jax.Array | None = None) -> jax.Arra
     """What is to be predicted in rows [B,C] or [B,3,T].
 
     With `g_length_B`, padding stands where the G_LM of the first g_length_B tokens knows the
-    target: what position g_length_B - 1 predicts is the first token that is left.
+    target: what position g_length_B - 1 predicts is the first token that is left. (Lengths [B,K]
+    are those of prompts, none of which is a target.)
     """
     targets_BT = rows[:, 1:]
     if rows.ndim == 3:
         targets_BT = jnp.where(rows[:, SEGMENTS] > 0, rows[:, TARGETS], PAD_ID)
-    if g_length_B is None:
+    if g_length_B is None or g_length_B.ndim > 1:
         return targets_BT
     known_BT = jnp.arange(targets_BT.shape[1]) < g_length_B[:, None] - 1
     return jnp.where(known_BT, PAD_ID, targets_BT)
@@ -75,11 +76,11 @@ def forward_rows(
       max_segments: K, of rows [B,3,T]; static.
       g_lm: G_LM to use instead of PLGA's, [L,1,N,H,J], or [L,B,N,H,J] where K is 1.
       g_length_B: first tokens of each row that G_LM is computed from; targets that it knows are
-        padding then. None is all of them. Only where K is 1.
+        padding then. None is all of them. Where K is above 1, [B,K], of each segment.
     """
     targets_BT = targets_of(rows, g_length_B)
     if max_segments > 1:
-        segments = Segments(rows[:, SEGMENTS], max_segments)
+        segments = Segments(rows[:, SEGMENTS], max_segments, g_length_B)
         outputs = forward(config, params, inputs_of(rows), g_lm, segments=segments)
         return RowOutputs(outputs, targets_BT, segments.real)
     length_B = lengths_of(rows)

@@ -14,7 +14,9 @@ from pldr_jax.config.load import config_to_dict
 from pldr_jax.data.mixture import open_training_text
 from pldr_jax.data.pipeline import TrainIterator, ValidationRows
 from pldr_jax.data.segment_count import with_segment_count
+from pldr_jax.data.text.chat import template_file
 from pldr_jax.data.text.tokenizer import Tokenizer
+from pldr_jax.files import TOKENIZER_CONFIG
 from pldr_jax.model.deductive import g_lm_shape, predefined_g_lm
 from pldr_jax.model.flops import row_flops
 from pldr_jax.partition import process_part
@@ -31,6 +33,7 @@ class RunData(NamedTuple):
       held_out: rows to evaluate on.
       bytes_per_token: of the held-out text.
       tokens_per_step: targets of a batch, on average, over all devices.
+      files: of the text, which the run folder keeps, by their names.
     """
 
     config: ExperimentConfig
@@ -39,6 +42,7 @@ class RunData(NamedTuple):
     held_out: ValidationRows
     bytes_per_token: float
     tokens_per_step: int
+    files: dict[str, bytes]
 
 
 def check_resume(run_dir: Path, resume: str, latest: int | None) -> bool:
@@ -100,8 +104,13 @@ def open_data(
     if saved is not None and config.data.max_segments is None:
         data = dataclasses.replace(config.data, max_segments=saved.data.max_segments)
         config = dataclasses.replace(config, data=data)
+    chat = text.chat_template
+    if chat is None and config.loss.g_from == "prompt":
+        config.loss.fail("g_from", "the text holds no conversations; take another")
     config = with_segment_count(config, text, row_flops(config.model), log)
     batches = text.train_batches(config, process_part(mesh, config.data.batch_size))
+    if chat is not None and (line := text.cut_conversations(config)):
+        log(line)
     places = config.data.batch_size * config.model.context_length
     return RunData(
         config,
@@ -110,6 +119,7 @@ def open_data(
         text.held_out_rows(config),
         text.bytes_per_token,
         round(places * batches.filled_share),
+        {} if chat is None else {TOKENIZER_CONFIG: template_file(chat)},
     )
 
 

@@ -226,7 +226,7 @@ def train_step(
                 (state.params, state.opt_state),
             )
     g_length_B = prefix_lengths(config, rows_BC, state.step)
-    if g_length_B is not None:
+    if g_length_B is not None and config.loss.g_from != "prompt":
         metrics["train/scored_share"] = scored_share(rows_BC, g_length_B)
     if dag and (config.loss.dag_warmup_steps or config.loss.dag_until_step is not None):
         metrics["train/dag_scale"] = dag_schedule(config.loss, state.step)

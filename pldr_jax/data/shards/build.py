@@ -21,9 +21,10 @@ from pldr_jax.data.shards.prepared import MANIFEST, SPLITS, Manifest, read_prepa
 from pldr_jax.data.shards.progress import BuildProgress
 from pldr_jax.data.shards.records import Shard
 from pldr_jax.data.shards.units import UnitSettings, describe_problems
+from pldr_jax.data.text.chat import template_file
 from pldr_jax.data.text.inputs import Piece, Unit, plan_units
 from pldr_jax.data.text.tokenizer import Tokenizer
-from pldr_jax.files import LOCK, TOKENIZER, locked, move_into_place
+from pldr_jax.files import LOCK, TOKENIZER, TOKENIZER_CONFIG, locked, move_into_place
 
 Log = Callable[[str], None]
 
@@ -142,7 +143,7 @@ def build_in(
         tokenizer_digest=tokenizer.digest,
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
-        dtype=tokenizer.dtype,
+        dtype=settings.units.dtype(tokenizer),
         problems=_total([result["problems"] for result in results]),
         examples={k: v for result in reversed(results) for k, v in result["examples"].items()},
         splits={
@@ -160,6 +161,9 @@ def build_in(
         log(line)
     _remove_temporary_files(data)
     tokenizer.save(data / TOKENIZER)
+    if settings.units.read.chat is not None:
+        template = template_file(settings.units.read.chat.template)
+        (data / TOKENIZER_CONFIG).write_bytes(template)
     (data / MANIFEST).write_bytes(manifest.dump())
     move_into_place(data, output)
     return read_prepared(output, "--output")
@@ -167,6 +171,8 @@ def build_in(
 
 def _stated(inputs: Any, settings: BuildSettings) -> dict[str, Any]:
     units = dataclasses.asdict(settings.units)
+    if settings.units.read.chat is None:  # of text, the fingerprint is that of older versions
+        del units["read"]["chat"]
     return {"inputs": inputs, "unit_bytes": settings.unit_bytes, **units}
 
 

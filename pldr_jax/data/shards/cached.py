@@ -21,7 +21,7 @@ from pldr_jax.data.shards.prepared import Manifest, read_prepared
 from pldr_jax.data.shards.records import RECORD_TOKENS, DataError, forget_records
 from pldr_jax.data.shards.units import Problems, UnitSettings, documents_of, hash_of
 from pldr_jax.data.text.inputs import Piece, Unit, compression, find_inputs
-from pldr_jax.data.text.readers import ReadSettings
+from pldr_jax.data.text.readers import ReadSettings, with_chat
 from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.data.text.vocabulary import take_sample
 from pldr_jax.files import cache_folder
@@ -50,7 +50,7 @@ def cached_text(config: DataConfig, vocab_size: int, log: Log = print) -> Manife
             config.fail("source", "is streamed: prepare it with pldr-data build, and take that")
         if piece.kind == "unreadable":
             config.fail("source", f"{piece.path!r} cannot be read ({piece.reason})")
-    settings = _settings(pieces, config.validation_fraction)
+    settings = _settings(pieces, config, tokenizer)
     trained = [vocab_size, config.tokenizer_sample_bytes, sentencepiece.__version__]
     key = {
         "format": [_FORMAT, RECORD_TOKENS, settings.units.read.block_bytes],
@@ -58,6 +58,8 @@ def cached_text(config: DataConfig, vocab_size: int, log: Log = print) -> Manife
         "validation_fraction": config.validation_fraction,
         "tokenizer": trained if tokenizer is None else tokenizer.digest,
     }
+    if (chat := settings.units.read.chat) is not None:
+        key["chat"] = dataclasses.asdict(chat)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     entry = cache_folder(config.cache_dir) / digest[:32]
     if manifest := _whole_entry(entry):
@@ -91,13 +93,16 @@ def _load_tokenizer(path: str, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _settings(pieces: Sequence[Piece], validation_fraction: float) -> BuildSettings:
+def _settings(
+    pieces: Sequence[Piece], config: DataConfig, tokenizer: Tokenizer | None
+) -> BuildSettings:
     """Text files are cut into blocks, a single one into some 64, so that some can be held out."""
     block_bytes = ReadSettings.block_bytes
     if len(pieces) == 1:
         block_bytes = min(max(256, pieces[0].size // 64), block_bytes)
     read = ReadSettings(documents="block", block_bytes=block_bytes)
-    return BuildSettings(UnitSettings(read, validation_fraction))
+    read = with_chat(read, pieces, config.chat_template, config.tokenizer, tokenizer)
+    return BuildSettings(UnitSettings(read, config.validation_fraction))
 
 
 def _content_of(piece: Piece, config: DataConfig) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from pldr_jax.config import ConfigError
-from pldr_jax.data.shards.prepared import MANIFEST, Manifest, ShardedTokens, read_prepared
+from pldr_jax.data.shards.prepared import MANIFEST, Manifest, open_tokens, read_prepared
 from pldr_jax.data.shards.records import ENDING, Shard
 from pldr_jax.data.shards.units import describe_problems
 from pldr_jax.files import user_path
@@ -51,7 +51,7 @@ def _describe_split(
     manifest: Manifest, split: str, shards: tuple[Shard, ...], samples: int, seed: int
 ) -> Iterator[str]:
     part = dataclasses.replace(manifest, splits={split: shards})
-    tokens = ShardedTokens(part, split)
+    tokens = open_tokens(part, split)
     lengths = tokens.lengths
     yield ""
     yield (

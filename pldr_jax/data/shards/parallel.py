@@ -39,7 +39,7 @@ class Job:
         """Writes the shards of a unit, then its result, all at once."""
         tokenizer = _process.setdefault(self.model_bytes, Tokenizer(self.model_bytes))
         data = self.work / "data"
-        result = write_unit(unit, data, self.settings, tokenizer, tokenizer.dtype, report)
+        result = write_unit(unit, data, self.settings, tokenizer, report)
         write_whole(self.result_path(unit), json.dumps(result).encode())
 
 

@@ -69,6 +69,12 @@ class Manifest:
         return tokenizer
 
     @property
+    def chat_template(self) -> str | None:
+        """Of conversations, whose answers alone are targets; None of text."""
+        chat = self.settings.get("read", {}).get("chat")
+        return None if chat is None else str(chat["template"])
+
+    @property
     def held_out_rule(self) -> tuple[Any, ...]:
         """What decides, with its text, in which split a document is."""
         names = ("seed", "validation_fraction", "test_fraction")
@@ -212,5 +218,29 @@ class ShardedTokens:
         return _reopen, (str(self._manifest.folder), self._split)
 
 
+class ShardedAnswers(ShardedTokens):
+    """`ShardedTokens` of conversations: each document is a prompt and its answer, which alone is a
+    target.
+    """
+
+    def __init__(self, manifest: Manifest, split: str) -> None:
+        super().__init__(manifest, split)
+        self._vocab_size = manifest.vocab_size
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start..stop of the split."""
+        return super().read(start, stop) % self._vocab_size
+
+    def targets(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start..stop as targets, int32: -1 in place of those of prompts."""
+        return np.maximum(super().read(start, stop).astype(np.int32) - self._vocab_size, -1)
+
+
+def open_tokens(manifest: Manifest, split: str) -> ShardedTokens:
+    """The tokens of a split, text or conversations."""
+    kind = ShardedTokens if manifest.chat_template is None else ShardedAnswers
+    return kind(manifest, split)
+
+
 def _reopen(folder: str, split: str) -> ShardedTokens:
-    return ShardedTokens(read_prepared(folder), split)
+    return open_tokens(read_prepared(folder), split)

@@ -13,9 +13,10 @@ import numpy as np
 
 from pldr_jax.data.shards.prepared import SPLITS
 from pldr_jax.data.shards.records import DataError, ShardWriter
+from pldr_jax.data.text.chat import ChatFormat
 from pldr_jax.data.text.inputs import Unit
 from pldr_jax.data.text.readers import PROBLEMS, Document, Problem, ReadSettings, read_documents
-from pldr_jax.data.text.tokenizer import Tokenizer
+from pldr_jax.data.text.tokenizer import Tokenizer, id_dtype
 
 LONG_TEXT = 1 << 18
 """Characters above which a text is tokenised in parts, cut where no piece crosses."""
@@ -42,6 +43,12 @@ class UnitSettings:
     test_fraction: float = 0.0
     seed: int = 0
     on_error: Literal["skip", "fail"] = "skip"
+
+    def dtype(self, tokenizer: Tokenizer) -> str:
+        """Of the ids in shards. Of conversations, a token of an answer is kept as its id plus the
+        size of the vocabulary.
+        """
+        return id_dtype(tokenizer.vocab_size * (1 if self.read.chat is None else 2))
 
 
 class Problems:
@@ -110,6 +117,21 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np
     return ids, lengths + 1
 
 
+def tokenize_answers(
+    tokenizer: Tokenizer, chat: ChatFormat, documents: Sequence[Document]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of every prompt and its answer one after another, int32, and how many each pair has; of
+    an answer's tokens, the id plus the size of the vocabulary.
+    """
+    rows = []
+    for pair in itertools.chain.from_iterable(document.pairs for document in documents):
+        before, after = chat.encode_pair(tokenizer, pair)
+        ids = np.asarray([*before, *after], np.int32)
+        ids[len(before) :] += tokenizer.vocab_size
+        rows.append(ids)
+    return np.concatenate(rows), np.asarray([len(ids) for ids in rows])
+
+
 def _parts(text: str) -> list[str]:
     """Cuts a long text before a space that follows another character, where there is one.
 
@@ -129,22 +151,26 @@ def write_unit(
     folder: pathlib.Path,
     settings: UnitSettings,
     tokenizer: Tokenizer,
-    dtype: str,
     report: Report,
 ) -> dict[str, Any]:
     """Writes the shards of a unit, `SPLIT-NUMBER`, and returns what they hold, fit for JSON."""
     problems = Problems()
     writers: dict[str, ShardWriter] = {}
-    reported = 0
+    reported, chat, dtype = 0, settings.read.chat, settings.dtype(tokenizer)
     for batch in document_batches(documents_of(unit, settings, problems)):
-        by_split: dict[str, list[str]] = {}
+        by_split: dict[str, list[Document]] = {}
         for document in batch:
-            by_split.setdefault(split_of(document.text, settings), []).append(document.text)
+            by_split.setdefault(split_of(document.text, settings), []).append(document)
         n_bytes = n_tokens = 0
-        for split, texts in by_split.items():
+        for split, documents in by_split.items():
             if split not in writers:
                 writers[split] = ShardWriter(folder, f"{split}-{unit.number:06d}", dtype)
-            tokens, lengths = tokenize(tokenizer, texts)
+            texts = [document.text for document in documents]
+            if chat is not None:
+                tokens, lengths = tokenize_answers(tokenizer, chat, documents)
+                texts = ["".join(pair) for document in documents for pair in document.pairs]
+            else:
+                tokens, lengths = tokenize(tokenizer, texts)
             size = sum(len(text.encode()) for text in texts)
             writers[split].add(tokens, lengths, size)
             n_bytes, n_tokens = n_bytes + size, n_tokens + len(tokens)

@@ -5,13 +5,16 @@ be done about a problem is for the caller to say.
 """
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, Literal
 
 from pldr_jax.config import ConfigError
+from pldr_jax.data.text.chat import ChatError, ChatFormat, Pair, find_template, is_conversation
 from pldr_jax.data.text.inputs import Piece, needs, open_hub
 from pldr_jax.data.text.streams import FORMAT_ERRORS, open_utf8
+from pldr_jax.data.text.tokenizer import Tokenizer
 
 PROBLEMS = {
     "bad_utf8": "not UTF-8",
@@ -23,6 +26,8 @@ PROBLEMS = {
     "damaged": "damaged file, whose rest is left out",
     "unreadable": "cannot be read",
     "special": "no file to read from",
+    "roles": "without a conversation whose messages are in order",
+    "template": "refused by the chat template",
 }
 """Kinds of problems, and their meaning."""
 
@@ -35,10 +40,15 @@ _MARK = b"\xef\xbb\xbf"
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A text, and where it was found: `file:line`, or `file: byte N`, or `file: row N`."""
+    """A text, and where it was found: `file:line`, or `file: byte N`, or `file: row N`.
+
+    Attributes:
+      pairs: of a conversation, its prompts and answers; the text is the whole of it.
+    """
 
     text: str
     where: str
+    pairs: tuple[Pair, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +77,14 @@ class ReadSettings:
       documents: what one document of a text file is; a "block" is a file, or some `block_bytes` of
         one that is larger than four of them, cut at a newline.
       max_document_bytes: UTF-8 bytes above which a document is a problem.
+      chat: how the conversations of JSON lines are written; None where these are texts.
     """
 
     text_field: str = "text"
     documents: Literal["file", "line", "paragraph", "block"] = "file"
     max_document_bytes: int = 64 << 20
     block_bytes: int = 64 << 10
+    chat: ChatFormat | None = None
 
 
 def read_documents(piece: Piece, settings: ReadSettings) -> Iterator[Document | Problem]:
@@ -209,9 +221,68 @@ def _read_jsonl(piece: Piece, settings: ReadSettings) -> Iterator[Document | Pro
         except (ValueError, RecursionError):
             yield Problem("broken_line", where)
         else:
-            text = row.get(settings.text_field) if isinstance(row, dict) else None
-            kind = "no_text" if isinstance(row, dict) else "broken_line"
-            yield Document(text, where) if isinstance(text, str) else Problem(kind, where)
+            yield _of_row(row, settings, where)
+
+
+def _of_row(row: Any, settings: ReadSettings, where: str) -> Document | Problem:
+    if not isinstance(row, dict):
+        return Problem("broken_line", where)
+    if settings.chat is None:
+        text = row.get(settings.text_field)
+        return Document(text, where) if isinstance(text, str) else Problem("no_text", where)
+    if not is_conversation(row):
+        return Problem("roles", where, "neither messages, nor prompt and completion")
+    try:
+        pairs = settings.chat.pairs(row)
+    except ChatError as error:
+        return Problem(error.kind, where, str(error))
+    return Document("".join(pairs[-1]), where, pairs)
+
+
+def with_chat(
+    settings: ReadSettings,
+    pieces: Sequence[Piece],
+    template: str | None,
+    tokenizer_path: str | None,
+    tokenizer: Tokenizer | None,
+) -> ReadSettings:
+    """The settings, with the chat format of the inputs where they hold conversations.
+
+    Args:
+      template: file that was named for it.
+      tokenizer_path: of the tokenizer, beside which there may be a template.
+      tokenizer: None is one that will be trained.
+
+    Raises:
+      ConfigError: there is no such template, or it was named for other inputs.
+    """
+    if not holds_conversations(pieces, settings):
+        if template is not None:
+            raise ConfigError(
+                f"Data.chat_template = {template!r}: is for JSON lines of messages, or of prompt "
+                "and completion, and the inputs hold others; leave it at None"
+            )
+        return settings
+    chat = ChatFormat.of(find_template(template, tokenizer_path), tokenizer)
+    return dataclasses.replace(settings, chat=chat)
+
+
+def holds_conversations(pieces: Sequence[Piece], settings: ReadSettings) -> bool:
+    """Whether inputs are JSON lines, the first of which that can be read is a conversation."""
+    files = [piece for piece in pieces if not piece.reason]
+    if any(piece.kind != "jsonl" for piece in files):
+        return False
+    limit = _ESCAPED * settings.max_document_bytes + _LINE_SLACK
+    for piece in files:
+        for line, _ in itertools.islice(_lines(piece, limit), 100):
+            try:
+                row = {} if isinstance(line, Problem) else json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict) and row:
+                text = row.get(settings.text_field)
+                return not isinstance(text, str) and is_conversation(row)
+    return False
 
 
 def _lines(piece: Piece, limit: int) -> Iterator[tuple[bytes | Problem, str]]:

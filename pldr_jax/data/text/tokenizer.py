@@ -31,10 +31,15 @@ _SPACE_MARK = "\u2581"
 
 
 class Tokenizer:
-    """Text to ids and back. Pickles as the model's bytes; the processor is built on first use."""
+    """Text to ids and back. Pickles as the model's bytes; the processor is built on first use.
 
-    def __init__(self, model_bytes: bytes) -> None:
-        self.model_bytes = model_bytes
+    Attributes:
+      model_bytes: the serialised SentencePiece model.
+      chat_template: with which conversations are written; None where nothing says.
+    """
+
+    def __init__(self, model_bytes: bytes, chat_template: str | None = None) -> None:
+        self.model_bytes, self.chat_template = model_bytes, chat_template
 
     @classmethod
     def from_bytes(cls, model_bytes: bytes) -> "Tokenizer":
@@ -42,10 +47,11 @@ class Tokenizer:
         return cls(model_bytes)
 
     @classmethod
-    def load(cls, path: str | pathlib.Path) -> "Tokenizer":
+    def load(cls, path: str | pathlib.Path, chat_template: str | None = None) -> "Tokenizer":
         """Reads a SentencePiece model file; ConfigError if it is missing or is not one."""
         try:
-            tokenizer = cls(read_regular_file(user_path(path, "Data.tokenizer")))
+            content = read_regular_file(user_path(path, "Data.tokenizer"))
+            tokenizer = cls(content, chat_template)
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise ConfigError(
@@ -180,7 +186,7 @@ class Tokenizer:
     @property
     def dtype(self) -> str:
         """The smallest type that holds every id: uint16, or uint32."""
-        return "uint16" if self.vocab_size <= 1 << 16 else "uint32"
+        return id_dtype(self.vocab_size)
 
     @functools.cached_property
     def pad_id(self) -> int:
@@ -205,6 +211,15 @@ class Tokenizer:
     def piece(self, token: int) -> str:
         """The piece of an id, as it is written in the vocabulary."""
         return str(self._processor.id_to_piece(token))
+
+    def id_of(self, piece: str) -> int:
+        """The id of a piece of the vocabulary; of any other text, that of the unknown piece."""
+        return int(self._processor.piece_to_id(piece))
+
+    @functools.cached_property
+    def control_pieces(self) -> tuple[str, ...]:
+        """The pieces that no text gives, such as those of padding, start and end."""
+        return tuple(self.piece(k) for k in range(self.vocab_size) if self._processor.is_control(k))
 
     @functools.cached_property
     def digest(self) -> str:
@@ -241,6 +256,11 @@ class Tokenizer:
         spells_bytes = all(processor.is_byte(i) for i in self._space_mark_ids)
         as_it_is = not processor.encode("a", out_type=str)[0].startswith(_SPACE_MARK)
         return spells_bytes and as_it_is and processor.decode(processor.encode(probe)) == probe
+
+
+def id_dtype(count: int) -> str:
+    """The smallest type that holds ids below `count`."""
+    return "uint16" if count <= 1 << 16 else "uint32"
 
 
 def _training_problem(message: str, vocab_size: int) -> str:

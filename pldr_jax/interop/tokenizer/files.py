@@ -7,11 +7,11 @@ from typing import Any
 
 from pldr_jax.config import ConfigError
 from pldr_jax.data.text.tokenizer import Tokenizer
-from pldr_jax.files import TOKENIZER
+from pldr_jax.files import TOKENIZER, TOKENIZER_CONFIG
 from pldr_jax.interop.tokenizer.fast import tokenizer_json
 
 FAST = "tokenizer.json"
-SETTINGS = "tokenizer_config.json"
+SETTINGS = TOKENIZER_CONFIG
 _OF_OTHER_CLASSES = ("legacy", "add_prefix_space", "use_fast", "sp_model_kwargs", "from_slow")
 
 HOSTILE = (
