@@ -48,7 +48,7 @@ def told(*contents: str) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.train(TEXTS, 300, control_symbols=["<|im_start|>"])
+    return Tokenizer.train(TEXTS, 288, control_symbols=["<|im_start|>"])
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,9 @@ def model_file(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -
 def run_dir(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder of an untrained model with a chat template."""
     folder = tmp_path_factory.mktemp("chat") / "run"
-    config = tiny_config(folder, {"Model.num_layers": 1, "Model.context_length": 64})
+    config = tiny_config(
+        folder, {"Model.num_layers": 1, "Model.context_length": 64, "Model.vocab_size": 288}
+    )
     params = nn.unbox(jax.jit(init_params, static_argnums=0)(config.model, jax.random.key(1)))
     files = {
         "tokenizer.model": tokenizer.model_bytes,
@@ -108,7 +110,7 @@ def test_a_prompt_is_what_decoding_reads(lm: LanguageModel, tokenizer: Tokenizer
     [
         ("{{ raise_exception('no system') }}", "no system"),
         ("{% include '/etc/passwd' %}", "loader"),
-        ("{{ messages.append(1) }}", "not safely callable"),
+        ("{{ messages.append(1) }}", "unsafe"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
         ("{{ open('/etc/passwd').read() }}", "'open' is undefined"),
         ("{{ messages | length }}", "message 2 does not continue"),
@@ -127,7 +129,7 @@ BAD = [
     ([{"role": "assistant", "content": "b"}], "message 1 is of 'assistant', expected 'user'"),
     ([*told("a", "b"), {"role": "system", "content": "c"}], "message 3 is of 'system'"),
     ([*told("a", "b"), *told("c", "d")][:1] * 2, "message 2 is of 'user', expected 'assistant'"),
-    ([{"role": "user", "content": None}], "message 1 needs a role and a content"),
+    ([{"role": "user", "content": None}], "message 1 must have a role and a content"),
     ([{"role": "tool", "content": "x"}], "message 1 is of 'tool'"),
 ]
 
@@ -196,10 +198,10 @@ def test_answers_of_prepared_and_raw_conversations_are_the_same(
     try:
         assert build(capsys, tmp_path, model_file, rows)[0] == 0
         config = tiny_config(tmp_path / "out", {"Data.packing": "document"}).data
-        prepared = open_training_text(config, 300)
+        prepared = open_training_text(config, 288)
         assert prepared.chat_template == CHATML
         config = tiny_config(tmp_path / "talk.jsonl", {"Data.tokenizer": model_file}).data
-        raw = open_training_text(config, 300)
+        raw = open_training_text(config, 288)
         assert raw.chat_template == CHATML
         (one,), (other,) = prepared.texts, raw.texts
         for split in ("train", "validation"):

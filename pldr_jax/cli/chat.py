@@ -1,6 +1,7 @@
 """`infer.py --chat`: a conversation in the terminal, or of the lines of a pipe."""
 
 import dataclasses
+import io
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,8 @@ def _lines(at_terminal: bool) -> Iterator[str]:
     """The lines of stdin, after a sign where somebody types them."""
     from pldr_jax.inference.batch import print_text
 
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     while True:
         if at_terminal:
             print_text(ASK)

@@ -7,8 +7,8 @@ from pldr_jax.cli.options import Option, parse_args
 from pldr_jax.config import ConfigError
 from pldr_jax.terminal import print_line
 
-IMPORT, EXPORT, G_LM = "import", "export", "g_lm"
-_USAGE = "'import PATH OUT', 'export RUN OUT' or 'g_lm PICKLE OUT'"
+IMPORT, EXPORT, MERGE, G_LM = "import", "export", "merge", "g_lm"
+_USAGE = "'import PATH OUT', 'export RUN OUT', 'merge RUN OUT' or 'g_lm PICKLE OUT'"
 _OUT = Option("output", "folder to write; must not exist, or be empty", metavar="OUT", place=True)
 _STEP = Option(
     "step", "checkpoint of the run; default: the newest complete one", type=int, metavar="STEP"
@@ -16,9 +16,13 @@ _STEP = Option(
 OPTIONS = {
     IMPORT: (
         Option(
-            "path", "folder with config.json and weights, or a .pth", metavar="PATH", place=True
+            "path",
+            "folder with config.json and weights, or a .pth, or adapters in PEFT's layout",
+            metavar="PATH",
+            place=True,
         ),
         _OUT,
+        Option("base", "checkpoint that the adapters belong to", metavar="DIR"),
         Option(
             "tokenizer", "SentencePiece model; default: tokenizer.model of PATH", metavar="FILE"
         ),
@@ -27,6 +31,12 @@ OPTIONS = {
         Option("run", "run folder", metavar="RUN", place=True),
         _OUT,
         _STEP,
+        Option(
+            "adapter",
+            "of a run with Lora.rank, the adapters alone, in PEFT's layout; default: the model "
+            "with them merged",
+            type=bool,
+        ),
         Option("license", "SPDX identifier for the weights", default="unknown", metavar="ID"),
         Option("data_license", "licence of the training text", default="unknown", metavar="TEXT"),
         Option(
@@ -36,6 +46,7 @@ OPTIONS = {
             metavar="REPO",
         ),
     ),
+    MERGE: (Option("run", "run folder of adapters", metavar="RUN", place=True), _OUT, _STEP),
     G_LM: (
         Option("path", "pickle of tensors in lists", metavar="PICKLE", place=True),
         Option("output", "NPZ file to write; must not exist", metavar="OUT", place=True),
@@ -45,6 +56,8 @@ DESCRIPTIONS = {
     IMPORT: "Makes a run folder of a checkpoint in the transformers layout, or of a native .pth; "
     "for a .pth, --gin_file and --gin.Model.* say what its tensors do not.",
     EXPORT: "Writes a checkpoint in the transformers layout, with tokenizer and model card.",
+    MERGE: "Makes a run folder of a run with Lora.rank: a model like any other, with the adapters "
+    "added to its weights.",
     G_LM: "Writes G_LM of a pickle, as the native code keeps it, to an NPZ file that Model.g_file "
     "and --g_file take. Nothing that is pickled is executed.",
 }
@@ -64,7 +77,19 @@ def convert_main(argv: list[str]) -> None:
     from pldr_jax.interop.card import Licences
     from pldr_jax.interop.config_json import CODE_REPOSITORY
     from pldr_jax.interop.convert import convert_g_lm, export_run, import_checkpoint
+    from pldr_jax.interop.peft import export_adapter, import_adapter, is_adapter, merge_run
 
+    if what == MERGE:
+        merge_run(options.run, options.output, options.step)
+        return
+    if what == EXPORT and options.adapter:
+        export_adapter(options.run, options.output, options.step)
+        return
+    if what == IMPORT and is_adapter(options.path) and options.base is None:
+        raise ConfigError("--base: name the checkpoint that the adapters belong to")
+    if what == IMPORT and options.base is not None:
+        import_adapter(options.path, options.base, options.output)
+        return
     if what == IMPORT:
         import_checkpoint(
             options.path, options.output, options.tokenizer, options.gin_files, options.overrides

@@ -12,6 +12,7 @@ from pldr_jax.config.fields import SEED_LIMIT as SEED_LIMIT
 from pldr_jax.config.fields import ConfigError as ConfigError
 from pldr_jax.config.fields import expand_home as expand_home
 from pldr_jax.config.fields import group_name as group_name
+from pldr_jax.config.lora import LoraConfig as LoraConfig
 from pldr_jax.config.model import HOW_COMPUTED as HOW_COMPUTED
 from pldr_jax.config.model import ModelConfig as ModelConfig
 from pldr_jax.config.sampling import GenerationConfig as GenerationConfig

@@ -10,6 +10,7 @@ import dataclasses
 from pldr_jax.config.annotations import show
 from pldr_jax.config.data import DataConfig
 from pldr_jax.config.fields import ConfigError, group_name
+from pldr_jax.config.lora import LoraConfig
 from pldr_jax.config.model import ModelConfig
 from pldr_jax.config.sampling import GenerationConfig
 from pldr_jax.config.training import (
@@ -26,6 +27,7 @@ class ExperimentConfig:
     """Everything that defines a run; each field is one group."""
 
     model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()

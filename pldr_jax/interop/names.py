@@ -15,6 +15,7 @@ import numpy as np
 
 from pldr_jax.config import ConfigError, ModelConfig
 from pldr_jax.model.decoder import Params
+from pldr_jax.model.lora import fan_in
 from pldr_jax.model.shapes import param_shapes
 
 HEADS = {None: "final_layer", "sequence": "score", "token": "score", "question": "qa_outputs"}
@@ -116,15 +117,20 @@ def _their_shape(config: ModelConfig, entry: _Entry, ours: tuple[int, ...]) -> t
     """The shape of a tensor of theirs, whose slot here has the shape `ours`."""
     size = math.prod(ours)
     if entry.ours[-1] == "kernel":
-        fan_in = _fan_in(config, entry.ours)
-        return (size // fan_in, fan_in)
+        inputs = fan_in(config, entry.ours)
+        return (size // inputs, inputs)
     return (size,) if entry.ours[-1] == "bias" else ours
 
 
-def _fan_in(config: ModelConfig, path: tuple[str, ...]) -> int:
-    if "plga" in path:
-        return config.metric_width if path[-2] == "w3" else config.head_dim
-    return config.ffn_width if path[-2] == "w3" else config.model_dim
+def linear_names(config: ModelConfig) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+    """Name of every linear map in the transformers layout -> its path here, and its index among
+    those that are stacked.
+    """
+    return {
+        entry.theirs.removesuffix(".weight"): (entry.ours[:-1], entry.slot)
+        for entry in _table(config)
+        if entry.ours[-1] == "kernel"
+    }
 
 
 def _table(config: ModelConfig) -> Iterator[_Entry]:

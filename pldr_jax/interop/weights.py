@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from pldr_jax.config import ConfigError, ExperimentConfig
+from pldr_jax.config import ConfigError, ExperimentConfig, LoraConfig
 from pldr_jax.config.load import config_from_dict
 from pldr_jax.data.mixture import TrainingText, open_training_text
 from pldr_jax.data.text.chat import template_in
@@ -18,7 +18,11 @@ from pldr_jax.interop.pth import refuse_distributed
 from pldr_jax.interop.record import read_record
 from pldr_jax.interop.transformers import CONFIG, open_transformers
 from pldr_jax.model.decoder import Params
+from pldr_jax.model.lora import digest_of, merge_adapters
 from pldr_jax.runs.checkpoint import read_weights
+
+BASE = "base"
+"""In a run folder of adapters, the checkpoint that they belong to, or a link to it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +32,9 @@ class Checkpoint:
     Attributes:
       folder: where it was read.
       step: of a run; None in the transformers layout.
-      config: that it was trained by; the transformers layout says its model alone.
-      params: float32, stacked over layers.
+      config: that it was trained by, without adapters; the transformers layout says its model
+        alone.
+      params: float32, stacked over layers; adapters are added to those of their base.
       g_lm: predefined G_LM [L,1,N,H,J]; None where it is learned or the identity.
       tokenizer: None where the folder has none.
       end_ids: tokens that end a text: the tokenizer's end piece, or what `config.json` says.
@@ -81,7 +86,39 @@ def _read(path: str | Path, step: int | None, flag: str) -> Checkpoint:
         return Checkpoint(folder, None, config, opened.params, opened.g_lm, tokenizer, ends)
     weights = read_weights(folder, step)
     config = config_from_dict(weights.config_dict, str(folder))
-    return Checkpoint(folder, weights.step, config, weights.params, weights.g_lm, tokenizer, ends)
+    params = weights.params
+    if config.lora.rank:
+        params = merge_adapters(config.lora, open_base(config.lora, folder).params, params)
+        config = dataclasses.replace(config, lora=LoraConfig())
+    return Checkpoint(folder, weights.step, config, params, weights.g_lm, tokenizer, ends)
+
+
+def open_base(lora: LoraConfig, folder: Path) -> Checkpoint:
+    """The checkpoint that the adapters of a run folder belong to: `base` in it, a folder or a link,
+    or else where it lay in training.
+
+    Raises:
+      ConfigError, CheckpointError: it is not there, or its weights are others.
+    """
+    path = folder / BASE if (folder / BASE).is_dir() else Path(lora.base or "")
+    if lora.base is None or not path.is_dir():
+        raise ConfigError(
+            f"{folder}: its adapters belong to {lora.base}, which is not there; put that, or a "
+            f"link to it, at {folder / BASE}"
+        )
+    opened = open_checkpoint(path, lora.base_step)
+    check_base(lora, opened, str(path), folder)
+    return opened
+
+
+def check_base(lora: LoraConfig, opened: Checkpoint, where: str, run_dir: Path) -> None:
+    """ConfigError where a checkpoint is not the one that the adapters of a run belong to."""
+    digest, needed = digest_of(opened.params, opened.g_lm), lora.base_digest
+    if digest != needed:
+        raise ConfigError(
+            f"{where}: has not the weights that the adapters of {run_dir} belong to (SHA-256 "
+            f"{digest[:12]}, and not {str(needed)[:12]}); name those of {lora.base}"
+        )
 
 
 def _end_ids(folder: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:

@@ -58,6 +58,13 @@ def check_same_run(
     if saved is not None:
         remedy = "take the old values or another --run_dir"
         check_same_model(f"{run_dir}: holds", saved, config, remedy)
+        for name in ("rank", "alpha", "targets", "base_digest"):
+            if getattr(saved.lora, name) != getattr(config.lora, name):
+                config.lora.fail(
+                    name,
+                    f"the run in {run_dir} has {getattr(saved.lora, name)!r}; take that, or "
+                    "another --run_dir",
+                )
         packed = config.data.packing == "packed"
         for name in ("packing", "max_segments") if packed else ("packing",):
             if getattr(saved.data, name) != getattr(config.data, name):

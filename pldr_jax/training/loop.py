@@ -27,6 +27,7 @@ from pldr_jax.hosts import agree, any_process, code_facts, ending_with_the_other
 from pldr_jax.inference.engine import Engine
 from pldr_jax.inference.request import DecodeOptions, Request
 from pldr_jax.model.decoder import Params
+from pldr_jax.model.lora import count_adapter_params
 from pldr_jax.model.shapes import count_params
 from pldr_jax.partition import batch_sharding, build_mesh
 from pldr_jax.runs.checkpoint import BEST_METRIC, Checkpointer
@@ -46,7 +47,13 @@ from pldr_jax.training.start import (
     open_data,
     restore,
 )
-from pldr_jax.training.step import InitialWeights, Metrics, TrainState, jit_train_step
+from pldr_jax.training.step import (
+    InitialWeights,
+    Metrics,
+    TrainState,
+    jit_train_step,
+    model_params,
+)
 
 
 class TrainingError(RuntimeError):
@@ -74,7 +81,8 @@ def train(
       resume: "auto" continues a run that is there, "never" refuses to touch one, "required"
         refuses to start anew.
       profile: "STEP:COUNT" writes a trace of those steps.
-      initial: weights that a new run begins with; a run that is continued does not use them.
+      initial: weights that a new run begins with; a run that is continued uses them only as the
+        base of its adapters.
       task_metrics: more metrics for each evaluation.
 
     Raises:
@@ -105,7 +113,7 @@ def train(
         ):
             if goes_on:
                 check_same_run(run_dir, saved, config, data.tokenizer.model_bytes)
-                restored = restore(checkpointer, config, mesh)
+                restored = restore(checkpointer, config, mesh, initial)
                 state, start, position = restored.state, restored.step, restored.data_state
                 data.batches.state = position
             else:
@@ -194,15 +202,18 @@ class Trainer:
                 return self._stopped(step, evaluation)
         if start >= total:
             self._record.print(f"step {start} of {total}: nothing left to train")
-            evaluation = self._evaluator(state.params, state.g_lm)
+            evaluation = self._evaluator(model_params(self._config, state), state.g_lm)
         self._record.summary(evaluation)
         return evaluation
 
     def _heading(self, start: int) -> str:
         config = self._config
         verb = f"continuing at step {start}" if start else "training"
+        count = f"{count_params(config.model):,} parameters"
+        if config.lora.rank:
+            count = f"{count_adapter_params(config.model, config.lora):,} in adapters of {count}"
         return (
-            f"{verb}: {count_params(config.model):,} parameters, {config.training.steps:,} steps "
+            f"{verb}: {count}, {config.training.steps:,} steps "
             f"of {config.data.batch_size} x {config.model.context_length} tokens, on "
             f"{self._mesh.size} x {jax.devices()[0].device_kind}; "
             f"run folder {self._checkpointer.run_dir}"
@@ -254,12 +265,13 @@ class Trainer:
         )
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
-        evaluation = self._evaluator(state.params, state.g_lm)
+        params = model_params(self._config, state)
+        evaluation = self._evaluator(params, state.g_lm)
         if self._task_metrics is not None:
             evaluation |= self._task_metrics(
-                self._config.model, state.params, state.g_lm, self._tokenizer, self._mesh
+                self._config.model, params, state.g_lm, self._tokenizer, self._mesh
             )
-        self._record.evaluation(step, evaluation, self._sample(state))
+        self._record.evaluation(step, evaluation, self._sample(params, state.g_lm))
         return evaluation
 
     def _is_best(self, evaluation: Mapping[str, float]) -> bool:
@@ -269,13 +281,13 @@ class Trainer:
         self.best = evaluation[BEST_METRIC]
         return True
 
-    def _sample(self, state: TrainState) -> str:
+    def _sample(self, params: Params, g_lm: jax.Array | None) -> str:
         """The text that the model makes of the prompt; "" without one. Every process takes part."""
         training, tokenizer = self._config.training, self._tokenizer
         prompt = tokenizer.encode(training.sample_prompt)[: self._config.model.context_length - 1]
         if not prompt:
             return ""
-        engine = Engine(self._config.model, state.params, state.g_lm)
+        engine = Engine(self._config.model, params, g_lm)
         stop_ids = (tokenizer.eos_id,) if tokenizer.eos_id >= 0 else ()
         sampling = SamplingConfig(training.sample_tokens, stop_ids=stop_ids)
         request = Request(tuple(prompt), sampling)
@@ -287,4 +299,5 @@ class Trainer:
         best = self.best if math.isfinite(self.best) else None
         position = {**self._batches.state, "health": self._record.health.state, "best": best}
         config = config_to_dict(self._config)
-        self._checkpointer.save(step, state, position, config, evaluation, wait=wait)
+        kept = state.replace(base=None)
+        self._checkpointer.save(step, kept, position, config, evaluation, wait=wait)

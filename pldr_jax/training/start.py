@@ -21,7 +21,13 @@ from pldr_jax.model.deductive import g_lm_shape, predefined_g_lm
 from pldr_jax.model.flops import row_flops
 from pldr_jax.partition import process_part
 from pldr_jax.runs.checkpoint import Checkpointer, Restored
-from pldr_jax.training.step import InitialWeights, TrainState, abstract_state, create_state
+from pldr_jax.training.step import (
+    InitialWeights,
+    TrainState,
+    abstract_state,
+    create_state,
+    with_base,
+)
 
 
 class RunData(NamedTuple):
@@ -67,6 +73,7 @@ def config_facts(config: ExperimentConfig) -> dict[str, Any]:
     what they lead to is compared when it is open.
     """
     may_differ = {"Data.source", "Data.mixture", "Data.tokenizer", "Data.cache_dir", "Data.workers"}
+    may_differ |= {"Data.chat_template", "Lora.base"}
     return {
         f"{group}.{name}": value
         for group, fields in config_to_dict(config).items()
@@ -143,13 +150,24 @@ def first_state(
     return create_state(config, mesh, predefined_g_lm(config.model))
 
 
-def restore(checkpointer: Checkpointer, config: ExperimentConfig, mesh: Mesh) -> Restored:
+def restore(
+    checkpointer: Checkpointer,
+    config: ExperimentConfig,
+    mesh: Mesh,
+    initial: InitialWeights | None = None,
+) -> Restored:
     """The newest checkpoint that is whole, its arrays laid out on the mesh.
+
+    Args:
+      initial: the weights that adapters belong to, which it does not hold.
 
     Raises:
       CheckpointError: none can be read.
+      ConfigError: it holds adapters, and `initial` is None.
     """
     # Its shape is enough: the checkpoint holds the tensor, and Model.g_file may be gone.
     has_g_lm = config.model.g_source in ("random", "external")
     g_lm: Any = jax.ShapeDtypeStruct(g_lm_shape(config.model), np.float32) if has_g_lm else None
-    return checkpointer.restore(abstract_state(config, mesh, g_lm))
+    restored = checkpointer.restore(abstract_state(config, mesh, g_lm))
+    base = None if initial is None else initial.params
+    return dataclasses.replace(restored, state=with_base(config, mesh, restored.state, base))

@@ -14,6 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pldr_jax.config import ExperimentConfig
 from pldr_jax.data.rows import row_shape
 from pldr_jax.model.decoder import Params, init_params
+from pldr_jax.model.lora import init_adapters, merge_adapters
+from pldr_jax.model.shapes import place_params
 from pldr_jax.partition import batch_sharding, constrain, shardings
 from pldr_jax.training.causal import forward_neighbour, prefix_lengths, scored_share
 from pldr_jax.training.losses import (
@@ -38,12 +40,15 @@ class TrainState(flax.struct.PyTreeNode):
       params: trained parameters, float32.
       opt_state: of the optimiser.
       g_lm: predefined G_LM [L,1,N,H,J]; None where it is learned or the identity.
+      base: with `Lora.rank`, the parameters that the trained adapters belong to, which no update
+        changes and no checkpoint holds; else None.
     """
 
     step: jax.Array
     params: Params
     opt_state: Any
     g_lm: jax.Array | None
+    base: Params | None = None
 
 
 class InitialWeights(NamedTuple):
@@ -66,13 +71,17 @@ def _new_state(config: ExperimentConfig, params: Params, g_lm: jax.Array | None)
 
 
 def _random_state(config: ExperimentConfig, key: jax.Array, g_lm: jax.Array | None) -> TrainState:
+    if config.lora.rank:
+        return _new_state(config, init_adapters(config.model, config.lora, key), g_lm)
     return _new_state(config, init_params(config.model, key), g_lm)
 
 
 def abstract_state(
     config: ExperimentConfig, mesh: Mesh, g_lm: jax.Array | None = None
 ) -> TrainState:
-    """The state as ShapeDtypeStructs with their shardings, which a checkpoint is restored into."""
+    """The state, without `base`, as ShapeDtypeStructs with their shardings, which a checkpoint is
+    restored into.
+    """
     boxed = jax.eval_shape(functools.partial(_random_state, config), jax.random.key(0), g_lm)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -92,15 +101,39 @@ def create_state(
 
     Args:
       g_lm: predefined G_LM.
-      params: to begin with; None draws them with `Training.seed`.
+      params: to begin with; None draws them with `Training.seed`. With `Lora.rank`, the base of
+        the adapters, which are drawn.
     """
     target = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh, g_lm))
-    if params is not None:
+    if params is not None and not config.lora.rank:
         params = jax.device_put(params, target.params)
         return jax.jit(functools.partial(_new_state, config), out_shardings=target)(params, g_lm)
     init = functools.partial(_random_state, config)
     draw = jax.jit(lambda key, g_lm: nn.unbox(init(key, g_lm)), out_shardings=target)
-    return draw(jax.random.key(config.training.seed), g_lm)
+    state = draw(jax.random.key(config.training.seed), g_lm)
+    return with_base(config, mesh, state, params)
+
+
+def with_base(
+    config: ExperimentConfig, mesh: Mesh, state: TrainState, base: Params | None
+) -> TrainState:
+    """The state with the parameters that its adapters belong to; itself where it has none.
+
+    Raises:
+      ConfigError: it has adapters, and there is no base.
+    """
+    if not config.lora.rank:
+        return state
+    if base is None:
+        config.lora.fail("rank", "adapters need the weights that they belong to: --init_from=DIR")
+    return state.replace(base=place_params(config.model, base, mesh))
+
+
+def model_params(config: ExperimentConfig, state: TrainState) -> Params:
+    """The parameters of the model: those that are trained, or the base with its adapters."""
+    if state.base is None:
+        return state.params
+    return merge_adapters(config.lora, state.base, state.params)
 
 
 def loss_fn(
@@ -199,9 +232,13 @@ def train_step(
       The state after it, and its metrics. The norm of the parameters is that of the new ones,
       also where they are not kept.
     """
-    total, tokens, dag, grads = accumulated_gradients(
-        config, state.params, state.g_lm, rows_BC, state.step
+    params, pull_back = jax.vjp(
+        lambda trained: model_params(config, state.replace(params=trained)), state.params
     )
+    total, tokens, dag, grads = accumulated_gradients(
+        config, params, state.g_lm, rows_BC, state.step
+    )
+    (grads,) = pull_back(grads)  # those of adapters alone, where there are any
     with jax.named_scope("optimizer"):
         optimizer = build_optimizer(config.optimizer, config.training.steps)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -18,7 +18,8 @@ from pldr_jax.interop.config_json import model_from_json
 from pldr_jax.interop.folder import read_json
 from pldr_jax.interop.record import inherited_files
 from pldr_jax.interop.transformers import CONFIG
-from pldr_jax.interop.weights import open_checkpoint
+from pldr_jax.interop.weights import Checkpoint, check_base, open_checkpoint
+from pldr_jax.model.lora import digest_of
 from pldr_jax.model.shapes import count_params
 from pldr_jax.runs.checkpoint import Checkpointer
 from pldr_jax.runs.folder import check_same_model
@@ -60,13 +61,18 @@ def start_from(
     with Checkpointer(run_dir, CheckpointConfig()) as checkpointer:
         stored = checkpointer.read_config() if checkpointer.latest_step() is not None else None
     if stored is not None:
-        print_line(
-            f"--init_from={init_from}: not read again, {run_dir} goes on from its own checkpoint"
-        )
         saved = config_from_dict(stored, str(run_dir))
         base = dataclasses.replace(ExperimentConfig(), model=saved.model)
         config = load_config(gin_files, overrides, base)
-        return _with_tokenizer(config, saved.data.tokenizer, run_dir / TOKENIZER), None
+        config = _with_tokenizer(config, saved.data.tokenizer, run_dir / TOKENIZER)
+        if saved.lora.rank and config.lora.rank:  # its checkpoints do not hold the base
+            opened = open_checkpoint(init_from, saved.lora.base_step, "--init_from")
+            check_base(saved.lora, opened, f"--init_from={init_from}", run_dir)
+            return _with_base(config, opened), InitialWeights(opened.params, opened.g_lm)
+        print_line(
+            f"--init_from={init_from}: not read again, {run_dir} goes on from its own checkpoint"
+        )
+        return config, None
     opened = open_checkpoint(init_from, flag="--init_from")
     base = dataclasses.replace(ExperimentConfig(), model=opened.config.model)
     config = load_config(gin_files, overrides, base)
@@ -83,7 +89,20 @@ def start_from(
         f"weights of {init_from} ({layout}): {count_params(config.model):,} parameters, G_LM "
         f"{config.model.g_source}; optimiser, schedule and data begin anew"
     )
+    if config.lora.rank:
+        config = _with_base(config, opened)
     return config, InitialWeights(opened.params, opened.g_lm, inherited_files(opened.folder))
+
+
+def _with_base(config: ExperimentConfig, opened: Checkpoint) -> ExperimentConfig:
+    """The config, saying which weights its adapters belong to."""
+    lora = dataclasses.replace(
+        config.lora,
+        base=str(opened.folder.resolve()),
+        base_step=opened.step,
+        base_digest=digest_of(opened.params, opened.g_lm),
+    )
+    return dataclasses.replace(config, lora=lora)
 
 
 def _with_tokenizer(config: ExperimentConfig, saved: str | None, copy: Path) -> ExperimentConfig:

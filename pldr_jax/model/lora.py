@@ -1,0 +1,112 @@
+"""Low-rank adapters of linear maps (LoRA, arXiv 2106.09685): W + alpha / rank * A B.
+
+Adapters are a tree beside the parameters of the model. Their product is added to the kernels before
+these are used, which leaves every module, kernel and cache as it is; the gradient then stops at A
+and B. A kernel is a matrix here, [fan_in, fan_out], with a leading axis for the decoder layers (and
+one for the residual layers of the metric learner).
+"""
+
+import hashlib
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from pldr_jax.config import LoraConfig, ModelConfig
+from pldr_jax.model.decoder import Params
+from pldr_jax.model.shapes import param_shapes
+
+Path = tuple[str, ...]
+
+
+def fan_in(config: ModelConfig, path: Path) -> int:
+    """Inputs of the linear map at a path, such as ("layers", "ffn", "w1", "kernel")."""
+    if "plga" in path:
+        return config.metric_width if path[-2] == "w3" else config.head_dim
+    return config.ffn_width if path[-2] == "w3" else config.model_dim
+
+
+def target_shapes(config: ModelConfig, lora: LoraConfig) -> dict[Path, tuple[int, ...]]:
+    """Path -> [..., fan_in, fan_out] of the kernels that have an adapter.
+
+    An expression of `Lora.targets` stands for a whole name, `layers.attention.q.kernel`, or for its
+    end, with or without `.kernel`, such as `q`.
+
+    Raises:
+      ConfigError: an expression names no linear map.
+    """
+    kernels = {
+        path[:-1]: (shape, fan_in(config, path))
+        for path, shape in param_shapes(config).items()
+        if path[-1] == "kernel"
+    }
+    targets: dict[Path, tuple[int, ...]] = {}
+    for target in lora.targets:
+        pattern = re.compile(rf"(?:.*\.)?(?:{target})")
+        found = [
+            path
+            for path in kernels
+            if pattern.fullmatch(name := ".".join(path)) or pattern.fullmatch(f"{name}.kernel")
+        ]
+        if not found:
+            names = ", ".join(sorted(".".join(path) for path in kernels if "plga" not in path))
+            lora.fail("targets", f"{target!r} is no linear map; there are {names}, and plga's")
+        for path in found:
+            shape, inputs = kernels[path]
+            stacked = shape[: 2 if "residual" in path else 1 if path[0] == "layers" else 0]
+            size = math.prod(shape[len(stacked) :])
+            targets[path] = (*stacked, inputs, size // inputs)
+    return dict(sorted(targets.items()))
+
+
+def init_adapters(config: ModelConfig, lora: LoraConfig, key: jax.Array) -> Params:
+    """New adapters, float32: A [..., fan_in, rank] is uniform on +-1 / sqrt(fan_in), B [..., rank,
+    fan_out] is 0, so that nothing changes yet.
+    """
+    adapters = {}
+    for number, (path, (*stacked, inputs, outputs)) in enumerate(
+        target_shapes(config, lora).items()
+    ):
+        limit = 1 / math.sqrt(inputs)
+        drawn = jax.random.uniform(
+            jax.random.fold_in(key, number), (*stacked, inputs, lora.rank), minval=-1, maxval=1
+        )
+        adapters[(*path, "a")] = limit * drawn
+        adapters[(*path, "b")] = jnp.zeros((*stacked, lora.rank, outputs))
+    return unflatten_dict(adapters)
+
+
+def merge_adapters(lora: LoraConfig, base: Params, adapters: Params) -> Params:
+    """The parameters of `base` with the adapters added; those without one are the same arrays."""
+    flat, parts = flatten_dict(base), flatten_dict(adapters)
+    for path, a in parts.items():
+        if path[-1] == "a":
+            kernel = (*path[:-1], "kernel")
+            change = lora.scale * jnp.matmul(a, parts[*path[:-1], "b"], precision="highest")
+            flat[kernel] = flat[kernel] + change.reshape(flat[kernel].shape)
+    return unflatten_dict(flat)
+
+
+def count_adapter_params(config: ModelConfig, lora: LoraConfig) -> int:
+    """Trained parameters of the adapters."""
+    return sum(
+        math.prod(stacked) * lora.rank * (inputs + outputs)
+        for *stacked, inputs, outputs in target_shapes(config, lora).values()
+    )
+
+
+def digest_of(params: Params, g_lm: jax.Array | None) -> str:
+    """SHA-256 of parameters and predefined G_LM, by name, shape and bits: what an adapter belongs
+    to.
+    """
+    digest = hashlib.sha256()
+    leaves: dict[Path, Any] = flatten_dict(params) | ({} if g_lm is None else {("g_lm",): g_lm})
+    for path, leaf in sorted(leaves.items()):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{'.'.join(path)} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
