@@ -195,24 +195,11 @@ class LanguageModel:
         with mesh_scope(self.mesh):
             return classify(self.config, self.params, ids, self.g_lm, batch_size)
 
-    def chat(
-        self,
-        messages: Sequence[Message],
-        sampling: SamplingConfig | int | None = None,
-        **overrides: Any,
-    ) -> Generation:
-        """The answer to a conversation, written with the checkpoint's chat template.
-
-        Args:
-          messages: [{"role": "user", "content": TEXT}, ...]: user and assistant in turn, perhaps
-            after a system message; the last is the user's.
-          sampling, overrides: as for `generate`.
-
-        Raises:
-          ConfigError: messages out of order, a template that fails, or more than the context holds.
+    def chat(self, messages: Sequence[Message], **overrides: Any) -> Generation:
+        """The answer to messages {"role": ..., "content": ...}, user and assistant in turn, perhaps
+        after a system message; ConfigError where they are not, or the chat template fails.
         """
-        prompt = prompt_ids(self.tokenizer, messages)
-        return self.generate([prompt], sampling, **overrides)[0]
+        return self.generate([prompt_ids(self.tokenizer, messages)], **overrides)[0]
 
     def request(self, prompt: Prompt, sampling: SamplingConfig, cut_left: bool = False) -> Request:
         """What the engine is asked for a prompt, or why it cannot be.

@@ -31,6 +31,7 @@ from pldr_jax.interop.convert import export_run
 from pldr_jax.interop.record import inherited_files
 from pldr_jax.model.decoder import init_params
 from pldr_jax.runs.folder import write_run
+from pldr_jax.terminal import visible
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{{ eos_token }}\n"
@@ -240,7 +241,7 @@ def test_the_program_talks(run_dir, lm, capsys, monkeypatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     arguments = (f"--checkpoint={run_dir}", "--chat", "--max_new_tokens=4")
     status, out, error = run_here(capsys, infer_main, *arguments)
-    assert status == 1 and out == f"{first}\n{second}\n{first}\n"
+    assert status == 1 and out == visible(f"{first}\n{second}\n{first}\n")
     assert error.count("\n") == 1 and error.startswith("error: the prompt has ")
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
     assert run_here(capsys, infer_main, *arguments, "--system=be short")[0] == 0

@@ -29,7 +29,7 @@ from pldr_jax.cli.convert import convert_main
 from pldr_jax.cli.infer import infer_main
 from pldr_jax.cli.train import train_main
 from pldr_jax.config import ConfigError, ExperimentConfig, LoraConfig
-from pldr_jax.config.load import load_config
+from pldr_jax.config.load import config_to_dict, load_config
 from pldr_jax.interop.tensors import read_safetensors
 from pldr_jax.interop.weights import open_checkpoint
 from pldr_jax.model.decoder import init_params
@@ -39,6 +39,7 @@ from pldr_jax.model.lora import (
     target_shapes,
 )
 from pldr_jax.runs.checkpoint import read_weights
+from pldr_jax.runs.folder import write_run
 from pldr_jax.training.finetune.begin import start_from
 from pldr_jax.training.step import create_state, jit_train_step, loss_fn
 
@@ -196,16 +197,13 @@ def test_another_base_and_other_adapters_are_refused(
     assert "Lora.alpha = 3.0: the run in" in line
     line = train(*flags_of(session, base, **{"Lora.targets": ("q",)}))
     assert "Lora.targets = ('q',): the run in" in line
-    moved = tmp_path / "moved"
-    merge = ("merge", adapted, moved)
-    assert run_here(capsys, convert_main, *merge)[0] == 0
-    (moved / "checkpoints" / "4").rename(moved / "checkpoints" / "12")
-    manifest = moved / "checkpoints" / "manifests"
+    moved, merged = tmp_path / "moved", open_checkpoint(adapted)  # merged, it is another model
+    files = {"tokenizer.model": (base / "tokenizer.model").read_bytes()}
+    write_run(moved, 12, merged.params, None, config_to_dict(merged.config), files)
     line = train(*flags_of(session, moved))
     assert (
         f"--init_from={moved}: has not the weights that the adapters of {other} belong to" in line
     )
-    assert not manifest.exists() or manifest.is_dir()
     status, _, error = run_here(
         capsys, train_main, f"--run_dir={tmp_path / 'new'}", *flags(corpus_of(session), FIELDS)
     )

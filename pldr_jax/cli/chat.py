@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from pldr_jax.cli.common import FAILURE, keep_compiled_programs
+from pldr_jax.cli.common import FAILURE, keep_compiled_programs, open_model
 from pldr_jax.cli.options import Options
 from pldr_jax.config import ConfigError, ExperimentConfig
 from pldr_jax.terminal import is_terminal, print_line
@@ -27,8 +27,6 @@ def chat(options: Options, config: ExperimentConfig) -> None:
       ConfigError: options of other uses of the program.
       SystemExit: status 1 where stdin is no terminal and a message was not answered.
     """
-    from pldr_jax.cli.infer import open_model
-
     for name in _OTHERS:
         if getattr(options, name):
             raise ConfigError(f"--{name}: is not for --chat; leave it out")

@@ -4,12 +4,15 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from pldr_jax.cli.options import Option
-from pldr_jax.config import ConfigError
+from pldr_jax.cli.options import Option, Options
+from pldr_jax.config import ConfigError, ExperimentConfig
 from pldr_jax.config.annotations import LONGEST_LINE, shorten
 from pldr_jax.terminal import one_line, print_line
+
+if TYPE_CHECKING:
+    from pldr_jax.api import LanguageModel
 
 USAGE, FAILURE = 2, 1
 
@@ -74,6 +77,18 @@ def _known(error: RuntimeError) -> str | None:
 def _exit(error: object, status: int) -> NoReturn:
     print_line(f"error: {shorten(one_line(str(error)), LONGEST_LINE)}", to_stderr=True)
     raise SystemExit(status)
+
+
+def open_model(options: Options, config: ExperimentConfig) -> "LanguageModel":
+    """The checkpoint that the options name, on the devices that there are."""
+    import jax
+
+    from pldr_jax.api import load
+
+    settings = config.generation
+    dtype = None if settings.cache_dtype == "auto" else settings.cache_dtype
+    mesh = config.mesh if jax.device_count() > 1 else None
+    return load(options.checkpoint, options.step, dtype, mesh, settings.rank_budget)
 
 
 def keep_compiled_programs(cache_dir: str | None) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
-from pldr_jax.cli.common import CHECKPOINT, FAILURE, STEP, keep_compiled_programs, run
+from pldr_jax.cli.common import CHECKPOINT, FAILURE, STEP, keep_compiled_programs, open_model, run
 from pldr_jax.cli.options import Option, Options, parse_args
 from pldr_jax.config import ConfigError, ExperimentConfig, SamplingConfig
 from pldr_jax.config.load import load_config
@@ -13,7 +13,6 @@ from pldr_jax.inference.progress import JobProgress
 from pldr_jax.terminal import Display, is_terminal, print_line
 
 if TYPE_CHECKING:
-    from pldr_jax.api import LanguageModel
     from pldr_jax.inference.batch import Output
 
 DESCRIPTION = "Generates text with a trained PLDR-LLM; its config is read from the checkpoint."
@@ -140,18 +139,6 @@ def _infer(options: Options, config: ExperimentConfig) -> None:
         print_line(message, to_stderr=True)
     if output.progress.failures or earlier:
         raise SystemExit(FAILURE)
-
-
-def open_model(options: Options, config: ExperimentConfig) -> "LanguageModel":
-    """The checkpoint that the options name, on the devices that there are."""
-    import jax
-
-    from pldr_jax.api import load
-
-    settings = config.generation
-    dtype = None if settings.cache_dtype == "auto" else settings.cache_dtype
-    mesh = config.mesh if jax.device_count() > 1 else None
-    return load(options.checkpoint, options.step, dtype, mesh, settings.rank_budget)
 
 
 def _output(options: Options, writer: JsonlWriter | None, total: int | None) -> "Output":

@@ -91,8 +91,7 @@ def export_adapter(
         "target_modules": modules,
     }
     with new_folder(output, "OUT") as made:
-        metadata = {"format": "pt", _DIGEST: str(lora.base_digest)}
-        save_file(tensors, made / ADAPTER, metadata)
+        save_file(tensors, made / ADAPTER, {_DIGEST: str(lora.base_digest)})
         (made / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
     log(f"exported the adapters of step {weights.step}, {len(tensors)} tensors: {output}")
 
