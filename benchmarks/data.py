@@ -104,7 +104,7 @@ def preparation(
 
     def whole() -> None:
         with tempfile.TemporaryDirectory() as output:
-            write_unit(unit, pathlib.Path(output), settings, tokenizer, "uint16", lambda *_: None)
+            write_unit(unit, pathlib.Path(output), settings, tokenizer, lambda *_: None)
 
     seconds["read, tokenise, write"] = best(options.rounds, whole)
     tokens = ShardedTokens(

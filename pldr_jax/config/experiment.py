@@ -27,9 +27,9 @@ class ExperimentConfig:
     """Everything that defines a run; each field is one group."""
 
     model: ModelConfig = ModelConfig()
-    lora: LoraConfig = LoraConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -64,7 +64,8 @@ class ExperimentConfig:
             if self.model.g_source != "learned":
                 loss.fail("g_from", "a predefined G_LM is computed from no tokens; take 'row'")
             if self.data.keeps_segments and loss.g_from != "prompt":
-                loss.fail("g_from", "rows with segments know 'row' and 'prompt'; take one of them")
+                remedy = "take another packing, or 'prompt' for conversations"
+                loss.fail("g_from", f"rows with segments know 'row' alone; {remedy}")
             if self.data.packing == "concat" and loss.g_from == "prompt":
                 loss.fail("g_from", "a cut text has no prompt; take Data.packing = 'document'")
         if (loss.g_prefix_length or 1) > longest:
