@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pldr_jax.config import ConfigError, MeshConfig, ModelConfig, SamplingConfig
-from pldr_jax.config.sampling import override
+from pldr_jax.config.sampling import override, renamed
 from pldr_jax.data.text.chat import Message, prompt_ids
 from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.inference.classify import check_head, classify
@@ -168,7 +168,7 @@ class LanguageModel:
         """
         if not isinstance(sampling, SamplingConfig):
             sampling = SamplingConfig() if sampling is None else SamplingConfig(sampling)
-        shared, options = override(_renamed(overrides), sampling, DecodeOptions(steps=1))
+        shared, options = override(renamed(overrides), sampling, DecodeOptions(steps=1))
         requests = [
             self.request(prompt, shared.of_prompt(i)) for i, prompt in enumerate(as_list(prompts))
         ]
@@ -245,7 +245,7 @@ class LanguageModel:
           overrides: fields of `DecodeOptions`.
         """
         check_head(self.config, "generate")
-        (options,) = override(_renamed(overrides), options or DecodeOptions())
+        (options,) = override(renamed(overrides), options or DecodeOptions())
         if isinstance(requests, Sequence):
             context = self.config.context_length
             needs = [len(r.prompt) + r.sampling.max_new_tokens for r in requests if not r.error]
@@ -357,12 +357,6 @@ class LanguageModel:
 def _compiled_forward(config: ModelConfig, mesh: Mesh | None) -> Callable[..., ModelOutputs]:
     """Shared by all models of a config, so that new parameters compile nothing again."""
     return jax.jit(partial(forward, config))
-
-
-def _renamed(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Keywords by their present names."""
-    names = {"rows": "batch_size", "length": "capacity"}
-    return {names.get(name, name): value for name, value in overrides.items()}
 
 
 def load(

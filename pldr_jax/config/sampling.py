@@ -130,6 +130,12 @@ def _listed(value: Any) -> Any:
     return value if plain else tuple(value)
 
 
+def renamed(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords of decoding by their present names."""
+    names = {"rows": "batch_size", "length": "capacity"}
+    return {names.get(name, name): value for name, value in overrides.items()}
+
+
 def override(values: Mapping[str, Any], *settings: Keywords) -> list[Any]:
     """The settings, each with those of the values that are fields of it.
 
