@@ -50,6 +50,7 @@ class LanguageModel:
       end_ids: tokens that end a text where `stop_ids` is None: the tokenizer's end piece, or what
         the checkpoint says.
       mesh: that the parameters are split over; None is a single device.
+      engine: what decodes.
       low_rank: the factors of `g_lm` with which keys are cached; None without a `rank_budget`.
     """
 
@@ -82,7 +83,7 @@ class LanguageModel:
         pieces = None if tokenizer is None else tokenizer.vocab_size
         self._decoding = (cache_dtype, mesh, rank_budget)
         self._intervened: dict[Intervention, LanguageModel] = {}
-        self._engine = Engine(config, self.params, own, cache_dtype, mesh, rank_budget, pieces)
+        self.engine = Engine(config, self.params, own, cache_dtype, mesh, rank_budget, pieces)
         self._forward = _compiled_forward(config, mesh)
 
     def __call__(
@@ -257,7 +258,7 @@ class LanguageModel:
                 capacity=options.capacity or capacity,
             )
         stop = None if self.tokenizer is None else partial(find_stop, self.tokenizer)
-        completions = self._engine.run(
+        completions = self.engine.run(
             requests, options, given_g_lm(self.config, g_lm, self.mesh), stop
         )
         return ((completion.index, self._generation(completion)) for completion in completions)

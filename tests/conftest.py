@@ -34,7 +34,8 @@ SLOW_FILES = (
     "test_analyze", "test_collectives", "test_convert_faults", "test_evaluation", "test_finetune",
     "test_freeze", "test_gpu_benchmark", "test_hosts", "test_invariance", "test_job_results",
     "test_jobs", "test_kills", "test_low_rank", "test_mixture", "test_partition", "test_plan",
-    "test_resume", "test_run", "test_sweep",
+    "test_resume", "test_run", "test_serve", "test_serve_faults", "test_serve_page",
+    "test_sweep",
 )  # fmt: skip
 """Test files that run whole programs, or compile many: `pytest -m slow` runs them."""
 

@@ -274,7 +274,7 @@ def test_on_a_mesh() -> None:
     for group in itertools.chain(*lm.low_rank.layers):
         assert len(group.heads) % 2 == 0
     assert_greedy(continued(lm), params_of(), lm.low_rank.G_LM)
-    slots = lm._engine._slots.empty(
+    slots = lm.engine._slots.empty(
         batch=4, capacity=16, g_lm_LBNHJ=lm.low_rank, keep="G_LM", dtype="bfloat16"
     )
     for layer in slots.cache.layers:
@@ -296,7 +296,7 @@ def test_one_g_lm_for_all_is_needed() -> None:
     assert "\n" not in str(caught.value)
     # Of the first prompt, or given with the call.
     shared = continued(lm, share_first_g=True)
-    whole = lm._engine._g_lm_of(Request(PROMPTS[0]))
+    whole = lm.engine._g_lm_of(Request(PROMPTS[0]))
     assert tokens_of(continued(lm, g_lm=whole)) == tokens_of(shared)
     assert_greedy(shared, without_plga(lm.params), factorize(whole, 1e-2).G_LM)
     with pytest.raises(ConfigError, match=r"one .* for all prompts"):

@@ -10,7 +10,9 @@ import pytest
 
 from pldr_jax.config import ConfigError, GenerationConfig, SamplingConfig
 from pldr_jax.inference.sampling import (
+    History,
     SlotSampling,
+    adjust,
     draw,
     filter_logits,
     penalize,
@@ -115,6 +117,21 @@ def test_min_p_is_relative_to_the_best_token() -> None:
     for min_p, kept in ((0.0, 4), (0.09, 4), (0.11, 3), (0.31, 2), (0.61, 1), (1.0, 1)):
         settings = sampling(1, temperature=1.0, min_p=min_p)
         assert np.isfinite(filter_logits(logits, settings)).sum() == kept, min_p
+
+
+def test_penalties_of_the_new_text_and_a_bias_are_added() -> None:
+    logits = jnp.array([[2.0, 1.0, -1.0, 0.0]])
+    seen = jnp.array([[True, True, False, False]])
+    count, bias = jnp.array([[0, 1, 3, 0]]), jnp.array([[0.0, 0.0, 0.0, -100.0]])
+    history = History(seen, count, bias)
+    made = adjust(logits, history, sampling(1, presence_penalty=0.5, frequency_penalty=0.25))
+    assert np.allclose(made, [[2.0, 1.0 - 0.75, -1.0 - 1.25, -100.0]])
+    made = adjust(logits, history, sampling(1, repetition_penalty=2.0, presence_penalty=-1.0))
+    assert np.allclose(made, [[1.0, 0.5 + 1.0, 0.0, -100.0]])
+    grown = history.with_token(jnp.array([3]), jnp.array([True]))
+    assert grown.count_BV.tolist() == [[0, 1, 3, 1]] and bool(grown.seen_BV[0, 3])
+    same = history.with_token(jnp.array([3]), jnp.array([False]))
+    assert same.count_BV.tolist() == count.tolist()
 
 
 def test_repetition_penalty_makes_seen_tokens_less_probable() -> None:

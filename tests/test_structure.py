@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "api": BASE | {"model", "data", "runs", "inference", "interop"},
     "evaluation": {"config", "files", "terminal", "inference", "api"},
     "analysis": BASE | {"model", "data", "runs", "inference", "interop", "training", "api"},
+    "serve": BASE | {"model", "data", "inference", "training", "api"},
     "cli": BASE
     | {
         "model",
@@ -37,6 +38,7 @@ MAY_IMPORT = {
         "api",
         "evaluation",
         "analysis",
+        "serve",
     },
     "freeze": {"cli"},  # python -m pldr_jax.freeze
     "": {"api", "config"},
@@ -47,6 +49,7 @@ EXTRA: dict[str, set[str]] = {
     "interop/__main__.py": {"cli"},  # nothing imports it
     "data/__main__.py": {"cli"},
     "analysis/__main__.py": {"cli"},
+    "serve/__main__.py": {"cli"},
 }
 
 

@@ -91,3 +91,8 @@ def evaluate() -> None:
 def analyze() -> None:
     """`pldr-analyze`."""
     start("analyze")
+
+
+def serve() -> None:
+    """`pldr-serve`."""
+    start("serve")

@@ -47,6 +47,12 @@ class SamplingConfig(Keywords):
         low=1e-6,
         high=1e6,
     )
+    presence_penalty: float = field(
+        0.0, "taken from the logits of tokens that the new text has; 0 is off", low=-1e6, high=1e6
+    )
+    frequency_penalty: float = field(
+        0.0, "the same for each time that it has them; 0 is off", low=-1e6, high=1e6
+    )
     seed: int = field(
         0, "seed of the draws; prompt i of several draws with seed + i", low=0, high=SEED_LIMIT
     )

@@ -18,6 +18,7 @@ from pldr_jax.inference.request import (
     DecodeOptions,
     FindStop,
     Request,
+    bias_of,
     check_request,
     padded,
 )
@@ -25,6 +26,9 @@ from pldr_jax.inference.sampling import slot_sampling
 from pldr_jax.inference.slots import Emitted, Slots, compiled_slots
 from pldr_jax.model.decoder import Params
 from pldr_jax.model.low_rank import LowRankG, factorize, no_shared_g_lm
+
+Queue = Iterator[Completion | None]
+"""What is to be decoded; None where nothing waits at the moment."""
 
 
 class Engine:
@@ -69,7 +73,7 @@ class Engine:
 
     def run(
         self,
-        requests: Iterable[Request],
+        requests: Iterable[Request | None],
         options: DecodeOptions | None = None,
         g_lm: jax.Array | None = None,
         find_stop: FindStop | None = None,
@@ -79,14 +83,16 @@ class Engine:
         A request that cannot be decoded ends with the finish reason "error", and the others go on.
 
         Args:
-          requests: read as slots become free: a generator of any length is fine.
+          requests: read as slots become free: a generator of any length is fine. One that lives on
+            yields None where nothing waits, and only while something is decoded.
           options: on a mesh, slots are rounded up so that they divide; a capacity of None is the
             model's context here. Smaller slots are faster.
           g_lm: G_LM for every request [L,1,N,H,J]; None takes the model's own.
           find_stop: finds stop strings in a completion.
         """
         options = options or DecodeOptions()
-        queue: Iterator[Completion] = (Completion(i, r) for i, r in enumerate(requests))
+        numbers = itertools.count()
+        queue: Queue = (None if r is None else Completion(next(numbers), r) for r in requests)
         shared = self._factorized(g_lm if g_lm is not None else self._g_lm)
         first = options.share_first_g and self._config.g_source == "learned"
         if shared is None and first:
@@ -121,24 +127,27 @@ class Engine:
         return self._steps.prompt_g_lm(self._params, tokens[None], length[None])
 
     def _first_g_lm(
-        self, queue: Iterator[Completion], options: DecodeOptions
-    ) -> tuple[jax.Array | LowRankG | None, Iterator[Completion]]:
+        self, queue: Queue, options: DecodeOptions
+    ) -> tuple[jax.Array | LowRankG | None, Queue]:
         """G_LM of the first request that can be decoded, and the whole queue."""
         passed = []
         for completion in queue:
             passed.append(completion)
-            if self._refusal(completion.request, options) is None:
+            if completion and self._refusal(completion.request, options) is None:
                 g_lm = self._factorized(self._g_lm_of(completion.request))
                 return g_lm, itertools.chain(passed, queue)
         return None, iter(passed)
 
     def _refusal(self, request: Request, options: DecodeOptions) -> str | None:
+        alone = request.top_logprobs or request.g_lm is not None or request.params is not None
+        if alone and not options.kv_cache:
+            return "kv_cache = False: has no top_logprobs and no G_LM or parameters of one request"
         capacity = options.capacity if options.kv_cache else None
         return check_request(request, self._config, self._pieces, capacity)
 
     def _cached(
         self,
-        queue: Iterator[Completion],
+        queue: Queue,
         options: DecodeOptions,
         g_lm: jax.Array | LowRankG | None,
         find_stop: FindStop | None,
@@ -170,19 +179,19 @@ class Engine:
                 self._unstacked, slots=slots, steps=options.steps, pieces=self._pieces
             )
             made = jax.device_get(emitted)
-            ended_by_text: Any = np.zeros((batch,), bool)
+            ended_here: Any = np.zeros((batch,), bool)
             for slot, completion in enumerate(running):
                 if completion is None:
                     continue
                 self._take(completion, slot, made)
+                going = completion.finish_reason is None
                 if find_stop is not None and (cut := find_stop(completion)) is not None:
-                    ended_by_text[slot] = completion.finish_reason is None
                     completion.stop(cut)
                 yield completion
                 if completion.finish_reason is not None:
-                    running[slot] = None
-            if ended_by_text.any():
-                slots = self._slots.release(slots, ended_by_text)
+                    ended_here[slot], running[slot] = going, None
+            if ended_here.any():
+                slots = self._slots.release(slots, ended_here)
 
     def _admitted(
         self,
@@ -198,16 +207,19 @@ class Engine:
         stop_ids = request.sampling.stop_ids or ()
         stop_Z[: len(stop_ids)] = stop_ids
         index: Any = np.int32(slot)
+        told: Any = np.bool_(request.top_logprobs > 0)
         return self._slots.admit(
-            self._params,
+            self._params if request.params is None else request.params,
             slots=slots,
             slot=index,
             tokens_T=tokens,
             length=length,
             sampling=slot_sampling([request.sampling]),
             stop_Z=stop_Z,
-            g_lm_LBNHJ=g_lm,
+            g_lm_LBNHJ=g_lm if request.g_lm is None else request.g_lm,
             keep=keep,
+            bias_V=bias_of(request, self._config.vocab_size),
+            told=told,
         )
 
     def _take(self, completion: Completion, slot: int, made: Emitted) -> None:
@@ -216,6 +228,10 @@ class Engine:
             if made.valid_XB[i, slot]:
                 completion.tokens.append(int(made.token_XB[i, slot]))
                 completion.logprobs.append(float(made.logprob_XB[i, slot]))
+                if count := completion.request.top_logprobs:
+                    ids, logprobs = made.top_token_XBY[i, slot], made.top_logprob_XBY[i, slot]
+                    top = zip(ids[:count].tolist(), logprobs[:count].tolist(), strict=True)
+                    completion.top.append(list(top))
             elif made.stopped_XB[i, slot]:
                 completion.finish_reason = "stop"
             elif made.broken_XB[i, slot]:
@@ -224,14 +240,14 @@ class Engine:
 
     def _uncached(
         self,
-        queue: Iterator[Completion],
+        queue: Queue,
         options: DecodeOptions,
         shared: jax.Array | None,
         find_stop: FindStop | None,
     ) -> Iterator[Completion]:
         """One request at a time, everything recomputed at every token but what is kept."""
-        context, learned = self._config.context_length, self._config.g_source == "learned"
-        for completion in queue:
+        learned = self._config.g_source == "learned"
+        for completion in filter(None, queue):
             if refusal := self._refusal(completion.request, options):
                 completion.fail(refusal)
                 yield completion
@@ -240,5 +256,5 @@ class Engine:
             if shared is None and learned and options.g_cache != "none":
                 g_lm = self._g_lm_of(completion.request)
             yield from recompute(
-                self._steps, self._params, completion, g_lm, context, self._pieces, find_stop
+                self._steps, self._params, completion, g_lm, self._config, self._pieces, find_stop
             )

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from pldr_jax.config import ModelConfig
 from pldr_jax.inference.decode import full_step, prompt_g_lm
-from pldr_jax.inference.request import BROKEN, Completion, FindStop, padded
-from pldr_jax.inference.sampling import SlotSampling, slot_sampling
+from pldr_jax.inference.request import BROKEN, Completion, FindStop, bias_of, padded
+from pldr_jax.inference.sampling import History, SlotSampling, slot_sampling
 from pldr_jax.inference.slots import bind, draw_next, seen_tokens
 from pldr_jax.model.decoder import Params
 
@@ -25,18 +26,24 @@ def next_token(
     params: Params,
     tokens_T: jax.Array,
     length: jax.Array,
+    prompt_length: jax.Array,
     g_lm: jax.Array | None,
+    bias_V: jax.Array,
     sampling: SlotSampling,
     pieces: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The token after the first `length` ones, its log-probability, whether the logits can be used,
-    and the tokens with it.
+    """The token after the first `length` ones, of which `prompt_length` are the prompt, its
+    log-probability, whether the logits can be used, and the tokens with it.
     """
     logits_1V = full_step(config, params, tokens_T[None], length[None], g_lm)
-    seen_1V = seen_tokens(tokens_T, length, config.vocab_size)[None]
-    drawn = draw_next(logits_1V, seen_1V, sampling, length[None], pieces)
-    token, logprob, finite = (x[0] for x in drawn)
-    return token, logprob, finite, tokens_T.at[length].set(token, mode="drop")
+    places_T = jnp.arange(tokens_T.shape[0])
+    new_T = (places_T >= prompt_length) & (places_T < length)
+    seen_V = seen_tokens(tokens_T, length, config.vocab_size)
+    count_V = jnp.zeros((config.vocab_size,), jnp.int32).at[tokens_T].add(new_T)
+    history = History(seen_V[None], count_V[None], bias_V[None])
+    drawn = draw_next(logits_1V, history, sampling, length[None], pieces)
+    token, logprob, normalizer = (x[0] for x in drawn)
+    return token, logprob, jnp.isfinite(normalizer), tokens_T.at[length].set(token, mode="drop")
 
 
 class CompiledSteps:
@@ -56,7 +63,7 @@ def recompute(
     params: Params,
     completion: Completion,
     g_lm: jax.Array | None,
-    context_length: int,
+    config: ModelConfig,
     pieces: int,
     find_stop: FindStop | None,
 ) -> Iterator[Completion]:
@@ -65,14 +72,16 @@ def recompute(
     Args:
       g_lm: of all its tokens [L,1,N,H,J]; None recomputes it, too, or is the identity.
     """
-    request = completion.request
+    request, context_length = completion.request, config.context_length
     needed = min(len(request.prompt) + request.sampling.max_new_tokens, context_length)
     tokens, _ = padded(request.prompt, context_length, needed)
     sampling = slot_sampling([request.sampling])
+    prompt_length: Any = np.int32(len(request.prompt))
+    bias_V = bias_of(request, config.vocab_size)
     while completion.finish_reason is None:
         length: Any = np.int32(len(request.prompt) + len(completion.tokens))
         token, logprob, finite, tokens = compiled.next_token(
-            params, tokens, length, g_lm, sampling, pieces
+            params, tokens, length, prompt_length, g_lm, bias_V, sampling, pieces
         )
         if not finite:
             completion.fail(BROKEN)

@@ -22,11 +22,20 @@ class Request:
       prompt: token ids, at least one.
       sampling: how; `stop_ids` None is no stop id, since the engine knows no tokenizer.
       error: why it cannot be decoded, if that is known before; the engine answers with it.
+      logit_bias: pairs of a token id and what is added to its logits.
+      top_logprobs: how many of the most probable tokens of each step are told, at most 20.
+      g_lm: G_LM [L,1,N,H,J] of this request alone; None is what the engine was told. Only where
+        each slot keeps its own.
+      params: parameters that its prompt runs with, of the shapes of the engine's; None is those.
     """
 
     prompt: tuple[int, ...]
     sampling: SamplingConfig = SamplingConfig()
     error: str | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    top_logprobs: int = 0
+    g_lm: Any = dataclasses.field(default=None, compare=False)
+    params: Any = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +77,10 @@ class Completion:
       request: what was asked.
       tokens: new token ids; a stop token is not among them.
       logprobs: of those tokens, in the model's own distribution.
+      top: ids and log-probabilities of the most probable tokens at each step, as many as asked for.
       finish_reason: "stop" (a stop token or string), "length" (max_new_tokens), "context" (the
-        model's context is full) or "error"; None while it grows.
+        model's context is full) or "error"; None while it grows. Who reads the engine may set
+        another one, which frees the slot before the next step.
       error: one line, where the finish reason is "error".
     """
 
@@ -77,6 +88,7 @@ class Completion:
     request: Request
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
+    top: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
     error: str | None = None
 
@@ -86,7 +98,7 @@ class Completion:
 
     def stop(self, count: int) -> None:
         """Ends it after `count` tokens."""
-        del self.tokens[count:], self.logprobs[count:]
+        del self.tokens[count:], self.logprobs[count:], self.top[count:]
         self.finish_reason, self.error = "stop", None
 
     def end_when_full(self, context_length: int) -> None:
@@ -142,7 +154,9 @@ def check_request(
             f"the prompt has {len(prompt)} tokens, which leaves no room in the model's context of "
             f"{context}; shorten it"
         )
-    for name, ids in (("the prompt", prompt), ("stop_ids", request.sampling.stop_ids or ())):
+    biased = [token for token, _ in request.logit_bias]
+    stop_ids = request.sampling.stop_ids or ()
+    for name, ids in (("the prompt", prompt), ("stop_ids", stop_ids), ("logit_bias", biased)):
         for token in ids:
             if not 0 <= token < config.vocab_size:
                 vocab = config.vocab_size
@@ -158,6 +172,14 @@ def check_request(
 def bucket(length: int, limit: int) -> int:
     """The padded length that `length` tokens are compiled for: a power of two, at most `limit`."""
     return min(max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()), limit)
+
+
+def bias_of(request: Request, vocab_size: int) -> Any:
+    """What is added to the request's logits [V], float32, in NumPy."""
+    bias_V = np.zeros((vocab_size,), np.float32)
+    for token, value in request.logit_bias:
+        bias_V[token] = value
+    return bias_V
 
 
 def padded(prompt: Sequence[int], limit: int, needed: int = 0) -> tuple[Any, Any]:

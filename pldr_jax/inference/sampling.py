@@ -1,6 +1,6 @@
 """Drawing the next token from logits.
 
-Order: repetition penalty, temperature, then `FILTERS`: top-k, top-p, min-p. A draw depends on the
+Order: penalties and bias, temperature, then `FILTERS`: top-k, top-p, min-p. A draw depends on the
 prompt's seed and the position of the token alone, not on the batch, the slot or the bucket it is
 made in.
 
@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +41,34 @@ def slot_sampling(settings: Sequence[SamplingConfig]) -> SlotSampling:
     return columns
 
 
+class History(flax.struct.PyTreeNode):
+    """What a text's own tokens, and its request, do to its logits.
+
+    Attributes:
+      seen_BV: whether the prompt or the new text has a token, for the repetition penalty.
+      count_BV: how often the new text has it, int32, for the other two.
+      bias_BV: added to the logits, float32.
+    """
+
+    seen_BV: jax.Array
+    count_BV: jax.Array
+    bias_BV: jax.Array
+
+    def with_token(self, token_B: jax.Array, valid_B: jax.Array) -> "History":
+        """The history with one more token of the texts where `valid_B` is true."""
+        ids_V = jnp.arange(self.seen_BV.shape[-1])
+        new_BV = valid_B[:, None] & (token_B[:, None] == ids_V)
+        return self.replace(seen_BV=self.seen_BV | new_BV, count_BV=self.count_BV + new_BV)
+
+
+def adjust(logits_BV: jax.Array, history: History, sampling: SlotSampling) -> jax.Array:
+    """Logits after all penalties and the bias."""
+    presence_B1 = sampling["presence_penalty"][:, None]
+    frequency_B1 = sampling["frequency_penalty"][:, None]
+    taken_BV = presence_B1 * (history.count_BV > 0) + frequency_B1 * history.count_BV
+    return penalize(logits_BV, history.seen_BV, sampling) - taken_BV + history.bias_BV
+
+
 def penalize(logits_BV: jax.Array, seen_BV: jax.Array, sampling: SlotSampling) -> jax.Array:
     """Logits of tokens already in the text (true in `seen_BV`) divided by the repetition penalty
     where positive, and multiplied by it where negative.
@@ -53,7 +82,7 @@ def draw(logits_BV: jax.Array, sampling: SlotSampling, position_B: jax.Array) ->
     """The next token of each slot, int32 [B].
 
     Args:
-      logits_BV: float32, after the repetition penalty.
+      logits_BV: float32, after penalties and bias.
       sampling: settings of each slot.
       position_B: position the drawn token will have; enters the draw's random key.
     """

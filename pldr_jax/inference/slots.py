@@ -18,12 +18,22 @@ from jax.sharding import Mesh
 from pldr_jax.config import ModelConfig, SamplingConfig
 from pldr_jax.config.sampling import MAX_STOP_IDS
 from pldr_jax.inference.decode import decode_step, prefill
-from pldr_jax.inference.sampling import EXCLUDED, SlotSampling, draw, penalize, slot_sampling
+from pldr_jax.inference.sampling import (
+    EXCLUDED,
+    History,
+    SlotSampling,
+    adjust,
+    draw,
+    slot_sampling,
+)
 from pldr_jax.model.cache import Cache, empty_cache, write_row
 from pldr_jax.model.decoder import Params, unstack_layers
 from pldr_jax.model.layers import on_gpu
 from pldr_jax.model.low_rank import LowRankG
 from pldr_jax.partition import constrain, mesh_scope
+
+MAX_TOP_LOGPROBS = 20
+"""Y: the most probable tokens told of a step, at most; OpenAI's limit."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -35,7 +45,8 @@ class Slots(flax.struct.PyTreeNode):
     Attributes:
       cache: of all slots.
       logits_BV: from which each slot's next token is drawn, float32.
-      seen_BV: tokens of the slot's prompt and text, for the repetition penalty.
+      history: what each text so far, and its request, do to its logits.
+      told_B: whether the most probable tokens of each step are asked for.
       active_B: false where a slot is free or its text has ended.
       left_B: new tokens that each text may still have.
       stop_BZ: token ids that end each text, filled up with -1.
@@ -44,7 +55,8 @@ class Slots(flax.struct.PyTreeNode):
 
     cache: Cache
     logits_BV: jax.Array
-    seen_BV: jax.Array
+    history: History
+    told_B: jax.Array
     active_B: jax.Array
     left_B: jax.Array
     stop_BZ: jax.Array
@@ -60,6 +72,8 @@ class Emitted(flax.struct.PyTreeNode):
       valid_XB: true where the token belongs to a text; a stop token does not.
       stopped_XB: true where a stop token was drawn.
       broken_XB: true where a logit was NaN or infinity, which ends the text.
+      top_token_XBY, top_logprob_XBY: the most probable tokens, in falling order; zeros in a step in
+        which no slot asks for them.
     """
 
     token_XB: jax.Array
@@ -67,6 +81,8 @@ class Emitted(flax.struct.PyTreeNode):
     valid_XB: jax.Array
     stopped_XB: jax.Array
     broken_XB: jax.Array
+    top_token_XBY: jax.Array
+    top_logprob_XBY: jax.Array
 
 
 def empty_slots(
@@ -91,7 +107,12 @@ def empty_slots(
     slots = Slots(
         cache=empty_cache(config, batch, capacity, g_lm_LBNHJ, keep, dtype),
         logits_BV=jnp.zeros((batch, config.vocab_size), jnp.float32),
-        seen_BV=jnp.zeros((batch, config.vocab_size), bool),
+        history=History(
+            seen_BV=jnp.zeros((batch, config.vocab_size), bool),
+            count_BV=jnp.zeros((batch, config.vocab_size), jnp.int32),
+            bias_BV=jnp.zeros((batch, config.vocab_size), jnp.float32),
+        ),
+        told_B=jnp.zeros((batch,), bool),
         active_B=jnp.zeros((batch,), bool),
         left_B=jnp.zeros((batch,), jnp.int32),
         stop_BZ=jnp.full((batch, MAX_STOP_IDS), -1, jnp.int32),
@@ -111,6 +132,8 @@ def admit(
     stop_Z: jax.Array,
     g_lm_LBNHJ: jax.Array | LowRankG | None,
     keep: str,
+    bias_V: jax.Array | None = None,
+    told: jax.Array | None = None,
 ) -> Slots:
     """Runs one prompt and puts it into a slot. Donate `slots` when jitting this.
 
@@ -125,7 +148,10 @@ def admit(
       length: its real tokens.
       sampling: its numbers, with a batch axis of 1.
       stop_Z: ids that end its text, filled up with -1.
-      g_lm_LBNHJ, keep: as `empty_slots` was told.
+      g_lm_LBNHJ, keep: as `empty_slots` was told; or, where each slot has its own, a G_LM for this
+        prompt alone.
+      bias_V: added to its logits; None is nothing.
+      told: whether the most probable tokens of its steps are asked for, bool scalar; None is false.
     """
     logits_1V, prompt = prefill(
         config, params, tokens_T[None], length[None], g_lm_LBNHJ, tokens_T.shape[0], keep
@@ -138,10 +164,17 @@ def admit(
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
         return write_row(old, new, slot)
 
+    nothing_1V = jnp.zeros((1, config.vocab_size), jnp.float32)
+    of_prompt = History(
+        seen_BV=seen_tokens(tokens_T, length, config.vocab_size)[None],
+        count_BV=nothing_1V,
+        bias_BV=nothing_1V if bias_V is None else bias_V[None],
+    )
     slots = Slots(
         cache=Cache(layers, slots.cache.length_B.at[slot].set(length)),
         logits_BV=put(slots.logits_BV, logits_1V),
-        seen_BV=put(slots.seen_BV, seen_tokens(tokens_T, length, config.vocab_size)[None]),
+        history=jax.tree.map(put, slots.history, of_prompt),
+        told_B=slots.told_B.at[slot].set(False if told is None else told),
         active_B=slots.active_B.at[slot].set(True),
         left_B=put(slots.left_B, sampling["max_new_tokens"]),
         stop_BZ=put(slots.stop_BZ, stop_Z[None]),
@@ -170,12 +203,15 @@ def decode_slots(
     on are never drawn.
     """
     batch = slots.active_B.shape[0]
+    top = (steps, batch, min(MAX_TOP_LOGPROBS, config.vocab_size))
     nothing = Emitted(
         token_XB=jnp.zeros((steps, batch), jnp.int32),
         logprob_XB=jnp.zeros((steps, batch), jnp.float32),
         valid_XB=jnp.zeros((steps, batch), bool),
         stopped_XB=jnp.zeros((steps, batch), bool),
         broken_XB=jnp.zeros((steps, batch), bool),
+        top_token_XBY=jnp.zeros(top, jnp.int32),
+        top_logprob_XBY=jnp.zeros(top, jnp.float32),
     )
 
     def going(state: tuple[jax.Array, Slots, Emitted]) -> jax.Array:
@@ -193,16 +229,19 @@ def decode_slots(
     together = math.gcd(steps, 4) if on_gpu() else 1
     _, slots, emitted = jax.lax.while_loop(going, some_steps, (jnp.int32(0), slots, nothing))
     # Whole on every device, so that each process can read all of it.
-    return slots, jax.tree.map(lambda x: constrain(x, None, None), emitted)
+    return slots, jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), emitted)
 
 
 def _step(
     config: ModelConfig, unstacked: Params, slots: Slots, pieces: int
 ) -> tuple[Slots, Emitted]:
     cache, active_B = slots.cache, slots.active_B
-    token_B, logprob_B, finite_B = draw_next(
-        slots.logits_BV, slots.seen_BV, slots.sampling, cache.length_B, pieces
+    token_B, logprob_B, normalizer_B = draw_next(
+        slots.logits_BV, slots.history, slots.sampling, cache.length_B, pieces
     )
+    finite_B = jnp.isfinite(normalizer_B)
+    asked = jnp.any(slots.told_B & active_B)
+    top = jax.lax.cond(asked, top_logprobs, _no_top_logprobs, slots.logits_BV, normalizer_B)
     broken_B = active_B & ~finite_B
     stopped_B = active_B & finite_B & jnp.any(token_B[:, None] == slots.stop_BZ, axis=-1)
     valid_B = active_B & ~broken_B & ~stopped_B
@@ -210,35 +249,48 @@ def _step(
     full_B = cache.length_B + 1 >= config.context_length
     next_active_B = valid_B & (left_B > 0) & ~full_B
     logits_BV, grown = decode_step(config, unstacked, token_B, cache)
-    ids_V = jnp.arange(config.vocab_size)
     slots = slots.replace(
         cache=grown.replace(length_B=jnp.where(next_active_B, grown.length_B, cache.length_B)),
         logits_BV=logits_BV,
-        seen_BV=slots.seen_BV | (valid_B[:, None] & (token_B[:, None] == ids_V)),
+        history=slots.history.with_token(token_B, valid_B),
         active_B=next_active_B,
         left_B=left_B,
     )
-    return _laid_out(slots), Emitted(token_B, logprob_B, valid_B, stopped_B, broken_B)
+    return _laid_out(slots), Emitted(token_B, logprob_B, valid_B, stopped_B, broken_B, *top)
 
 
 def draw_next(
     logits_BV: jax.Array,
-    seen_BV: jax.Array,
+    history: History,
     sampling: SlotSampling,
     position_B: jax.Array,
     pieces: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The next token of each slot, its log-probability in the model's own distribution, and whether
-    the logits can be used: a -inf is a token that cannot come, NaN and infinity are a broken model.
+    """The next token of each slot, its log-probability in the model's own distribution, and the
+    logarithm of the normaliser of that, which is finite where the logits can be used: a -inf is a
+    token that cannot come, NaN and infinity are a broken model.
     """
-    drawn_BV = penalize(logits_BV, seen_BV, sampling)
+    drawn_BV = adjust(logits_BV, history, sampling)
     if pieces < logits_BV.shape[-1]:
         drawn_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < pieces, drawn_BV, EXCLUDED)
     token_B = draw(drawn_BV, sampling, position_B)
     chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
     normalizer_B = jax.nn.logsumexp(logits_BV, axis=-1)
     # One NaN or infinity among the logits is enough for this sum not to be finite.
-    return token_B, chosen_B - normalizer_B, jnp.isfinite(normalizer_B)
+    return token_B, chosen_B - normalizer_B, normalizer_B
+
+
+def top_logprobs(logits_BV: jax.Array, normalizer_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The most probable tokens [B,Y] in falling order, and their log-probabilities, with the bits
+    that `draw_next` gives them.
+    """
+    top_BY, token_BY = jax.lax.top_k(logits_BV, min(MAX_TOP_LOGPROBS, logits_BV.shape[-1]))
+    return token_BY, top_BY - normalizer_B[:, None]
+
+
+def _no_top_logprobs(logits_BV: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
+    shape = (logits_BV.shape[0], min(MAX_TOP_LOGPROBS, logits_BV.shape[-1]))
+    return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
 
 
 def _laid_out(slots: Slots) -> Slots:
@@ -250,7 +302,8 @@ def _laid_out(slots: Slots) -> Slots:
     return slots.replace(
         cache=slots.cache.replace(length_B=place(slots.cache.length_B)),
         logits_BV=constrain(slots.logits_BV, "batch", "vocab"),
-        seen_BV=constrain(slots.seen_BV, "batch", "vocab"),
+        history=jax.tree.map(lambda x: constrain(x, "batch", "vocab"), slots.history),
+        told_B=place(slots.told_B),
         active_B=place(slots.active_B),
         left_B=place(slots.left_B),
         stop_BZ=place(slots.stop_BZ),

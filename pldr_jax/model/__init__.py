@@ -24,5 +24,6 @@ project; no letter has two meanings:
     G  microbatches of a step
     P  positions of a prefix
     X  decode steps of one call
+    Y  most probable tokens that are told of a position
     Z  stop ids
 """

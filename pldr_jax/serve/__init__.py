@@ -1,0 +1,1 @@
+"""`pldr-serve`: the engine behind HTTP in the wire format of OpenAI's API, and a page."""
