@@ -15,15 +15,21 @@ from helpers import untrained_run
 
 import pldr_jax
 from pldr_jax.config import GenerationConfig
+from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.serve.server import Server
 from pldr_jax.serve.settings import ServeConfig
 
 NAME = "tiny"
+CHAT = "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}a:"
+"""A chat template that leaves room in a context of 32 tokens."""
 
 
 @functools.cache
 def small_model(session: Path) -> pldr_jax.LanguageModel:
-    return pldr_jax.load(untrained_run(session))
+    lm = pldr_jax.load(untrained_run(session))
+    assert lm.tokenizer is not None
+    lm.tokenizer = Tokenizer(lm.tokenizer.model_bytes, CHAT)
+    return lm
 
 
 @contextlib.contextmanager

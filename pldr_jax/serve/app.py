@@ -16,6 +16,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pldr_jax.serve.bodies import ask
+from pldr_jax.serve.chat import ChatAnswer, ask_chat
 from pldr_jax.serve.completions import Answer, respond
 from pldr_jax.serve.deductive import deductive
 from pldr_jax.serve.served import Served
@@ -80,6 +81,13 @@ async def complete(served: Served, request: Request) -> Response:
     return await respond(request, asked, Answer(served, asked))
 
 
+async def chat(served: Served, request: Request) -> Response:
+    """`/v1/chat/completions`."""
+    values = await read_json(request, served.settings.max_body)
+    asked = await asyncio.to_thread(ask_chat, values, served)
+    return await respond(request, asked, ChatAnswer(served, asked))
+
+
 async def deductive_outputs(served: Served, request: Request) -> Response:
     """`/v1/deductive`."""
     values = await read_json(request, served.settings.max_body)
@@ -118,7 +126,9 @@ async def tokenizer_info(served: Served, request: Request) -> Response:
         raise ApiError(404, "this checkpoint has no tokenizer")
     special = {"eos": tokenizer.eos_id, "bos": tokenizer.bos_id, "pad": tokenizer.pad_id}
     names = {f"{k}_token": tokenizer.piece(i) if i >= 0 else None for k, i in special.items()}
-    return JSONResponse({**names, "tokenizer_class": "sentencepiece", "chat_template": None})
+    return JSONResponse(
+        {**names, "tokenizer_class": "sentencepiece", "chat_template": tokenizer.chat_template}
+    )
 
 
 async def _fields(
@@ -144,6 +154,7 @@ ROUTES: tuple[tuple[str, str, Handler], ...] = (
     ("/v1/models", "GET", models),
     ("/v1/models/{name:path}", "GET", models),
     ("/v1/completions", "POST", complete),
+    ("/v1/chat/completions", "POST", chat),
     ("/v1/deductive", "POST", deductive_outputs),
     ("/tokenize", "POST", tokenize),
     ("/detokenize", "POST", detokenize),
