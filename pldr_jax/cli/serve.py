@@ -38,11 +38,14 @@ def serve_main(argv: list[str]) -> None:
     settings = settings_of(ServeConfig, options)
     config = load_config(options.gin_files, options.overrides)
     try:
-        from pldr_jax.serve.server import Server
+        from pldr_jax.serve.server import Server, bind, read_keys
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("pldr_jax"):
             raise
         raise ConfigError(f"pldr-serve needs {error.name}: pip install 'pldr_jax[serve]'") from None
+    # What can be wrong with flags is said before the checkpoint is loaded.
+    read_keys(settings.api_key_file)
+    listener = bind(settings)
     keep_compiled_programs(config.data.cache_dir)
     import jax
 
@@ -53,7 +56,7 @@ def serve_main(argv: list[str]) -> None:
     mesh = config.mesh if jax.device_count() > 1 else None
     lm = load(options.run, options.step, dtype, mesh, generation.rank_budget)
     name = settings.model_name or Path(options.run).resolve().name
-    Server(lm, name, settings, generation).run()
+    Server(lm, name, settings, generation, listener).run()
 
 
 def main() -> None:

@@ -152,8 +152,6 @@ def ask(values: Mapping[str, Any], served: Served) -> Asked:
     for prompt in body.prompts:
         if isinstance(prompt, str):
             checked_text(prompt, "prompt")
-    if not body.prompts:
-        raise ApiError(400, "prompt: the list is empty", "prompt")
     return asked_of(body, objects, served, body.prompts, body.max_tokens, body.logprobs)
 
 

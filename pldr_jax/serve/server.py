@@ -59,9 +59,10 @@ class Server:
     """One model on one port.
 
     Args:
-      load: opens the checkpoint, so that `/health` can say meanwhile what happens.
+      lm: the model.
       name: of the model in requests.
       settings, generation: how it is served, and where G_LM comes from.
+      listener: of `bind`; None binds now.
     """
 
     def __init__(
@@ -70,11 +71,12 @@ class Server:
         name: str,
         settings: ServeConfig,
         generation: GenerationConfig | None = None,
+        listener: socket.socket | None = None,
     ) -> None:
         self._lm, self._name, self._settings = lm, name, settings
         self._generation = generation or GenerationConfig()
         self._keys = read_keys(settings.api_key_file)
-        self._listener = bind(settings)
+        self._listener = listener or bind(settings)
         self.port: int = self._listener.getsockname()[1]
         self._server: uvicorn.Server | None = None
         self.served: Served | None = None
