@@ -453,7 +453,8 @@ def test_a_chat_is_that_of_the_model(api: openai.OpenAI, lm: pldr_jax.LanguageMo
     assert pieces[0].delta.role == "assistant" and pieces[-1].finish_reason == made.finish_reason
     assert "".join(piece.delta.content or "" for piece in pieces) == alone.text
     rest = api.chat.completions.create(model="tiny", messages=messages[1:], seed=1)
-    assert rest.usage.total_tokens <= 32
+    assert 0 < rest.usage.completion_tokens and rest.usage.total_tokens <= 32
+    assert rest.choices[0].message.content and rest.choices[0].logprobs is None
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,8 @@ class Asked:
     Attributes:
       body: its plain fields.
       requests: of the engine, one a choice; `max_new_tokens` is 1 where none are asked for.
+      max_tokens: new tokens of each.
+      logprobs: how many log-probabilities of each token are told; None is none.
       include_usage: a stream ends with the number of tokens.
       g_text: token ids of that field.
       gain: factors [L,N] of G_LM.
@@ -108,6 +110,8 @@ class Asked:
 
     body: Any
     requests: list[Request]
+    max_tokens: int
+    logprobs: int | None
     include_usage: bool
     g_text: list[int] | None
     gain: np.ndarray | None
@@ -198,7 +202,8 @@ def asked_of(
         gain = gain_of(objects["gain"], lm.config.num_layers, lm.config.num_heads)
     served.check_given(mode, body.g_text, gain)
     g_text = None if body.g_text is None else tokens_of(body.g_text, served, "g_text")
-    return Asked(body, requests, _include_usage(body, objects["stream_options"]), g_text, gain)
+    usage = _include_usage(body, objects["stream_options"])
+    return Asked(body, requests, max_tokens, logprobs, usage, g_text, gain)
 
 
 def _checked(request: Request, served: Served, max_tokens: int, choice: int) -> Request:

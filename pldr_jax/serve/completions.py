@@ -161,13 +161,15 @@ class Answer:
         offsets = [0] * len(requests)
         if body.echo:
             prompts: list[Any] = [None] * len(requests)
-            if body.logprobs is not None:
+            if self._asked.logprobs is not None:
                 prompts = [one.json() for one in await prompt_logprobs(self._served, self._asked)]
             for i, request in enumerate(requests):
                 text = "" if tokenizer is None else tokenizer.decode(request.prompt)
                 offsets[i] = len(text)
-                yield self._object(i, text, prompts[i], None if body.max_tokens else "length")
-        if body.max_tokens:
+                yield self._object(
+                    i, text, prompts[i], None if self._asked.max_tokens else "length"
+                )
+        if self._asked.max_tokens:
             pairs = zip(requests, offsets, strict=True)
             choices = [Choice(tokenizer, request, offset) for request, offset in pairs]
             updates = updates_of(self._served, self._asked, grows)
@@ -177,7 +179,7 @@ class Answer:
                     self._new_tokens += len(update.tokens)
                     text, logprobs = choice.add(update)
                     if text or logprobs["tokens"] or choice.finish_reason is not None:
-                        shown = None if body.logprobs is None else logprobs
+                        shown = None if self._asked.logprobs is None else logprobs
                         yield self._object(update.index, text, shown, choice.finish_reason)
         if self._asked.include_usage:
             yield {**self._head(), "choices": [], "usage": self._usage()}
