@@ -28,7 +28,7 @@ from pldr_jax.api import load
 from pldr_jax.cli.convert import convert_main
 from pldr_jax.cli.infer import infer_main
 from pldr_jax.cli.train import train_main
-from pldr_jax.config import ConfigError, ExperimentConfig, LoraConfig
+from pldr_jax.config import ConfigError, ExperimentConfig, LoraConfig, MeshConfig
 from pldr_jax.config.load import config_to_dict, load_config
 from pldr_jax.interop.tensors import read_safetensors
 from pldr_jax.interop.weights import open_checkpoint
@@ -38,6 +38,7 @@ from pldr_jax.model.lora import (
     digest_of,
     target_shapes,
 )
+from pldr_jax.partition import build_mesh
 from pldr_jax.runs.checkpoint import read_weights
 from pldr_jax.runs.folder import write_run
 from pldr_jax.training.finetune.begin import start_from
@@ -139,6 +140,28 @@ def test_a_step_trains_the_adapters_alone() -> None:
     np.testing.assert_allclose(moved, -rate * by_hand / (abs(by_hand) + eps), rtol=2e-3, atol=1e-7)
 
 
+def test_a_step_on_a_mesh_is_that_of_one_device() -> None:
+    config = config_of(rank=2, targets=("q", "out", "w1", "head"))
+    config = dataclasses.replace(
+        config, optimizer=dataclasses.replace(config.optimizer, warmup_steps=0)
+    )
+    params = nn.unbox(jax.jit(init_params, static_argnums=0)(config.model, jax.random.key(1)))
+    params = jax.device_get(params)
+    rows = np.random.default_rng(0).integers(4, 300, (8, 32)).astype(np.int32)
+    results = []
+    for mesh in (one_device_mesh(config.mesh), build_mesh(MeshConfig(2, 2, 2))):
+        with jax.set_mesh(mesh):
+            state = create_state(config, mesh, None, params)
+            state, metrics = jit_train_step(config, mesh, state)(state, rows)
+            results.append(jax.device_get((state.params, metrics["train/loss"], state.base)))
+            kernel = state.base["layers"]["attention"]["q"]["kernel"]
+            assert kernel.sharding.is_fully_replicated == (mesh.size == 1)
+    (one, loss, base), (other, other_loss, other_base) = results
+    assert abs(loss - other_loss) < 1e-5
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4), one, other)
+    assert_same_bits(base, other_base)
+
+
 def test_merged_is_unmerged(adapted, base) -> None:
     """The head's adapter applied beside the head; and, of all of them, W + scale A B by hand."""
     lm, plain, weights = load(adapted), open_checkpoint(base), read_weights(adapted)
@@ -204,6 +227,7 @@ def test_another_base_and_other_adapters_are_refused(
     assert (
         f"--init_from={moved}: has not the weights that the adapters of {other} belong to" in line
     )
+    assert "Lora.rank = 2: adapters need the weights" in train(*flags(corpus_of(session), FIELDS))
     status, _, error = run_here(
         capsys, train_main, f"--run_dir={tmp_path / 'new'}", *flags(corpus_of(session), FIELDS)
     )

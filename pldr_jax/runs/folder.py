@@ -59,7 +59,8 @@ def check_same_run(
         remedy = "take the old values or another --run_dir"
         check_same_model(f"{run_dir}: holds", saved, config, remedy)
         for name in ("rank", "alpha", "targets", "base_digest"):
-            if getattr(saved.lora, name) != getattr(config.lora, name):
+            same = getattr(saved.lora, name) == getattr(config.lora, name)
+            if not same and (name != "base_digest" or config.lora.base_digest is not None):
                 config.lora.fail(
                     name,
                     f"the run in {run_dir} has {getattr(saved.lora, name)!r}; take that, or "
