@@ -214,6 +214,7 @@ def test_what_is_no_answer_has_no_gradient() -> None:
     ).all()
 
 
+@pytest.mark.slow
 def test_a_run_on_conversations_goes_on_bit_for_bit_and_keeps_its_template(
     source, tmp_path, capsys
 ) -> None:

@@ -140,6 +140,7 @@ def test_a_step_trains_the_adapters_alone() -> None:
     np.testing.assert_allclose(moved, -rate * by_hand / (abs(by_hand) + eps), rtol=2e-3, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_step_on_a_mesh_is_that_of_one_device() -> None:
     config = config_of(rank=2, targets=("q", "out", "w1", "head"))
     config = dataclasses.replace(
@@ -162,6 +163,7 @@ def test_a_step_on_a_mesh_is_that_of_one_device() -> None:
     assert_same_bits(base, other_base)
 
 
+@pytest.mark.slow
 def test_merged_is_unmerged(adapted, base) -> None:
     """The head's adapter applied beside the head; and, of all of them, W + scale A B by hand."""
     lm, plain, weights = load(adapted), open_checkpoint(base), read_weights(adapted)
@@ -185,6 +187,7 @@ def test_merged_is_unmerged(adapted, base) -> None:
     assert abs(np.asarray(load(base)(TOKENS).logits) - np.asarray(out.logits)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_adapters_and_the_name_of_its_base(adapted, base) -> None:
     before = digest_of(*(lambda x: (x.params, x.g_lm))(open_checkpoint(base)))
     config = LoraConfig(**read_weights(adapted).config_dict["Lora"])
@@ -195,6 +198,7 @@ def test_a_checkpoint_holds_adapters_and_the_name_of_its_base(adapted, base) -> 
     assert size < whole / 2
 
 
+@pytest.mark.slow
 def test_a_stopped_run_of_adapters_goes_on_bit_for_bit(session, adapted, base, tmp_path) -> None:
     other = Path(shutil.copytree(adapted, tmp_path / "other"))
     shutil.rmtree(other / "checkpoints" / "4")
@@ -204,6 +208,7 @@ def test_a_stopped_run_of_adapters_goes_on_bit_for_bit(session, adapted, base, t
     assert_equal_runs(adapted, other)
 
 
+@pytest.mark.slow
 def test_another_base_and_other_adapters_are_refused(
     session, adapted, base, tmp_path, capsys, monkeypatch
 ) -> None:
@@ -253,6 +258,7 @@ def _moved(base: Path) -> Any:
     return path
 
 
+@pytest.mark.slow
 def test_programs_merge_export_and_import(adapted, base, tmp_path, capsys) -> None:
     def convert(*arguments: object) -> tuple[Any, ...]:
         return run_here(capsys, convert_main, *arguments)
@@ -294,6 +300,7 @@ def test_programs_merge_export_and_import(adapted, base, tmp_path, capsys) -> No
     assert status == 0 and text.text in out
 
 
+@pytest.mark.slow
 def test_peft_reads_the_layout(adapted, tmp_path, capsys) -> None:
     peft = pytest.importorskip("peft", reason="reads the adapters as others do")
     assert run_here(capsys, convert_main, "export", adapted, tmp_path / "peft", "--adapter")[0] == 0
