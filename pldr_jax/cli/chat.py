@@ -41,14 +41,14 @@ def chat(options: Options, config: ExperimentConfig) -> None:
             messages = list(first)
         if not line.strip() or line.strip() == NEW:
             continue
-        asked = [*messages, {"role": "user", "content": line}]
+        question = [*messages, {"role": "user", "content": line}]
         try:
-            answer = _answer(lm, asked, config.generation)
+            answer = _answer(lm, question, config.generation)
         except ConfigError as error:
             print_line(f"error: {error}", to_stderr=True)
             failed = True
             continue
-        messages = [*asked, {"role": "assistant", "content": answer}]
+        messages = [*question, {"role": "assistant", "content": answer}]
     if failed and not at_terminal:
         raise SystemExit(FAILURE)
 

@@ -214,8 +214,10 @@ class SegmentRows(Rows):
             tokens = self._store.read(start, start + length + 1)
             number, begin, end = number + 1, end, end + length
             inputs[begin:end] = tokens[:-1]
-            told = self._targets
-            targets[begin:end] = tokens[1:] if told is None else told(start + 1, start + length + 1)
+            read_targets = self._targets
+            targets[begin:end] = (
+                tokens[1:] if read_targets is None else read_targets(start + 1, start + length + 1)
+            )
             segments[begin:end] = number
 
     def _pieces(self, k: int) -> list[tuple[int, int]]:

@@ -90,9 +90,9 @@ def export_adapter(
         "inference_mode": True,
         "target_modules": modules,
     }
-    with new_folder(output, "OUT") as made:
-        save_file(tensors, made / ADAPTER, {_DIGEST: str(lora.base_digest)})
-        (made / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+    with new_folder(output, "OUT") as folder:
+        save_file(tensors, folder / ADAPTER, {_DIGEST: str(lora.base_digest)})
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
     log(f"exported the adapters of step {weights.step}, {len(tensors)} tensors: {output}")
 
 
@@ -150,9 +150,9 @@ def _files(opened: Checkpoint, config: ExperimentConfig) -> dict[str, bytes]:
 
 def _read_settings(settings: Mapping[str, Any], where: str) -> LoraConfig:
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    asked = [name for name in _UNKNOWN if settings.get(name)]
-    if settings.get("peft_type") != "LORA" or asked or settings.get("bias", "none") != "none":
-        what = ", ".join(asked) or "what is not plain LoRA"
+    unsupported = [name for name in _UNKNOWN if settings.get(name)]
+    if settings.get("peft_type") != "LORA" or unsupported or settings.get("bias", "none") != "none":
+        what = ", ".join(unsupported) or "what is not plain LoRA"
         raise ConfigError(f"{where}: asks for {what}, which is not done here")
     if not isinstance(rank, int) or not isinstance(alpha, int | float):
         raise ConfigError(f"{where}: r and lora_alpha must be numbers")

@@ -139,16 +139,18 @@ class ChatFormat:
         text = text.replace(_GUARD, "")
         if not self.special:
             return text
-        return re.sub(self._pattern, lambda found: found[0][0] + _GUARD + found[0][1:], text)
+        return re.sub(self._pattern, lambda match: match[0][0] + _GUARD + match[0][1:], text)
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        told = [{"role": m["role"], "content": self._guarded(m["content"])} for m in messages]
+        escaped = [{"role": m["role"], "content": self._guarded(m["content"])} for m in messages]
         pieces = ("bos_token", "eos_token", "pad_token", "unk_token")
-        named = {name: getattr(self, name) for name in pieces}
+        special = {name: getattr(self, name) for name in pieces}
         template = compiled(self.template)
         try:
             return str(
-                template.render(messages=told, add_generation_prompt=add_generation_prompt, **named)
+                template.render(
+                    messages=escaped, add_generation_prompt=add_generation_prompt, **special
+                )
             )
         except Exception as error:
             raise ChatError("template", " ".join(str(error).split())[:200]) from None
@@ -167,9 +169,9 @@ def check_messages(messages: Any, last: str) -> None:
         raise ChatError("roles", "messages must be a list of {'role': ..., 'content': ...}")
     wanted = "user"
     for k, message in enumerate(messages):
-        told = message if isinstance(message, Mapping) else {}
-        role = told.get("role")
-        if not isinstance(role, str) or not isinstance(told.get("content"), str):
+        fields = message if isinstance(message, Mapping) else {}
+        role = fields.get("role")
+        if not isinstance(role, str) or not isinstance(fields.get("content"), str):
             raise ChatError(
                 "roles", f"message {k + 1} must have a role and a content, both strings"
             )
@@ -237,8 +239,10 @@ def template_in(folder: Path) -> str | None:
             continue
         template = settings.get("chat_template") if isinstance(settings, dict) else None
         if isinstance(template, list):  # several by name, as some tokenizers have them
-            named = {one.get("name"): one.get("template") for one in template if one}
-            template = named.get("default")
+            templates = {
+                one.get("name"): one.get("template") for one in template if isinstance(one, dict)
+            }
+            template = templates.get("default")
         if isinstance(template, str):
             return template
     return None
