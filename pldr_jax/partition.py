@@ -110,10 +110,16 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
     """
     sizes = dict(mesh.shape)
 
-    def of_leaf(leaf: Any) -> NamedSharding:
-        if isinstance(leaf, nn.LogicallyPartitioned):
-            return NamedSharding(mesh, partition_spec(leaf.value.shape, leaf.names, sizes))
-        return NamedSharding(mesh, PartitionSpec())
+    def of_leaf(leaf: Any) -> Any:
+        if not isinstance(leaf, nn.LogicallyPartitioned):
+            return NamedSharding(mesh, PartitionSpec())
+        # An optimiser may keep nothing of a parameter, or something of another shape.
+        value = leaf.value
+        if not hasattr(value, "shape"):
+            return value
+        if len(value.shape) != len(leaf.names):
+            return NamedSharding(mesh, PartitionSpec())
+        return NamedSharding(mesh, partition_spec(value.shape, leaf.names, sizes))
 
     return jax.tree.map(
         of_leaf, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)

@@ -326,3 +326,47 @@ def test_a_position_in_another_stream_is_refused(token_file, state, message: str
     ):
         iterator.state = state
     assert "\n" not in str(error.value)
+
+
+def test_a_stated_order_is_followed_once_and_kept(token_file, tmp_path) -> None:
+    """Also from its middle; another order, or none, is refused there."""
+    path = str(tmp_path / "order.npy")
+    order = np.random.default_rng(5).permutation(ROWS)[: 4 * B]
+    np.save(path, order)
+    rows = [TokenRows(token_file, C)]
+    with train_iterator(rows, B, 0, order=path) as iterator:
+        assert iterator.batches_left == 4
+        np.testing.assert_array_equal(row_numbers(take(iterator, 2)), order[: 2 * B])
+        state = iterator.state
+    with train_iterator(rows, B, 0, order=path) as iterator:
+        iterator.state = state
+        np.testing.assert_array_equal(row_numbers(take(iterator, 2)), order[2 * B :])
+        assert iterator.batches_left == 0
+    with train_iterator(rows, B, 0, order=path, epochs=2) as iterator:
+        np.testing.assert_array_equal(row_numbers(take(iterator, 8)), np.tile(order, 2))
+    np.save(path, order[::-1])
+    for other in (path, None):
+        with train_iterator(rows, B, 0, order=other) as iterator:
+            with pytest.raises(ConfigError, match="Data.order: not the order"):
+                iterator.state = state
+
+
+@pytest.mark.parametrize(
+    "numbers,message",
+    [
+        ([*range(ROWS), 3], f"place {ROWS} has row 3 again"),
+        ([0, 1, 2, ROWS], f"place 3 has {ROWS}; the text has rows 0 to {ROWS - 1}"),
+        ([0, -1, 2, 3], "place 1 has -1"),
+        ([0.0] * ROWS, "one axis of integers"),
+        ([0], "has 1 rows, fewer than Data.batch_size"),
+        (None, "no npy file"),
+    ],
+)
+def test_an_order_that_cannot_be_is_one_line(token_file, tmp_path, numbers, message) -> None:
+    path = tmp_path / "order.npy"
+    path.write_text("1 2 3")
+    if numbers is not None:
+        np.save(path, np.asarray(numbers))
+    with pytest.raises(ConfigError, match=message) as caught:
+        train_iterator([TokenRows(token_file, C)], 4, 0, order=str(path))
+    assert str(caught.value).startswith("Data.order = ") and "\n" not in str(caught.value)

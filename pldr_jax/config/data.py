@@ -58,8 +58,17 @@ class DataConfig(Validated):
     )
     batch_size: int = field(16, "sequences in a step, over all devices", low=1)
     seed: int = field(0, "seed of the shuffle", low=0, high=SEED_LIMIT)
+    order: str | None = field(
+        None,
+        "npy file with the numbers of rows in the order in which they are trained on, each at most "
+        "once a pass; None is a shuffle by seed",
+        path=True,
+    )
     epochs: int | None = field(
-        None, "passes over the text at most, more Training.steps are an error; None is any", low=1
+        None,
+        "passes over the text at most, more Training.steps are an error; None is any, but one with "
+        "order",
+        low=1,
     )
     workers: int = field(
         0, "processes that make batches ahead, in each process of the run; 0 is threads", low=0
@@ -72,6 +81,8 @@ class DataConfig(Validated):
         super().__post_init__()
         if self.mixture_weights and len(self.mixture_weights) != len(self.mixture):
             self.fail("mixture_weights", f"must be one a folder of mixture, {len(self.mixture)}")
+        if self.order is not None and self.mixture_weights:
+            self.fail("mixture_weights", "Data.order says which rows are taken; leave one out")
 
     @property
     def segments_per_row(self) -> int:

@@ -12,12 +12,12 @@ from pldr_jax.config.data import DataConfig
 from pldr_jax.config.fields import ConfigError, group_name
 from pldr_jax.config.lora import LoraConfig
 from pldr_jax.config.model import ModelConfig
+from pldr_jax.config.optimizer import OptimizerConfig
 from pldr_jax.config.sampling import GenerationConfig
 from pldr_jax.config.training import (
     CheckpointConfig,
     LossConfig,
     MeshConfig,
-    OptimizerConfig,
     TrainingConfig,
 )
 
@@ -42,11 +42,7 @@ class ExperimentConfig:
             if not isinstance(value, config_class):
                 name = group_name(config_class)
                 raise ConfigError(f"{name} = {show(value)}: must be a {config_class.__name__}")
-        decay_steps = self.optimizer.decay_steps or self.training.steps
-        if self.optimizer.warmup_steps >= decay_steps:
-            self.optimizer.fail(
-                "warmup_steps", f"must be below the {decay_steps} steps of the schedule"
-            )
+        self._check_schedule()
         if self.data.packing == "packed" and self.model.attention_kernel in ("cudnn", "flash"):
             self.model.fail("attention_kernel", "fused kernels know no segments; take 'auto'")
         dag_terms = (self.loss.dag_a_lm, self.loss.dag_a_p, self.loss.dag_g_lm)
@@ -56,6 +52,36 @@ class ExperimentConfig:
                 "a predefined G_LM cannot be regularised: set the Loss.dag_* coefficients to 0",
             )
         self._check_g_from()
+        if self.loss.targets != "all" and self.data.keeps_segments:
+            self.loss.fail("targets", "rows with segments know 'all' alone; take another packing")
+        if self.model.g_source != "learned":
+            self._check_no_generator()
+
+    def _check_schedule(self) -> None:
+        """Refuses steps of the schedule that are not in their order."""
+        optimizer = self.optimizer
+        if optimizer.schedule == "constant":
+            return
+        decay_steps = optimizer.decay_steps or self.training.steps
+        if optimizer.warmup_steps >= decay_steps:
+            optimizer.fail("warmup_steps", f"must be below the {decay_steps} steps of the schedule")
+        last = optimizer.last_peak_step(decay_steps)
+        if optimizer.schedule in ("hold", "wsd") and not (
+            optimizer.warmup_steps <= last < decay_steps
+        ):
+            optimizer.fail(
+                "hold_until",
+                f"the peak lasts to step {last}: it must lie from warmup_steps, "
+                f"{optimizer.warmup_steps}, to below the {decay_steps} steps of the schedule",
+            )
+
+    def _check_no_generator(self) -> None:
+        """Refuses what only a model with a PLGA network has."""
+        if self.optimizer.generator_learning_rate is not None:
+            self.optimizer.fail("generator_learning_rate", "a predefined G_LM has no generator")
+        generator = ("generator", "metric_learner", "couplings")
+        if any(group in generator for group, _ in self.training.freeze):
+            self.training.fail("freeze", f"a predefined G_LM has none of {', '.join(generator)}")
 
     def _check_g_from(self) -> None:
         """Refuses a `Loss.g_from` that model, rows or batch do not allow."""

@@ -52,6 +52,11 @@ class ModelConfig(Validated):
         "checkpoint holds it",
         path=True,
     )
+    init: Literal["legacy", "native_port", "normalized"] = field(
+        "legacy",
+        "initial W, P and a: normal, as published; uniform, as in the transformers port; or that, "
+        "and all linear layers but the metric learner's, scaled as at 2 heads of 64",
+    )
     layer_norm_eps: float = field(1e-6, "epsilon of every LayerNorm", above=0)
     task: Literal["sequence", "token", "question"] | None = field(
         None,
@@ -144,6 +149,9 @@ class ModelConfig(Validated):
 
 MOST_WEIGHTS = 10**13
 """More cannot be anything but a mistake, or a file that is out to take all memory."""
+
+HOW_BEGUN = ("init",)
+"""Fields of `ModelConfig` that only initial weights depend on."""
 
 HOW_COMPUTED = ("dtype", "plga_precision", "remat", "remat_plga", "unroll", "attention_kernel")
 """Fields of `ModelConfig` that say how the network is computed, not which network it is."""

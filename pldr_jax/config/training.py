@@ -1,9 +1,14 @@
-"""The groups `Loss`, `Optimizer`, `Mesh`, `Checkpoint` and `Training` of the configuration."""
+"""The groups `Loss`, `Mesh`, `Checkpoint` and `Training` of the configuration."""
 
 import dataclasses
 from typing import Literal
 
 from pldr_jax.config.fields import SEED_LIMIT, ConfigError, Validated, field
+
+ParameterGroup = Literal[
+    "generator", "couplings", "metric_learner", "attention", "ffn", "embedding", "head"
+]
+"""Parameters by what they do; the generator is the metric learner and the couplings."""
 
 CALIBRATION_ROWS = 16
 """Rows that a calibrated G_LM is the mean of, where nothing else is asked for."""
@@ -43,37 +48,18 @@ class LossConfig(Validated):
         low=1,
     )
 
+    targets: Literal["all", "last", "random_one"] = field(
+        "all",
+        "targets of a training row that the loss is over: all; the last one, which the rest of the "
+        "row predicts; or a random one that is not the last",
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.g_prefix_length is not None and "prefix" not in self.g_from:
             self.fail("g_prefix_length", f"is only read with a prefix, not {self.g_from!r}")
         if self.dag_until_step is not None and self.dag_until_step <= self.dag_warmup_steps:
             self.fail("dag_until_step", f"must be above dag_warmup_steps, {self.dag_warmup_steps}")
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig(Validated):
-    """AdamW with linear warm-up and cosine decay."""
-
-    learning_rate: float = field(1.5e-2, "peak learning rate", above=0)
-    warmup_steps: int = field(200, "steps of linear warm-up from 0", low=0)
-    decay_steps: int | None = field(
-        None, "step at which the cosine ends; None is Training.steps", low=1
-    )
-    end_lr_fraction: float = field(
-        0.2, "final learning rate as a fraction of the peak", low=0, high=1
-    )
-    beta1: float = field(0.9, "decay of the first moment", low=0, high=1)
-    beta2: float = field(0.95, "decay of the second moment", low=0, high=1)
-    eps: float = field(1e-4, "added to the root of the second moment", above=0)
-    weight_decay: float = field(1.0, "decoupled weight decay", low=0)
-    decay_mask: Literal["all", "matrices"] = field(
-        "all", "parameters decayed: all, or all but biases and norms"
-    )
-    clip: Literal["value", "norm", "none"] = field(
-        "value", "gradients clipped element by element, by global norm, or not"
-    )
-    clip_threshold: float = field(1.0, "the clipping threshold", above=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +114,11 @@ class TrainingConfig(Validated):
     seed: int = field(
         0, "seed of the initial parameters, and of random prefixes", low=0, high=SEED_LIMIT
     )
+    freeze: tuple[tuple[ParameterGroup, int], ...] = field(
+        (),
+        "(group, step) pairs: from that step on, 0 being the start, no update and no decay changes "
+        "the group",
+    )
     log_every: int = field(10, "steps between rows of training metrics", low=1)
     eval_every: int = field(200, "steps between evaluations", low=1)
     eval_rows: int = field(128, "held-out rows evaluated; 0 takes all", low=0)
@@ -147,3 +138,11 @@ class TrainingConfig(Validated):
     wandb_project: str | None = field(
         None, "also send metrics to this project of Weights & Biases (the extra wandb)"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        groups = [group for group, _ in self.freeze]
+        if len(set(groups)) < len(groups):
+            self.fail("freeze", "names a group twice; give each one step")
+        if any(step < 0 for _, step in self.freeze):
+            self.fail("freeze", "a step is 0 or more; 0 freezes from the start")

@@ -80,7 +80,8 @@ class TrainingText:
     def train_batches(
         self, config: ExperimentConfig, process: tuple[int, int] = (0, 1)
     ) -> TrainIterator:
-        """Shuffled batches without end, or of `Data.epochs`, as `train_iterator` makes them.
+        """Shuffled batches without end, or those of `Data.epochs` or `Data.order`, as
+        `train_iterator` makes them.
 
         Args:
           process: which part of each batch this process takes, of how many.
@@ -94,6 +95,7 @@ class TrainingText:
             epochs=config.data.epochs,
             digest=self.digest,
             workers=config.data.workers,
+            order=config.data.order,
         )
 
     def held_out_rows(self, config: ExperimentConfig) -> ValidationRows:

@@ -6,6 +6,7 @@ whatever its size and for any number of processes, so a run can be resumed with 
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from absl.flags import FLAGS
 from grain.experimental import index_shuffle
 
 from pldr_jax.config import CALIBRATION_ROWS, ConfigError
+from pldr_jax.data.order import read_order
 from pldr_jax.data.rows import Rows, filled_share, join_rows, stack_rows
 
 _READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
@@ -66,6 +68,11 @@ class TrainIterator(Iterator[np.ndarray]):
     def n_batches(self) -> int:
         """As many batches of this size as rows were taken."""
         return self._next_row // self._batch_size
+
+    @property
+    def n_rows(self) -> int:
+        """Of the text, or of all texts together."""
+        return len(self._rows)
 
     @property
     def batches_left(self) -> int:
@@ -119,6 +126,11 @@ class TrainIterator(Iterator[np.ndarray]):
                 f"Data.seed = {self._identity['seed']}: the run has {state.get('seed')}, and in "
                 f"another order rows would be lost and others repeated; {_GO_ON_ANEW}"
             )
+        if state.get("order") != self._identity.get("order"):
+            raise ConfigError(
+                "Data.order: not the order that the checkpoint was trained in, so that rows would "
+                f"be lost and others repeated; {_GO_ON_ANEW}"
+            )
         self._stop()
         self._next_row = next_row
 
@@ -149,6 +161,7 @@ def train_iterator(
     epochs: int | None = None,
     digest: str = "",
     workers: int = 0,
+    order: str | None = None,
 ) -> TrainIterator:
     """This process's part of every global batch of `batch_size` rows, shuffled anew each epoch.
 
@@ -164,9 +177,13 @@ def train_iterator(
       epochs: passes over a text, after which the stream ends; None is no end.
       digest: of the texts, kept in the state to know them again.
       workers: processes that make batches ahead; 0 is threads of this one.
+      order: file of row numbers, which takes the place of shuffle and weights; of several texts,
+        the rows of the second follow those of the first, and so on. One pass unless `epochs` says
+        more.
 
     Raises:
-      ConfigError: a text is shorter than one batch, or the processes cannot have equal parts.
+      ConfigError: a text is shorter than one batch, the processes cannot have equal parts, or the
+        order is none of these rows.
     """
     for one in rows:
         if len(one) < batch_size:
@@ -179,13 +196,18 @@ def train_iterator(
         raise ConfigError(
             f"Data.batch_size = {batch_size}: must be a multiple of the {process[1]} processes"
         )
-    ends = itertools.accumulate(len(one) for one in rows)
-    shuffled = [
-        _Shuffled(end - len(one), end, seed + k, epochs)
-        for k, (one, end) in enumerate(zip(rows, ends, strict=True))
-    ]
-    stream = shuffled[0] if len(rows) == 1 else grain.MapDataset.mix(shuffled, list(weights))
     identity = {"text": digest, "seed": seed}
+    if order is not None:
+        numbers = read_order(order, sum(map(len, rows)), batch_size)
+        identity["order"] = hashlib.sha256(numbers.tobytes()).hexdigest()
+        stream: grain.MapDataset = _Ordered(numbers, epochs or 1)
+    else:
+        ends = itertools.accumulate(len(one) for one in rows)
+        shuffled = [
+            _Shuffled(end - len(one), end, seed + k, epochs)
+            for k, (one, end) in enumerate(zip(rows, ends, strict=True))
+        ]
+        stream = shuffled[0] if len(rows) == 1 else grain.MapDataset.mix(shuffled, list(weights))
     filled = sum(weight * filled_share(one) for weight, one in zip(weights, rows, strict=True))
     return TrainIterator(stream, join_rows(rows), batch_size, process, workers, identity, filled)
 
@@ -212,6 +234,22 @@ class _Shuffled(grain.MapDataset):
         epoch, place = divmod(k, self._count)
         seed = (self._seed + epoch) % 2**32
         return self._start + index_shuffle(place, self._count - 1, seed, 4)
+
+
+class _Ordered(grain.MapDataset):
+    """The given numbers, `epochs` times."""
+
+    def __init__(self, numbers: np.ndarray, epochs: int) -> None:
+        super().__init__()
+        self._numbers, self._epochs = numbers, epochs
+
+    def __len__(self) -> int:
+        return self._epochs * len(self._numbers)
+
+    def __getitem__(self, k: Any) -> Any:
+        if isinstance(k, slice):
+            return self.slice(k)
+        return int(self._numbers[k % len(self._numbers)])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pldr_jax.config import ModelConfig
 from pldr_jax.model.cache import LayerCache, LayerOutputs
 from pldr_jax.model.deductive import DeductiveOutputs
 from pldr_jax.model.kernels import apply_metric, attend
-from pldr_jax.model.layers import Linear
+from pldr_jax.model.layers import REFERENCE_DIM, Linear, width_scale
 from pldr_jax.model.plga import PowerLawGraphAttention
 from pldr_jax.model.rope import rotate
 from pldr_jax.model.segments import Segments
@@ -46,12 +46,13 @@ class Attention(nn.Module):
         config = self.config
         model, heads = (config.model_dim,), (config.num_heads, config.head_dim)
         head_axes, dtype = ("heads", "head_dim"), jnp.dtype(config.dtype)
-        self.q = Linear(model, heads, ("embed",), head_axes, dtype)
-        self.k = Linear(model, heads, ("embed",), head_axes, dtype)
-        self.v = Linear(model, heads, ("embed",), head_axes, dtype)
+        scale = width_scale(config, 2 * model, (REFERENCE_DIM, REFERENCE_DIM))
+        self.q, self.k, self.v = (
+            Linear(model, heads, ("embed",), head_axes, dtype, scale=scale) for _ in range(3)
+        )
         three = (3, *heads)
         self.qkv = Linear(model, three, ("embed",), ("joined", *head_axes), dtype)
-        self.out = Linear(heads, model, head_axes, ("embed",), dtype)
+        self.out = Linear(heads, model, head_axes, ("embed",), dtype, scale=scale)
         if config.g_source == "learned":
             self.plga = PowerLawGraphAttention(config)
 

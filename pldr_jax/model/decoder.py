@@ -15,7 +15,15 @@ from pldr_jax.model.attention import Attention, AttentionInputs, join_projection
 from pldr_jax.model.cache import Cache, LayerCache, LayerOutputs
 from pldr_jax.model.deductive import DeductiveOutputs, g_lm_shape
 from pldr_jax.model.embedding import Embedding
-from pldr_jax.model.layers import GLU, Linear, join_gate, layer_norm
+from pldr_jax.model.layers import (
+    GLU,
+    REFERENCE_DIM,
+    REFERENCE_FFN,
+    Linear,
+    join_gate,
+    layer_norm,
+    width_scale,
+)
 from pldr_jax.model.segments import Segments
 from pldr_jax.partition import Names, constrain, divided, in_use, save_all_but_gathered
 
@@ -58,7 +66,12 @@ class DecoderLayer(nn.Module):
         dtype = jnp.dtype(config.dtype)
         self.attention = Attention(config)
         self.attention_norm = layer_norm(config.layer_norm_eps)
-        self.ffn = GLU(config.model_dim, config.ffn_width, ("embed", "ffn"), dtype)
+        wide, reference = (config.model_dim, config.ffn_width), (REFERENCE_DIM, REFERENCE_FFN)
+        scales = (
+            width_scale(config, wide, reference),
+            width_scale(config, wide[::-1], reference[::-1]),
+        )
+        self.ffn = GLU(*wide, ("embed", "ffn"), dtype, scales=scales)
         self.ffn_norm = layer_norm(config.layer_norm_eps)
 
     def __call__(
@@ -109,6 +122,11 @@ class Decoder(nn.Module):
             ("vocab",),
             jnp.dtype(config.dtype),
             use_bias=config.task != "sequence",
+            scale=width_scale(
+                config,
+                (config.model_dim, config.head_width),
+                (REFERENCE_DIM, config.head_width),
+            ),
         )
 
     def __call__(

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pldr_jax.config import ModelConfig
 from pldr_jax.model.reductions import add_bias
 from pldr_jax.partition import divided, in_use
 
@@ -23,11 +24,29 @@ def logical(init: Initializer, *names: str) -> Initializer:
     return nn.with_logical_partitioning(init, names)
 
 
-def glorot_uniform(fan_in: int, fan_out: int) -> Initializer:
-    """Uniform on +-sqrt(6 / (fan_in + fan_out)), fans given because kernels here have more than
-    two axes.
+def glorot_uniform(fan_in: int, fan_out: int, scale: float = 1.0) -> Initializer:
+    """Uniform on +-scale sqrt(6 / (fan_in + fan_out)), fans given because kernels here have more
+    than two axes.
     """
-    limit = math.sqrt(6.0 / (fan_in + fan_out))
+    return uniform(scale * math.sqrt(6.0 / (fan_in + fan_out)))
+
+
+REFERENCE_DIM, REFERENCE_FFN = 128, 341
+"""D and F of the model that `Model.init = 'normalized'` refers to."""
+
+
+def width_scale(config: ModelConfig, fans: tuple[int, int], reference: tuple[int, int]) -> float:
+    """Factor of a linear layer's Glorot bound: with `Model.init = 'normalized'` what gives each
+    output the variance that it has at the reference fans, 2 heads of 64; else 1.
+    """
+    if config.init != "normalized":
+        return 1.0
+    (fan_in, _), (reference_in, _) = fans, reference
+    return math.sqrt(reference_in * sum(fans) / (fan_in * sum(reference)))
+
+
+def uniform(limit: float) -> Initializer:
+    """Uniform on +-limit."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -limit, limit)
@@ -47,6 +66,7 @@ class Linear(nn.Module):
       in_axes, out_axes: their logical names.
       dtype, precision: of the product.
       use_bias: False is `y = x W`.
+      scale: of the initial kernel.
     """
 
     in_shape: tuple[int, ...]
@@ -56,9 +76,10 @@ class Linear(nn.Module):
     dtype: Any = jnp.float32
     precision: str | None = None
     use_bias: bool = True
+    scale: float = 1.0
 
     def setup(self) -> None:
-        init = glorot_uniform(math.prod(self.in_shape), math.prod(self.out_shape))
+        init = glorot_uniform(math.prod(self.in_shape), math.prod(self.out_shape), self.scale)
         self.kernel = self.param(
             "kernel",
             logical(init, *self.in_axes, *self.out_axes),
@@ -125,6 +146,7 @@ class GLU(nn.Module):
       hidden: width of the gate and of the value.
       axes: logical names of the input axis and of the hidden axis.
       dtype, precision: of the products.
+      scales: of the initial kernels to the hidden axis, and back.
     """
 
     width: int
@@ -132,15 +154,19 @@ class GLU(nn.Module):
     axes: tuple[str, str]
     dtype: Any = jnp.float32
     precision: str | None = None
+    scales: tuple[float, float] = (1.0, 1.0)
 
     def setup(self) -> None:
         into: dict[str, Any] = {"in_shape": (self.width,), "in_axes": self.axes[:1]}
         back: dict[str, Any] = {"out_shape": (self.width,), "out_axes": self.axes[:1]}
         product: dict[str, Any] = {"dtype": self.dtype, "precision": self.precision}
         hidden: dict[str, Any] = {"out_shape": (self.hidden,), "out_axes": self.axes[1:]}
-        self.w1 = Linear(**into, **hidden, **product)
-        self.w2 = Linear(**into, **hidden, **product)
-        self.w3 = Linear((self.hidden,), in_axes=self.axes[1:], **back, **product)
+        self.w1, self.w2 = (
+            Linear(**into, **hidden, **product, scale=self.scales[0]) for _ in range(2)
+        )
+        self.w3 = Linear(
+            (self.hidden,), in_axes=self.axes[1:], **back, **product, scale=self.scales[1]
+        )
         # What decoding has in place of them (`join_gate`).
         joined = aligned(self.axes[1], self.hidden)
         self.w12 = Linear(

@@ -22,7 +22,14 @@ import jax.numpy as jnp
 
 from pldr_jax.config import ModelConfig
 from pldr_jax.model.deductive import DeductiveOutputs
-from pldr_jax.model.layers import GLU, Initializer, full_product_operand, layer_norm, logical
+from pldr_jax.model.layers import (
+    GLU,
+    Initializer,
+    full_product_operand,
+    glorot_uniform,
+    layer_norm,
+    logical,
+)
 from pldr_jax.model.segments import Segments
 from pldr_jax.partition import constrain, divided, in_use
 
@@ -42,6 +49,17 @@ def per_head_glorot_normal(num_heads: int, head_dim: int) -> Initializer:
     """
     std = math.sqrt(2.0 / (head_dim * head_dim + num_heads * head_dim))
     return nn.initializers.normal(std)
+
+
+def coupling_init(config: ModelConfig) -> Initializer:
+    """Of W, P and a, as `Model.init` says. `native_port` is uniform with the same standard
+    deviation as `legacy`; `normalized` is what that is at two heads, whatever their number.
+    """
+    N, H = config.num_heads, config.head_dim
+    if config.init == "legacy":
+        return per_head_glorot_normal(N, H)
+    scale = math.sqrt((H + N) / (H + 2)) if config.init == "normalized" else 1.0
+    return glorot_uniform(H * H, N * H, scale)
 
 
 def density_matrix(
@@ -118,7 +136,7 @@ class PowerLawGraphAttention(nn.Module):
         self.residual = ResidualLayer(config)
         shape = (config.num_heads, config.head_dim, config.head_dim)
         axes = ("heads", "metric_in", "head_dim")
-        weight = logical(per_head_glorot_normal(config.num_heads, config.head_dim), *axes)
+        weight = logical(coupling_init(config), *axes)
         zeros = logical(nn.initializers.zeros, *axes)
         self.W, self.b_W = self.param("W", weight, shape), self.param("b_W", zeros, shape)
         self.P = self.param("P", weight, shape)

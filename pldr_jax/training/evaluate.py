@@ -33,6 +33,7 @@ from pldr_jax.model.decoder import Params
 from pldr_jax.model.deductive import g_lm_shape
 from pldr_jax.partition import batch_sharding
 from pldr_jax.training.causal import half_lengths, prefix_lengths
+from pldr_jax.training.laws.targets import at_chosen_targets
 from pldr_jax.training.losses import TokenLoss, dag_losses
 from pldr_jax.training.order_parameter import DeductiveStatistics, pair_sums
 from pldr_jax.training.rows import RowOutputs, first_documents, forward_rows
@@ -57,7 +58,8 @@ class Scores(NamedTuple):
     """What a microbatch comes to; all small.
 
     Attributes:
-      tokens: with the G_LM of each row ("own") and with the frozen one ("frozen").
+      tokens: with the G_LM of each row ("own") and with the frozen one ("frozen"); of the last
+        target of each row alone ("last"), where `Loss.targets` is one a row.
       dag: mean DAG losses of the counted sequences.
       sums: of each deductive output, `pair_sums`.
       sequences, pairs: how many were counted.
@@ -93,6 +95,10 @@ class Evaluator:
         self._config, self._rows, self._bytes_per_token = config, held_out.rows_BC, bytes_per_token
         self._learned = config.model.g_source == "learned"
         self._prefix_g = config.training.eval_prefix_g and self._learned
+        loss = dataclasses.replace(config.loss, targets="last")
+        self._last = None  # the config that scores the last target of a row, where training may
+        if config.loss.targets != "all":
+            self._last = dataclasses.replace(config, loss=loss)
         self._calibration = held_out.calibration_BC[:1]
         self._batch_size = min(config.data.batch_size, len(self._rows))
         at_once = config.data.batch_size // config.training.grad_accumulation
@@ -158,6 +164,9 @@ class Evaluator:
     ) -> tuple[Scores, Carry]:
         own = self._forward(params, rows_BC, g_lm)
         tokens = {"own": self._loss(params, own)}
+        if self._last is not None:
+            outputs, targets_B1 = at_chosen_targets(self._last, params, own.outputs, own.targets_BT)
+            tokens["last"] = batch_loss(self._last, params, outputs, targets_B1)
         if frozen is None:
             none = jnp.zeros((), jnp.int32)
             return Scores(tokens, {}, {}, none, none), carry
@@ -210,6 +219,8 @@ class Evaluator:
             "eval/perplexity": math.exp(min(loss, 700.0)),
             "eval/bits_per_byte": loss / math.log(2) / self._bytes_per_token,
         }
+        if self._last is not None:
+            metrics["eval/loss_last"] = _mean([score.tokens["last"] for score in scores])
         if not self._learned:
             return metrics
         frozen_loss = _mean([score.tokens["frozen"] for score in scores])

@@ -34,6 +34,7 @@ from pldr_jax.runs.checkpoint import BEST_METRIC, Checkpointer
 from pldr_jax.runs.folder import check_same_run, write_run_files
 from pldr_jax.terminal import print_line
 from pldr_jax.training.evaluate import Evaluator
+from pldr_jax.training.optimizer import Averaged
 from pldr_jax.training.profile import Profiler
 from pldr_jax.training.record import Record
 from pldr_jax.training.signals import StopRequest, stop_on_signals
@@ -267,6 +268,12 @@ class Trainer:
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         params = model_params(self._config, state)
         evaluation = self._evaluator(params, state.g_lm)
+        if isinstance(state.opt_state, Averaged):
+            average = state.replace(params=state.opt_state.average)
+            averaged = self._evaluator(model_params(self._config, average), state.g_lm)
+            evaluation |= {
+                name.replace("eval/", "eval/average/", 1): value for name, value in averaged.items()
+            }
         if self._task_metrics is not None:
             evaluation |= self._task_metrics(
                 self._config.model, params, state.g_lm, self._tokenizer, self._mesh

@@ -1,73 +1,189 @@
-"""The optimiser: AdamW with warm-up and cosine decay, as the published runs used it."""
+"""The optimiser: what becomes of gradients, and what it remembers."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
-from pldr_jax.config import OptimizerConfig
+from pldr_jax.config import ExperimentConfig, OptimizerConfig
+from pldr_jax.model.decoder import Params
+from pldr_jax.training.laws.groups import (
+    Freeze,
+    frozen_from,
+    has_generator_rate,
+    keep_frozen,
+    names_of,
+    without_frozen,
+)
+from pldr_jax.training.laws.schedule import learning_rate_schedule
+
+MUON_RMS = 0.2
+"""Root mean square of a Muon update at rate 1, which is that of AdamW: its rates fit (arXiv
+2502.16982).
+"""
 
 
-def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 over `warmup_steps`, cosine to `end_lr_fraction` of the peak at
-    `decay_steps`, constant afterwards.
+class Averaged(NamedTuple):
+    """State of the optimiser where `Optimizer.average_decay` is set.
 
-    Step s, counted from 0, uses schedule(s): the very first update has learning rate 0.
+    Attributes:
+      optimizer: state of everything else.
+      average: moving average of the parameters.
     """
-    decay_steps = config.decay_steps or total_steps
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        decay_steps=decay_steps,
-        end_value=config.end_lr_fraction * config.learning_rate,
-    )
+
+    optimizer: Any
+    average: Params
 
 
-def build_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Clipping, then AdamW with the schedule. The decay is decoupled and multiplied by the
-    learning rate.
+def build_optimizer(
+    config: OptimizerConfig, total_steps: int, freeze: Freeze = ()
+) -> optax.GradientTransformation:
+    """Clipping, then the update rule with the schedule. The decay is decoupled and multiplied by
+    the learning rate.
+
+    Args:
+      total_steps: of the run.
+      freeze: parameters frozen from step 0 have no optimiser state.
     """
     clip = {
         "value": optax.clip(config.clip_threshold),
         "norm": optax.clip_by_global_norm(config.clip_threshold),
         "none": optax.identity(),
     }[config.clip]
-    adamw = optax.adamw(
-        learning_rate_schedule(config, total_steps),
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=None if config.decay_mask == "all" else decayed_matrices,
+    body = _rule(config, total_steps, config.learning_rate)
+    rate = config.generator_learning_rate
+    never_trained = any(step == 0 for _, step in freeze)
+    if rate is None and not never_trained:
+        return optax.chain(clip, body)
+    rules = {"body": body, "frozen": optax.set_to_zero()}
+    if rate is not None:
+        rules["generator"] = _rule(config, total_steps, rate)
+
+    def label(path: tuple[Any, ...], _: Any) -> str:
+        if frozen_from(freeze, path) == 0:
+            return "frozen"
+        return "generator" if rate is not None and has_generator_rate(path) else "body"
+
+    def labels(params: Params) -> Any:
+        return jax.tree.map_with_path(label, params)
+
+    return optax.chain(clip, optax.partition(rules, labels))
+
+
+def _rule(config: OptimizerConfig, total_steps: int, peak: float) -> optax.GradientTransformation:
+    """From gradients to updates, with one learning rate."""
+    beta1, beta2 = config.beta1, config.beta2
+    direction = {
+        "adamw": lambda: optax.scale_by_adam(beta1, beta2, config.eps),
+        "sgd": lambda: optax.trace(beta1),
+        "muon": lambda: optax.chain(
+            optax.contrib.muon(
+                1.0,
+                beta=beta1,
+                adam_b1=beta1,
+                adam_b2=beta2,
+                eps=config.eps,
+                muon_weight_dimension_numbers=matrix_axes,
+                consistent_rms=MUON_RMS,
+            ),
+            optax.scale(-1.0),  # it goes downhill by itself
+        ),
+        "adafactor": lambda: optax.chain(
+            optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
+        ),
+        "lion": lambda: optax.scale_by_lion(beta1, beta2),
+    }[config.name]()
+    mask = None if config.decay_mask == "all" else decayed_matrices
+    return optax.chain(
+        direction,
+        optax.add_decayed_weights(config.weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate_schedule(config, total_steps, peak)),
     )
-    return optax.chain(clip, adamw)
 
 
-def next_learning_rate(config: OptimizerConfig, total_steps: int, opt_state: Any) -> jax.Array:
-    """The learning rate of the next update: it follows the updates that were made, which are fewer
-    than the steps where some were left out.
+def matrix_axes(params: Params) -> Any:
+    """Which axes of a parameter of the layers are the inputs and outputs of a matrix, the others
+    counting matrices; None for everything that is no matrix, and for embedding and head.
     """
 
-    def is_schedule(node: Any) -> bool:
-        return isinstance(node, optax.ScaleByScheduleState)
+    def axes(path: tuple[Any, ...], _: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        names = names_of(path)
+        coupling = names[-2] == "plga" and names[-1] in ("W", "a")
+        if names[0] != "layers" or not (coupling or names[-1] == "kernel"):
+            return None
+        if names[-2] in ("q", "k", "v"):  # [L,D,N,H]
+            return optax.contrib.MuonDimensionNumbers((-3,), (-2, -1))
+        if names[-2] == "out":  # [L,N,H,D]
+            return optax.contrib.MuonDimensionNumbers((-3, -2), (-1,))
+        return optax.contrib.MuonDimensionNumbers((-2,), (-1,))
 
-    nodes = jax.tree.leaves(opt_state, is_leaf=is_schedule)
-    (made,) = (node.count for node in nodes if is_schedule(node))
-    return jnp.asarray(learning_rate_schedule(config, total_steps)(made), jnp.float32)
+    return jax.tree.map_with_path(axes, params)
 
 
 def decayed_matrices(params: Any) -> Any:
     """True for the parameters that `decay_mask = 'matrices'` decays: all but biases (b_W and b_a
     too) and norms.
     """
+    return jax.tree.map_with_path(
+        lambda path, _: names_of(path)[-1] not in ("bias", "scale", "b_W", "b_a"), params
+    )
 
-    def is_matrix(path: tuple[Any, ...], _: jax.Array) -> bool:
-        names = [key.key for key in path if hasattr(key, "key")]
-        return names[-1] not in ("bias", "scale", "b_W", "b_a")
 
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
+def initial_state(config: ExperimentConfig, params: Params) -> Any:
+    """The optimiser's state before the first update."""
+    optimizer = build_optimizer(
+        config.optimizer, config.training.steps, config.training.freeze
+    ).init(params)
+    if config.optimizer.average_decay is None:
+        return optimizer
+    return Averaged(optimizer, jax.tree.map(jnp.copy, params))
+
+
+def update(
+    config: ExperimentConfig, grads: Params, opt_state: Any, params: Params, step: jax.Array
+) -> tuple[Params, Any, Params]:
+    """One update: (parameters, state of the optimiser, what was added to the parameters).
+
+    A frozen parameter keeps its bits.
+
+    Args:
+      grads: without those of frozen parameters.
+      step: updates made or left out before.
+    """
+    freeze, decay = config.training.freeze, config.optimizer.average_decay
+    optimizer = build_optimizer(config.optimizer, config.training.steps, freeze)
+    inner = opt_state.optimizer if isinstance(opt_state, Averaged) else opt_state
+    updates, inner = optimizer.update(grads, inner, params)
+    updates = without_frozen(freeze, step, updates)
+    params = keep_frozen(freeze, step, optax.apply_updates(params, updates), params)
+    if decay is None:
+        return params, inner, updates
+    # Early averages are of what there is: else the initial weights would weigh most for long.
+    kept = jnp.minimum(decay, (1 + step) / (10 + step))
+    average = jax.tree.map(lambda x, new: new + kept * (x - new), opt_state.average, params)
+    return params, Averaged(inner, average), updates
+
+
+def learning_rates(config: ExperimentConfig, opt_state: Any) -> dict[str, jax.Array]:
+    """The rates of the next update, as metrics. They follow the updates that were made, which are
+    fewer than the steps where some were left out.
+    """
+
+    def is_schedule(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    nodes = jax.tree.leaves(opt_state, is_leaf=is_schedule)
+    made = next(node.count for node in nodes if is_schedule(node))
+    optimizer, steps = config.optimizer, config.training.steps
+    peaks = {"train/learning_rate": optimizer.learning_rate}
+    if optimizer.generator_learning_rate is not None:
+        peaks["train/generator_learning_rate"] = optimizer.generator_learning_rate
+    return {
+        name: jnp.asarray(learning_rate_schedule(optimizer, steps, peak)(made), jnp.float32)
+        for name, peak in peaks.items()
+    }
 
 
 def global_norm(tree: Any) -> jax.Array:

@@ -73,7 +73,7 @@ def config_facts(config: ExperimentConfig) -> dict[str, Any]:
     what they lead to is compared when it is open.
     """
     may_differ = {"Data.source", "Data.mixture", "Data.tokenizer", "Data.cache_dir", "Data.workers"}
-    may_differ |= {"Data.chat_template", "Lora.base"}
+    may_differ |= {"Data.chat_template", "Lora.base", "Data.order"}
     return {
         f"{group}.{name}": value
         for group, fields in config_to_dict(config).items()
@@ -118,6 +118,12 @@ def open_data(
     batches = text.train_batches(config, process_part(mesh, config.data.batch_size))
     if chat is not None and (line := text.cut_conversations(config)):
         log(line)
+    passes = config.training.steps * config.data.batch_size / batches.n_rows
+    if passes > 1 and config.data.epochs is None and config.data.order is None:
+        log(
+            f"note: the run reads the {batches.n_rows:,} rows of its text {passes:.1f} times; "
+            "Data.epochs = 1 forbids that"
+        )
     places = config.data.batch_size * config.model.context_length
     return RunData(
         config,
@@ -136,8 +142,8 @@ def check_enough_text(config: ExperimentConfig, start: int, batches_left: int) -
     if config.training.steps > most:
         config.training.fail(
             "steps",
-            f"the text is used up after {most} steps, with Data.epochs = {config.data.epochs}; "
-            "lower it, or raise Data.epochs",
+            f"the text is used up after {most} steps, with Data.epochs = "
+            f"{config.data.epochs or 1}; lower it, or raise Data.epochs",
         )
 
 

@@ -8,7 +8,6 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pldr_jax.config import ExperimentConfig
@@ -18,14 +17,15 @@ from pldr_jax.model.lora import init_adapters, merge_adapters
 from pldr_jax.model.shapes import place_params
 from pldr_jax.partition import batch_sharding, constrain, shardings
 from pldr_jax.training.causal import forward_neighbour, prefix_lengths, scored_share
+from pldr_jax.training.laws.groups import without_frozen
+from pldr_jax.training.laws.targets import at_chosen_targets, count_targets, target_draws
 from pldr_jax.training.losses import (
-    PAD_ID,
     TokenLoss,
     dag_losses,
     dag_schedule,
     regularizer,
 )
-from pldr_jax.training.optimizer import build_optimizer, global_norm, next_learning_rate
+from pldr_jax.training.optimizer import global_norm, initial_state, learning_rates, update
 from pldr_jax.training.rows import forward_rows, targets_of
 from pldr_jax.training.vocabulary_loss import batch_loss
 
@@ -66,8 +66,7 @@ class InitialWeights(NamedTuple):
 
 
 def _new_state(config: ExperimentConfig, params: Params, g_lm: jax.Array | None) -> TrainState:
-    opt_state = build_optimizer(config.optimizer, config.training.steps).init(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, g_lm)
+    return TrainState(jnp.zeros((), jnp.int32), params, initial_state(config, params), g_lm)
 
 
 def _random_state(config: ExperimentConfig, key: jax.Array, g_lm: jax.Array | None) -> TrainState:
@@ -143,6 +142,7 @@ def loss_fn(
     rows_BC: jax.Array,
     g_length_B: jax.Array | None = None,
     dag_scale: jax.Array | float = 1.0,
+    draw_B: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[TokenLoss, dict[str, jax.Array]]]:
     """The training loss of a batch: the cross-entropy of each token given those before it, plus the
     weighted DAG losses.
@@ -151,6 +151,7 @@ def loss_fn(
       rows_BC: rows of any packing, [B,C] or [B,3,T].
       g_length_B: tokens at the start of each row that G_LM is computed from, `prefix_lengths`.
       dag_scale: factor of the DAG coefficients, `dag_schedule`.
+      draw_B: what a random target of each row follows from, `target_draws`.
 
     Returns:
       The scalar that is minimised, and (cross-entropy and accuracy, DAG losses where they are
@@ -162,6 +163,7 @@ def loss_fn(
         outputs, targets_BT, real_B = forward_rows(
             config.model, params, rows_BC, config.data.segments_per_row, g_lm, g_length_B
         )
+    outputs, targets_BT = at_chosen_targets(config, params, outputs, targets_BT, draw_B)
     tokens = batch_loss(config, params, outputs, targets_BT)
     weights = (config.loss.dag_a_lm, config.loss.dag_a_p, config.loss.dag_g_lm)
     # Their matrix exponentials cost time.
@@ -188,28 +190,32 @@ def accumulated_gradients(
       step: updates made before; decides random prefixes and the DAG coefficients.
     """
     g_length_B = prefix_lengths(config, rows_BC, step)
+    draw_B = target_draws(config, len(rows_BC), step)
     dag_scale = dag_schedule(config.loss, step)
     n_micro = config.training.grad_accumulation
     if n_micro == 1:
         loss = jax.value_and_grad(functools.partial(loss_fn, config), has_aux=True)
-        (total, (tokens, dag)), grads = loss(params, g_lm, rows_BC, g_length_B, dag_scale)
+        (total, (tokens, dag)), grads = loss(params, g_lm, rows_BC, g_length_B, dag_scale, draw_B)
         return total, tokens, dag, grads
 
     def split(x: jax.Array) -> jax.Array:
         x_GB = jnp.swapaxes(x.reshape(-1, n_micro, *x.shape[1:]), 0, 1)
         return constrain(x_GB, None, "batch", *(None,) * (x.ndim - 1))
 
-    batch_GB = jax.tree.map(split, (rows_BC, g_length_B))
-    count = jnp.maximum((targets_of(rows_BC, g_length_B) != PAD_ID).sum(), 1).astype(jnp.float32)
+    batch_GB = jax.tree.map(split, (rows_BC, g_length_B, draw_B))
+    count = count_targets(config, targets_of(rows_BC, g_length_B))
+    count = jnp.maximum(count, 1).astype(jnp.float32)
 
-    def micro_loss(params: Params, rows: jax.Array, g_length_B: Any) -> tuple[jax.Array, Any]:
-        _, (tokens, dag) = loss_fn(config, params, g_lm, rows, g_length_B, dag_scale)
+    def micro_loss(
+        params: Params, rows: jax.Array, g_length_B: Any, draw_B: Any
+    ) -> tuple[jax.Array, Any]:
+        _, (tokens, dag) = loss_fn(config, params, g_lm, rows, g_length_B, dag_scale, draw_B)
         total = tokens.loss_sum / count + dag_scale * regularizer(config.loss, dag) / n_micro
         return total, (tokens, jax.tree.map(lambda value: value / n_micro, dag))
 
     value_and_grad = jax.value_and_grad(micro_loss, has_aux=True)
 
-    def body(sums: Any, micro: tuple[jax.Array, Any]) -> tuple[Any, None]:
+    def body(sums: Any, micro: tuple[jax.Array, Any, Any]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, value_and_grad(params, *micro)), None
 
     shapes = jax.eval_shape(value_and_grad, params, *jax.tree.map(lambda x_GB: x_GB[0], batch_GB))
@@ -239,17 +245,16 @@ def train_step(
         config, params, state.g_lm, rows_BC, state.step
     )
     (grads,) = pull_back(grads)  # those of adapters alone, where there are any
+    grads = without_frozen(config.training.freeze, state.step, grads)
     with jax.named_scope("optimizer"):
-        optimizer = build_optimizer(config.optimizer, config.training.steps)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params, opt_state, updates = update(
+            config, grads, state.opt_state, state.params, state.step
+        )
         metrics = {
             "train/loss": tokens.loss,
             "train/total_loss": total,
             "train/accuracy": tokens.accuracy,
-            "train/learning_rate": next_learning_rate(
-                config.optimizer, config.training.steps, state.opt_state
-            ),
+            **learning_rates(config, state.opt_state),
             "train/grad_norm": global_norm(grads),
             "train/update_norm": global_norm(updates),
             "train/param_norm": global_norm(params),

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pldr_jax.config import (
+    HOW_BEGUN,
     HOW_COMPUTED,
     CheckpointConfig,
     ConfigError,
@@ -81,7 +82,7 @@ def start_from(
         opened.config,
         config,
         "leave out what the checkpoint says, or take another one",
-        ("context_length", *HOW_COMPUTED),  # no weight depends on them
+        ("context_length", *HOW_BEGUN, *HOW_COMPUTED),  # no weight depends on them
     )
     config = _checked_tokenizer(config, opened.folder)
     layout = "transformers layout" if opened.step is None else f"step {opened.step}"

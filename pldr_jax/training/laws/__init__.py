@@ -1,0 +1,1 @@
+"""How a run trains: learning rates, groups of parameters, which targets count."""
