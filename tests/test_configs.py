@@ -47,6 +47,35 @@ def test_the_expected_files_exist():
     assert names >= {"nano", "dag_110m", *PUBLISHED, *PARAMETERS}
 
 
+def test_configs_of_the_studies():
+    for name, rate, warmup in (("reference1", 1.2e-3, 2000), ("reference2", 1e-3, 1000)):
+        config = load(name)
+        optimizer = dataclasses.replace(
+            load("pldr_110m").optimizer, learning_rate=rate, warmup_steps=warmup
+        )
+        assert config == dataclasses.replace(load("pldr_110m"), optimizer=optimizer)
+    cells = {
+        "study_cell1": (7.5e-4, "constant", 250, 12_000),
+        "study": (1e-3, "cosine", 1000, 12_000),
+        "study_cell3": (3e-4, "constant", 250, 24_000),
+    }
+    for name, (rate, schedule, warmup, steps) in cells.items():
+        config, optimizer = load(name), load(name).optimizer
+        assert (optimizer.learning_rate, optimizer.schedule) == (rate, schedule)
+        assert (optimizer.warmup_steps, config.training.steps) == (warmup, steps)
+        model = config.model
+        assert (model.num_layers, model.num_heads, model.head_dim) == (3, 4, 64)
+        assert (model.metric_width, model.context_length, config.data.batch_size) == (170, 256, 32)
+        assert config.training.seed == config.data.seed == 1234
+    config, optimizer = load("onepass"), load("onepass").optimizer
+    assert (config.model.init, config.loss.targets, config.data.epochs) == ("normalized", "last", 1)
+    assert config.model.context_length - 1 == 64
+    assert optimizer.learning_rate == 3e-4 * 128 / config.model.model_dim
+    assert optimizer.generator_learning_rate == 3e-4
+    stated = (optimizer.eps, optimizer.weight_decay, optimizer.clip, optimizer.clip_threshold)
+    assert (*stated, optimizer.schedule) == (1e-8, 0.01, "norm", 1.0, "constant")
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_file_builds_and_its_header_gives_the_command(path):
     load_config([path])

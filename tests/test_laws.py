@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import math
 from typing import Any
 
@@ -19,6 +20,7 @@ from pldr_jax.config import (
     OptimizerConfig,
     TrainingConfig,
 )
+from pldr_jax.config.load import config_from_dict, config_to_dict, dump_config, load_config
 from pldr_jax.model.decoder import init_params
 from pldr_jax.training.laws.groups import groups_of
 from pldr_jax.training.laws.schedule import learning_rate_schedule
@@ -175,6 +177,28 @@ def test_pulses_replace_the_scheduled_rate() -> None:
 )
 def test_laws_that_cannot_be_are_one_line(overrides: list[str], message: str) -> None:
     assert message in config_error(overrides=overrides)
+
+
+def test_laws_are_read_back_as_they_were_written(gin: Any) -> None:
+    """From `config.gin`, from a checkpoint's JSON, from a flag; and what older runs have stored."""
+    fields = [
+        "Training.freeze=(('generator', 6), ('ffn', 0))",
+        "Optimizer.pulses=((5, 3, 1e-3), (9, 1, 0.0))",
+        "Optimizer.average_decay=0.9",
+        "Data.order=a.npy",
+    ]
+    config = load_config([], fields)
+    assert config.training.freeze == (("generator", 6), ("ffn", 0))
+    assert load_config([gin(dump_config(config))]) == config
+    stored = json.loads(json.dumps(config_to_dict(config)))
+    assert config_from_dict(stored) == config
+    older = config_to_dict(ExperimentConfig())
+    for group, name in (("Model", "init"), ("Loss", "targets"), ("Data", "order")):
+        del older[group][name]
+    for name in ("name", "schedule", "pulses", "generator_learning_rate", "average_decay"):
+        del older["Optimizer"][name]
+    del older["Training"]["freeze"]
+    assert config_from_dict(older) == ExperimentConfig()
 
 
 # Targets
