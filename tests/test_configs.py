@@ -34,6 +34,8 @@ PARAMETERS = {
     "pldr_350m": 339_918_848,
     "pldr_1b": 1_077_820_544,
     "pldr_7b": 6_891_491_584,
+    "onepass": 10_531_646,
+    **dict.fromkeys(("study", "study_cell1", "study_cell3"), 20_620_604),
 }
 CHIPS = {"pldr_350m": 8, "pldr_1b": 32, "pldr_7b": 64}
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ import pytest
 from helpers import assert_same_bits, config_error, one_device_mesh
 
 from pldr_jax.config import (
+    ConfigError,
     DataConfig,
     ExperimentConfig,
     MeshConfig,
@@ -22,6 +24,7 @@ from pldr_jax.config import (
 )
 from pldr_jax.config.load import config_from_dict, config_to_dict, dump_config, load_config
 from pldr_jax.model.decoder import init_params
+from pldr_jax.runs.folder import check_same_run
 from pldr_jax.training.laws.groups import groups_of
 from pldr_jax.training.laws.schedule import learning_rate_schedule
 from pldr_jax.training.laws.targets import chosen_position
@@ -309,6 +312,26 @@ def leaf_at(tree: Any, path: Any) -> np.ndarray:
     for key in path:
         tree = tree[key.key]
     return np.asarray(tree)
+
+
+@pytest.mark.parametrize(
+    "group,before,after",
+    [
+        ("training", {"freeze": (("ffn", 5),)}, {"freeze": (("ffn", 0),)}),
+        ("optimizer", {}, {"name": "lion"}),
+        ("optimizer", {"generator_learning_rate": 1e-3}, {"generator_learning_rate": None}),
+        ("optimizer", {}, {"average_decay": 0.9}),
+    ],
+)
+def test_a_run_goes_on_with_what_its_optimiser_remembers(
+    tmp_path: Path, group: str, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    saved, other = changed(CONFIG, group, **before), changed(CONFIG, group, **after)
+    with pytest.raises(ConfigError, match=f"{next(iter(after))} = .*another --run_dir"):
+        check_same_run(tmp_path, saved, other, b"")
+    check_same_run(tmp_path, saved, saved, b"")
+    later = changed(CONFIG, "training", freeze=(("ffn", 7),))
+    check_same_run(tmp_path, changed(CONFIG, "training", freeze=(("ffn", 5),)), later, b"")
 
 
 # Update rules

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "api": BASE | {"model", "data", "runs", "inference", "interop"},
     "evaluation": {"config", "files", "terminal", "inference", "api"},
     "analysis": BASE | {"model", "data", "runs", "inference", "interop", "training", "api"},
+    "verify": BASE | {"model", "data", "runs", "inference", "interop", "training", "api"},
     "serve": BASE | {"model", "data", "inference", "training", "api"},
     "cli": BASE
     | {
@@ -39,6 +40,7 @@ MAY_IMPORT = {
         "evaluation",
         "analysis",
         "serve",
+        "verify",
     },
     "freeze": {"cli"},  # python -m pldr_jax.freeze
     "": {"api", "config"},
@@ -50,6 +52,7 @@ EXTRA: dict[str, set[str]] = {
     "data/__main__.py": {"cli"},
     "analysis/__main__.py": {"cli"},
     "serve/__main__.py": {"cli"},
+    "verify/__main__.py": {"cli"},
 }
 
 

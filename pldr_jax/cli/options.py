@@ -43,7 +43,8 @@ class Option:
 
     `name` is without its dashes, and is the attribute of the result. `repeat` collects the values
     in a list. An option of type bool takes no value. `place` is an argument without a flag, which
-    must be given; several stand in their order, and one that repeats takes all that are left.
+    must be given unless it has a default; several stand in their order, and one that repeats takes
+    all that are left.
     """
 
     name: str
@@ -199,7 +200,12 @@ def _add(parser: _Parser, option: Option) -> None:
         # Its absence is an error of `parse_args`, in the words of every other option.
         nargs = "*" if option.repeat else "?"
         parser.add_argument(
-            option.name, nargs=nargs, type=kind, metavar=option.metavar, help=option.doc
+            option.name,
+            nargs=nargs,
+            type=kind,
+            default=option.default,
+            metavar=option.metavar,
+            help=option.doc,
         )
         return
     note = " (required)" if option.required else " (repeatable)" if option.repeat else ""

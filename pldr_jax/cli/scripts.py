@@ -96,3 +96,8 @@ def analyze() -> None:
 def serve() -> None:
     """`pldr-serve`."""
     start("serve")
+
+
+def verify() -> None:
+    """`pldr-verify`."""
+    start("verify")

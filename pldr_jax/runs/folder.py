@@ -74,6 +74,7 @@ def check_same_run(
                     f"the run in {run_dir} has {getattr(saved.data, name)!r}; take that, or "
                     "another --run_dir",
                 )
+        _check_same_memory(run_dir, saved, config)
         for difference in describe_differences(saved, config):
             print_line(f"note: continuing with {difference}")
     path = run_dir / TOKENIZER
@@ -81,6 +82,30 @@ def check_same_run(
         raise ConfigError(
             f"{run_dir}: has another tokenizer than the text of Data.source gives now; "
             f"set Data.tokenizer = {str(path)!r}, or take another --run_dir"
+        )
+
+
+def _check_same_memory(run_dir: Path, saved: ExperimentConfig, config: ExperimentConfig) -> None:
+    """ConfigError where the optimiser would remember other things than the checkpoint holds."""
+    facts = {
+        "name": lambda one: one.optimizer.name,
+        "generator_learning_rate": lambda one: one.optimizer.generator_learning_rate is None,
+        "average_decay": lambda one: one.optimizer.average_decay is None,
+        "freeze": lambda one: {group for group, step in one.training.freeze if step == 0},
+    }
+    for name, fact in facts.items():
+        if fact(saved) == fact(config):
+            continue
+        group, before = (
+            (config.training, saved.training)
+            if name == "freeze"
+            else (config.optimizer, saved.optimizer)
+        )
+        group.fail(
+            name,
+            f"the run in {run_dir} has {getattr(before, name)!r}, with which its optimiser "
+            "remembers other things; take that, or begin another run with these weights: "
+            "--init_from and another --run_dir",
         )
 
 
