@@ -26,7 +26,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 GOLDENS = Path(__file__).parent / "goldens"
 
-OPTIMISED = ("test_parity", "test_convert", "test_law_parity", "test_model")
+OPTIMISED = ("test_parity", "test_convert", "test_model")
 """Test files that compile as users do."""
 
 

@@ -33,6 +33,7 @@ from helpers import (
 )
 
 from pldr_jax.cli.train import train_main
+from pldr_jax.config import ConfigError
 from pldr_jax.inference.engine import Engine
 from pldr_jax.runs.checkpoint import Checkpointer
 from pldr_jax.training import loop
@@ -88,6 +89,52 @@ def test_signal_saves_and_the_rest_is_bit_for_bit(
     assert f"continuing at step {at}" in capsys.readouterr().out
     assert [batch.tobytes() for batch in batches] == [batch.tobytes() for batch in expected]
     assert_equal_runs(run_dir, reference)
+
+
+LAW = {
+    "Model.init": "normalized",
+    "Loss.targets": "random_one",
+    "Optimizer.name": "muon",
+    "Optimizer.schedule": "hold",
+    "Optimizer.hold_until": 6,
+    "Optimizer.pulses": "((4, 3, 1e-3),)",
+    "Optimizer.generator_learning_rate": 1e-2,
+    "Optimizer.average_decay": 0.9,
+    "Training.freeze": "(('couplings', 7), ('embedding', 0))",
+    "Training.sample_prompt": "",
+}
+
+
+def test_a_run_under_another_law_goes_on_to_the_same_bits(
+    source, tmp_path, monkeypatch, capsys
+) -> None:
+    """What is frozen too, and the stated order of its rows, over which it goes twice."""
+    order = tmp_path / "order.npy"
+    np.save(order, np.random.default_rng(1).permutation(48))
+    config = tiny_config(source, LAW | {"Data.order": order, "Data.epochs": 2})
+    whole, run_dir = tmp_path / "whole", tmp_path / "run"
+    with monkeypatch.context() as patch:
+        batches = record_batches(patch)
+        train_here(config, whole)
+        np.testing.assert_array_equal(batches[0], batches[6])
+
+    def on_batch(n: int) -> None:
+        if n == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        record_batches(patch, on_batch)
+        train_here(config, run_dir)
+        train_here(config, run_dir, resume="required")
+    assert_equal_runs(run_dir, whole)
+    (early, *_), (late, *_) = stored(whole, 9), stored(whole, 12)
+    plga = [state.params["layers"]["attention"]["plga"] for state in (early, late)]
+    assert_same_bits(*({name: each[name] for name in ("W", "P", "a")} for each in plga))
+    evaluated = [row for row in rows_of(whole) if "eval/loss" in row]
+    assert {"eval/average/loss", "eval/loss_last", "eval/average/loss_last"} <= set(evaluated[-1])
+    assert evaluated[-1]["eval/average/loss"] != evaluated[-1]["eval/loss"]
+    with pytest.raises(ConfigError, match="the text is used up after 6 steps"):
+        train_here(tiny_config(source, LAW | {"Data.order": order}), tmp_path / "short")
 
 
 def signal_in_compilation(patch: pytest.MonkeyPatch) -> None:
