@@ -31,6 +31,7 @@ BESIDE = 64
 """Trajectories computed together; the first begins with the golden's bits, the others beside it."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["onepass", "hold"])
 def test_a_law_trains_as_the_authors_scripts_do(name: str) -> None:
     """Losses to 2e-4 of themselves, rates to 1e-9, weights to 1e-4 of the largest magnitude."""

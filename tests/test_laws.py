@@ -222,6 +222,7 @@ def test_the_chosen_target_is_the_last_one_or_one_before_it() -> None:
     assert [row[0] for row in seen].count(2) == 10  # equally often
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", ["last", "random_one"])
 def test_one_target_a_row_in_microbatches(targets: str) -> None:
     """The same loss and gradient as in one batch, of one target a row, other ones each step."""
@@ -337,6 +338,7 @@ def test_a_run_goes_on_with_what_its_optimiser_remembers(
 # Update rules
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sgd", "muon", "adafactor", "lion"])
 def test_update_rules_lower_the_loss_and_have_a_place_for_all_they_remember(name: str) -> None:
     rate = {"sgd": 0.1, "muon": 3e-3, "adafactor": 3e-3, "lion": 1e-3}[name]
@@ -356,6 +358,7 @@ def test_update_rules_lower_the_loss_and_have_a_place_for_all_they_remember(name
     assert_same_bits(state.params["embedding"]["table"], first.params["embedding"]["table"])
 
 
+@pytest.mark.slow
 def test_muon_makes_orthogonal_updates_of_matrices_alone() -> None:
     """The update of W and a, head by head, and of joined heads of q has singular values near one
     size; P, an exponent, is no matrix.
@@ -368,4 +371,6 @@ def test_muon_makes_orthogonal_updates_of_matrices_alone() -> None:
     for matrices in (q, attention["plga"]["W"], attention["plga"]["a"]):
         values = np.linalg.svd(matrices, compute_uv=False)
         assert (values[..., 0] < 2.5 * values[..., -2]).all(), values
-    assert np.ptp(np.abs(attention["plga"]["P"])) < 1e-4  # AdamW's first step is of one size
+    # A first step of AdamW is of one size, but for eps.
+    sizes = [np.abs(attention["plga"][name]) for name in ("P", "W")]
+    assert [size.max() < 1.1 * np.median(size) for size in sizes] == [True, False]

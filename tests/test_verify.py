@@ -63,6 +63,7 @@ def test_the_whole_package_is_right() -> None:
     assert {"caches", "predefined G_LM", "training laws", "equations, bfloat16"} <= parts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_checkpoint_agrees_with_itself(dtype: str) -> None:
     findings = list(of_checkpoints.checkpoint_findings(checkpoint(dtype)))
@@ -70,6 +71,7 @@ def test_a_checkpoint_agrees_with_itself(dtype: str) -> None:
     assert {one.part for one in findings} == {"logits", "batches", "padding", "caches", "frozen"}
 
 
+@pytest.mark.slow
 def test_padding_that_is_summed_over_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def careless(
         config: Any, params: Any, tokens: Any, length: Any, *rest: Any, **more: Any

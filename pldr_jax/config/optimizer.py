@@ -16,7 +16,7 @@ class OptimizerConfig(Validated):
 
     name: Literal["adamw", "sgd", "muon", "adafactor", "lion"] = field(
         "adamw",
-        "update rule; muon is for the matrices of the layers, with adamw for everything else",
+        "update rule; muon is for the matrices of the layers, with Nesterov's adamw for all else",
     )
     learning_rate: float = field(1.5e-2, "peak learning rate", above=0)
     generator_learning_rate: float | None = field(
