@@ -43,7 +43,7 @@ MAY_IMPORT = {
         "verify",
     },
     "freeze": {"cli"},  # python -m pldr_jax.freeze
-    "": {"api", "config"},
+    "": {"api", "config", "inference"},
 }
 """What each part may import, besides itself; "" is the package's own __init__."""
 
