@@ -121,7 +121,7 @@ def open_data(
     passes = config.training.steps * config.data.batch_size / batches.n_rows
     if passes > 1 and config.data.epochs is None and config.data.order is None:
         log(
-            f"note: the run reads the {batches.n_rows:,} rows of its text {passes:.1f} times; "
+            f"the run reads the {batches.n_rows:,} rows of its text {passes:.1f} times; "
             "Data.epochs = 1 forbids that"
         )
     places = config.data.batch_size * config.model.context_length
