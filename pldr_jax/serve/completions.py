@@ -35,16 +35,19 @@ class Choice:
       tokenizer: None where the checkpoint has none.
       request: of the engine.
       offset: characters of the answer before this text: those of an echoed prompt.
+      listed: whether its log-probabilities are asked for.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, request: Request, offset: int = 0) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer | None, request: Request, offset: int, listed: bool
+    ) -> None:
         self._tokenizer, self._request = tokenizer, request
         self._tokens: list[int] = []
-        self._logprobs = Logprobs(tokenizer, request.prompt, offset)
+        self._logprobs = Logprobs(tokenizer, request.prompt, offset) if listed else None
         self._offset, self._shown, self._told = offset, 0, 0
         self.finish_reason: str | None = None
 
-    def add(self, update: Update) -> tuple[str, dict[str, list[object]]]:
+    def add(self, update: Update) -> tuple[str, dict[str, list[object]] | None]:
         """What the text has grown by: characters that stay, and the lists of their tokens.
 
         Raises:
@@ -52,21 +55,27 @@ class Choice:
         """
         if update.error is not None:
             raise ApiError(500, update.error)
-        tops = update.top or [[]] * len(update.tokens)
-        for token, logprob, top in zip(update.tokens, update.logprobs, tops, strict=True):
-            self._tokens.append(token)
-            self._logprobs.add(token, logprob, top)
+        self._tokens += update.tokens
+        if self._logprobs is not None:
+            tops = update.top or [[]] * len(update.tokens)
+            for token, logprob, top in zip(update.tokens, update.logprobs, tops, strict=True):
+                self._logprobs.add(token, logprob, top)
         if update.finish_reason is not None:
             self.finish_reason = "stop" if update.finish_reason == "stop" else "length"
-        text, told = self._stable()
-        grown = text[self._shown :], self._logprobs.json(self._told, told)
-        self._shown, self._told = max(self._shown, len(text)), max(self._told, told)
-        return grown
+        text, whole = self._stable()
+        grown, lists = text[self._shown :], None
+        self._shown = max(self._shown, len(text))
+        if self._logprobs is not None:
+            told = (
+                len(self._tokens) if whole else self._logprobs.told_until(self._offset + len(text))
+            )
+            lists, self._told = self._logprobs.json(self._told, told), max(self._told, told)
+        return grown, lists
 
-    def _stable(self) -> tuple[str, int]:
-        """The text that stays, cut before a stop string, and how many of its tokens it has."""
+    def _stable(self) -> tuple[str, bool]:
+        """The text that stays, cut before a stop string, and whether all tokens are in it."""
         if self._tokenizer is None:
-            return "", len(self._tokens)
+            return "", True
         text = self._tokenizer.decode_continuation(self._request.prompt, self._tokens)
         stop = self._request.sampling.stop
         if self.finish_reason is None:
@@ -74,9 +83,9 @@ class Choice:
         else:
             places = [at for at in map(text.find, stop) if at >= 0]
             if not places:
-                return text, len(self._tokens)
+                return text, True
             text = text[: min(places)]
-        return text, self._logprobs.told_until(self._offset + len(text))
+        return text, False
 
 
 async def updates_of(served: Served, asked: Asked, grows: bool) -> AsyncGenerator[Update, None]:
@@ -104,6 +113,8 @@ async def updates_of(served: Served, asked: Asked, grows: bool) -> AsyncGenerato
 async def given_of(served: Served, asked: Asked) -> Given:
     """What a request decodes with in place of the model's own."""
     mode = asked.body.g_mode or served.g_mode
+    if asked.g_text is None and asked.gain is None:
+        return served.given(mode)
     return await served.worker.call(lambda: served.given(mode, asked.g_text, asked.gain))
 
 
@@ -170,17 +181,17 @@ class Answer:
                     i, text, prompts[i], None if self._asked.max_tokens else "length"
                 )
         if self._asked.max_tokens:
+            listed = self._asked.logprobs is not None
             pairs = zip(requests, offsets, strict=True)
-            choices = [Choice(tokenizer, request, offset) for request, offset in pairs]
+            choices = [Choice(tokenizer, *pair, listed) for pair in pairs]
             updates = updates_of(self._served, self._asked, grows)
             async with contextlib.aclosing(updates):
                 async for update in updates:
                     choice = choices[update.index]
                     self._new_tokens += len(update.tokens)
                     text, logprobs = choice.add(update)
-                    if text or logprobs["tokens"] or choice.finish_reason is not None:
-                        shown = None if self._asked.logprobs is None else logprobs
-                        yield self._object(update.index, text, shown, choice.finish_reason)
+                    if text or choice.finish_reason or (logprobs and logprobs["tokens"]):
+                        yield self._object(update.index, text, logprobs, choice.finish_reason)
         if self._asked.include_usage:
             yield {**self._head(), "choices": [], "usage": self._usage()}
 
