@@ -1,5 +1,6 @@
 """One text read in one pass: log-probabilities of its tokens, and its deductive outputs."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -72,7 +73,8 @@ def read(
 
 @functools.lru_cache(maxsize=8)
 def _compiled(config: ModelConfig, mesh: Mesh | None) -> Any:
-    return bind(read, config, mesh)
+    # Scanned: there is a program for every bucket, and unrolled ones take long to compile.
+    return bind(read, dataclasses.replace(config, unroll=False), mesh)
 
 
 def read_text(
