@@ -56,7 +56,9 @@ def test_the_page(server: Server, browser: Any, tmp_path: Path, scheme: str, wid
 
     # What if, side by side.
     page.fill("#temperature", "0")
+    assert page.is_hidden("#gain") and page.is_hidden("#g_text")
     page.select_option("#what_if", "gain")
+    assert page.is_hidden("#g_text")
     page.fill("#gain", "-3")
     page.click("#go")
     page.wait_for_selector("#go:enabled")
