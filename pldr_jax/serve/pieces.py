@@ -17,12 +17,11 @@ def token_text(tokenizer: Tokenizer | None, before: Sequence[int], token: int) -
     """
     if tokenizer is None or not 0 <= token < tokenizer.vocab_size:
         return f"token_id:{token}", 0
-    text = tokenizer.decode_continuation(before, [token])
-    if text and "\ufffd" not in text:
-        return text, len(text)
     piece = tokenizer.piece(token)
-    if tokenizer.is_byte(token):
-        return f"bytes:\\x{piece[3:5].lower()}", 1
+    if tokenizer.is_byte(token):  # "<0xE2>"
+        code = piece[3:5].lower()
+        return (f"bytes:\\x{code}" if code >= "80" else chr(int(code, 16))), 1
+    text = tokenizer.decode_continuation(before, [token])
     return text or piece, len(text)
 
 
@@ -65,12 +64,13 @@ class Logprobs:
         self.top_logprobs.append(best)
 
     def _start(self, length: int) -> int:
-        """Where the newest token begins: what its bytes are is known only with their neighbours."""
-        whole = 0
+        """Where the newest token begins; bytes of a character that is not whole begin where it does."""
+        text = ""
         if self._tokenizer is not None:
-            whole = len(self._tokenizer.decode_continuation(self._prompt, self._ids))
+            text = self._tokenizer.decode_continuation(self._prompt, self._ids)
+        start = min(len(text) - length, len(text.rstrip("\ufffd")))
         last = self.text_offset[-1] if self.text_offset else self._offset
-        return max(last, self._offset + whole - length)
+        return max(last, self._offset + start)
 
     def json(self, start: int = 0, end: int | None = None) -> dict[str, list[object]]:
         """The lists from one token to another."""
