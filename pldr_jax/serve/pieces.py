@@ -64,7 +64,7 @@ class Logprobs:
         self.top_logprobs.append(best)
 
     def _start(self, length: int) -> int:
-        """Where the newest token begins; bytes of a character that is not whole begin where it does."""
+        """Where the newest token begins; bytes of half a character begin where it does."""
         text = ""
         if self._tokenizer is not None:
             text = self._tokenizer.decode_continuation(self._prompt, self._ids)
