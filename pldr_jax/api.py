@@ -186,10 +186,7 @@ class LanguageModel:
 
         Args:
           prompts: as for `generate`; `config.pad_id` at their end is padding.
-          batch_size: prompts side by side; no result depends on it.
-
-        Raises:
-          ConfigError: a language model, or a prompt that cannot be classified.
+          batch_size: prompts side by side; no result depends on it. Not for language models.
         """
         check_head(self.config, "classify", task=True)
         ids = [self.encode(prompt) for prompt in as_list(prompts)]
@@ -366,12 +363,13 @@ def load(
     cache_dtype: str | None = None,
     mesh: Mesh | MeshConfig | None = None,
     rank_budget: float | None = None,
+    revision: str | None = None,
 ) -> LanguageModel:
-    """Opens a run folder, or a folder in the transformers layout (`config.json`, and
-    `model.safetensors` or several files with an index).
+    """Opens a run folder, a folder in the transformers layout (`config.json`, and
+    `model.safetensors` or several files with an index), or a repository of the hub with these.
 
     Args:
-      path: the folder.
+      path: the folder; else OWNER/NAME of the hub, or OWNER/NAME@REVISION.
       step: checkpoint of a run folder; None is the newest complete one.
       cache_dtype: "float32" or "bfloat16", of cached keys and values; None is the model's.
       mesh: devices to split parameters and cache over, such as `MeshConfig(data=2, tensor=4)`; None
@@ -379,6 +377,7 @@ def load(
       rank_budget: relative error of G_LM, in the Frobenius norm of each head, for which decoding
         caches keys in fewer numbers (docs/low_rank.md), such as 1e-3; for a frozen checkpoint, or
         a G_LM that all prompts share. None caches them whole.
+      revision: branch, tag or commit on the hub; None is the newest.
 
     Raises:
       ConfigError, CheckpointError: one line, saying what the folder lacks.
@@ -387,7 +386,7 @@ def load(
 
     if isinstance(mesh, MeshConfig):
         mesh = build_mesh(mesh)
-    opened = open_checkpoint(path, step, tasks=True)
+    opened = open_checkpoint(path, step, tasks=True, revision=revision)
     return LanguageModel(
         opened.config.model,
         opened.params,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder asks no hub, but that of test_hub
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # see _quick_compilation; for processes too
 
 import jax
@@ -26,7 +27,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 GOLDENS = Path(__file__).parent / "goldens"
 
-OPTIMISED = ("test_parity", "test_convert", "test_model")
+OPTIMISED = ("test_parity", "test_convert", "test_model", "test_task_data")
 """Test files that compile as users do."""
 
 
@@ -36,6 +37,7 @@ SLOW_FILES = (
     "test_jobs", "test_kills", "test_low_rank", "test_mixture", "test_partition", "test_plan",
     "test_resume", "test_run", "test_serve", "test_serve_faults", "test_serve_page",
     "test_sweep",
+    "test_task_training",
 )  # fmt: skip
 """Test files that run whole programs, or compile many: `pytest -m slow` runs them."""
 

@@ -18,7 +18,8 @@ USAGE, FAILURE = 2, 1
 
 CHECKPOINT = Option(
     "checkpoint",
-    "run folder, or folder with config.json and model.safetensors",
+    "run folder, folder with config.json and model.safetensors, or OWNER/NAME[@REVISION] of the "
+    "hub",
     required=True,
     metavar="DIR",
 )

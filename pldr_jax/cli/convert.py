@@ -1,23 +1,40 @@
-"""`pldr-convert`: checkpoints of others to run folders, run folders to the transformers layout, and
-pickled G_LM to NPZ.
+"""`pldr-convert`: checkpoints of others to run folders, run folders to the transformers layout and
+to the hub, and pickled G_LM to NPZ.
 """
+
+from pathlib import Path
 
 from pldr_jax.cli.common import run
 from pldr_jax.cli.options import Option, parse_args
 from pldr_jax.config import ConfigError
 from pldr_jax.terminal import print_line
 
-IMPORT, EXPORT, MERGE, G_LM = "import", "export", "merge", "g_lm"
-_USAGE = "'import PATH OUT', 'export RUN OUT', 'merge RUN OUT' or 'g_lm PICKLE OUT'"
+IMPORT, EXPORT, MERGE, PUSH, G_LM = "import", "export", "merge", "push", "g_lm"
+_USAGE = (
+    "'import PATH OUT', 'export RUN OUT', 'merge RUN OUT', 'push RUN REPO' or 'g_lm PICKLE OUT'"
+)
 _OUT = Option("output", "folder to write; must not exist, or be empty", metavar="OUT", place=True)
 _STEP = Option(
     "step", "checkpoint of the run; default: the newest complete one", type=int, metavar="STEP"
+)
+_RUN = Option("run", "run folder", metavar="RUN", place=True)
+_CARD = (
+    _STEP,
+    Option("license", "SPDX identifier for the weights", default="unknown", metavar="ID"),
+    Option("data_license", "licence of the training text", default="unknown", metavar="TEXT"),
+    Option(
+        "code_repository",
+        "of the hub, with the code by which transformers opens the export; default: one of the "
+        "authors'",
+        metavar="REPO",
+    ),
 )
 OPTIONS = {
     IMPORT: (
         Option(
             "path",
-            "folder with config.json and weights, or a .pth, or adapters in PEFT's layout",
+            "folder with config.json and weights, OWNER/NAME[@REVISION] of the hub, a .pth, or "
+            "adapters in PEFT's layout",
             metavar="PATH",
             place=True,
         ),
@@ -28,23 +45,21 @@ OPTIONS = {
         ),
     ),
     EXPORT: (
-        Option("run", "run folder", metavar="RUN", place=True),
+        _RUN,
         _OUT,
-        _STEP,
         Option(
             "adapter",
             "of a run with Lora.rank, the adapters alone, in PEFT's layout; default: the model "
             "with them merged",
             type=bool,
         ),
-        Option("license", "SPDX identifier for the weights", default="unknown", metavar="ID"),
-        Option("data_license", "licence of the training text", default="unknown", metavar="TEXT"),
-        Option(
-            "code_repository",
-            "of the hub, with the code by which AutoModelForCausalLM opens the export; default: "
-            "one of the authors'",
-            metavar="REPO",
-        ),
+        *_CARD,
+    ),
+    PUSH: (
+        _RUN,
+        Option("repository", "OWNER/NAME; made where there is none", metavar="REPO", place=True),
+        *_CARD,
+        Option("private", "a new repository is seen by its owner alone", type=bool),
     ),
     MERGE: (Option("run", "run folder of adapters", metavar="RUN", place=True), _OUT, _STEP),
     G_LM: (
@@ -58,6 +73,7 @@ DESCRIPTIONS = {
     EXPORT: "Writes a checkpoint in the transformers layout, with tokenizer and model card.",
     MERGE: "Makes a run folder of a run with Lora.rank: a model like any other, with the adapters "
     "added to its weights.",
+    PUSH: "Exports a checkpoint and uploads it, with its model card, to a repository of the hub.",
     G_LM: "Writes G_LM of a pickle, as the native code keeps it, to an NPZ file that Model.g_file "
     "and --g_file take. Nothing that is pickled is executed.",
 }
@@ -67,7 +83,8 @@ def convert_main(argv: list[str]) -> None:
     """Parses the command line and converts."""
     what, rest = (argv[0], argv[1:]) if argv else ("", [])
     if what in ("-h", "--help"):
-        print_line(f"usage: pldr-convert {_USAGE.replace(' or ', ' | ')}; each has --help")
+        listed = _USAGE.replace(" or ", ", ").replace(", ", " | ")
+        print_line(f"usage: pldr-convert {listed}; each has --help")
         return
     if what not in OPTIONS:
         raise ConfigError(f"{what!r}: must be {_USAGE}")
@@ -100,7 +117,16 @@ def convert_main(argv: list[str]) -> None:
         return
     licences = Licences(options.license, options.data_license)
     code = options.code_repository or CODE_REPOSITORY
-    export_run(options.run, options.output, options.step, licences, code_repository=code)
+
+    def write(output: str | Path) -> None:
+        export_run(options.run, output, options.step, licences, code_repository=code)
+
+    if what == EXPORT:
+        write(options.output)
+        return
+    from pldr_jax.runs.hub import push
+
+    push(write, options.repository, options.private)
 
 
 def main() -> None:

@@ -21,7 +21,12 @@ DESCRIPTION = (
     "of the context alone (causal) or of no text (frozen)."
 )
 OPTIONS = (
-    Option("run", "run folder, or folder in the transformers layout", metavar="RUN", place=True),
+    Option(
+        "run",
+        "run folder, folder in the transformers layout, or OWNER/NAME[@REVISION] of the hub",
+        metavar="RUN",
+        place=True,
+    ),
     Option(
         "tasks",
         "comma-separated: names of the harness, pldr_quiz, pldr_text, pldr_zero_shot, or YAML "
@@ -66,7 +71,10 @@ def evaluate_main(argv: list[str]) -> None:
             raise ConfigError(f"--output={output}: already holds {name}; name another folder")
     if options.rows < 1:
         raise ConfigError(f"--rows={options.rows}: must be at least 1")
-    if not Path(options.run).is_dir():
+    from pldr_jax.runs.hub import find_checkpoint
+
+    source = find_checkpoint(options.run)
+    if not source.folder.is_dir():
         raise ConfigError(f"{options.run!r}: no such folder; give a run folder")
     tasks = open_tasks(options.tasks, options.limit, options.num_fewshot)
     keep_compiled_programs(config.data.cache_dir)
@@ -76,10 +84,10 @@ def evaluate_main(argv: list[str]) -> None:
     from pldr_jax.evaluation.report import results_json, results_table
     from pldr_jax.evaluation.scorer import TextScorer
 
-    lm = load(options.run, options.step, mesh=config.mesh if jax.device_count() > 1 else None)
+    lm = load(source.folder, options.step, mesh=config.mesh if jax.device_count() > 1 else None)
     learned = lm.config.g_source == "learned"
     modes = modes or (["full", "causal"] if learned else ["frozen"])
-    given = _given_g_lm(options, lm) if "frozen" in modes else None
+    given = _given_g_lm(options, lm, source.folder) if "frozen" in modes else None
     scorers = {
         mode: TextScorer(
             lm,
@@ -94,6 +102,7 @@ def evaluate_main(argv: list[str]) -> None:
     results = {mode: tasks.evaluate(scorer) for mode, scorer in scorers.items()}
     head = {
         "checkpoint": str(options.run),
+        **source.origin,
         "step": options.step,
         "tasks": options.tasks,
         "limit": options.limit,
@@ -142,7 +151,7 @@ def _modes(options: Options) -> list[Any]:
     return modes
 
 
-def _given_g_lm(options: Options, lm: "LanguageModel") -> Any:
+def _given_g_lm(options: Options, lm: "LanguageModel", folder: Path) -> Any:
     """G_LM of `--g_file`, or the mean over the rows of `--g_text`; None is the checkpoint's own."""
     if options.g_file is not None:
         from pldr_jax.model.deductive import read_g_lm
@@ -156,8 +165,7 @@ def _given_g_lm(options: Options, lm: "LanguageModel") -> Any:
     from pldr_jax.training.freeze.calibrate import calibrate, check_learned, some_rows
 
     check_learned(lm.config, options.run)
-    path = Path(options.run) / TOKENIZER
-    data = DataConfig(source=options.g_text, tokenizer=str(path))
+    data = DataConfig(source=options.g_text, tokenizer=str(folder / TOKENIZER))
     text = open_training_text(data, lm.config.vocab_size)
     rows = join_rows(text.rows("train", lm.config.context_length, data))
     some = some_rows(rows, CALIBRATION_ROWS)

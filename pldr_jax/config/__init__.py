@@ -19,6 +19,7 @@ from pldr_jax.config.model import ModelConfig as ModelConfig
 from pldr_jax.config.optimizer import OptimizerConfig as OptimizerConfig
 from pldr_jax.config.sampling import GenerationConfig as GenerationConfig
 from pldr_jax.config.sampling import SamplingConfig as SamplingConfig
+from pldr_jax.config.task import TaskConfig as TaskConfig
 from pldr_jax.config.training import CALIBRATION_ROWS as CALIBRATION_ROWS
 from pldr_jax.config.training import CheckpointConfig as CheckpointConfig
 from pldr_jax.config.training import LossConfig as LossConfig

@@ -14,6 +14,7 @@ from pldr_jax.config.lora import LoraConfig
 from pldr_jax.config.model import ModelConfig
 from pldr_jax.config.optimizer import OptimizerConfig
 from pldr_jax.config.sampling import GenerationConfig
+from pldr_jax.config.task import TaskConfig
 from pldr_jax.config.training import (
     CheckpointConfig,
     LossConfig,
@@ -35,6 +36,7 @@ class ExperimentConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     training: TrainingConfig = TrainingConfig()
     generation: GenerationConfig = GenerationConfig()
+    task: TaskConfig = TaskConfig()
 
     def __post_init__(self) -> None:
         for group in dataclasses.fields(self):
@@ -42,6 +44,7 @@ class ExperimentConfig:
             if not isinstance(value, config_class):
                 name = group_name(config_class)
                 raise ConfigError(f"{name} = {show(value)}: must be a {config_class.__name__}")
+        self._fit_task()
         self._check_schedule()
         if self.data.packing == "packed" and self.model.attention_kernel in ("cudnn", "flash"):
             self.model.fail("attention_kernel", "fused kernels know no segments; take 'auto'")
@@ -82,6 +85,41 @@ class ExperimentConfig:
         generator = ("generator", "metric_learner", "couplings")
         if any(group in generator for group, _ in self.training.freeze):
             self.training.fail("freeze", f"a predefined G_LM has none of {', '.join(generator)}")
+
+    def _fit_task(self) -> None:
+        """Gives the model the head of `Task.kind`, as soon as its labels are known, and the data
+        its rows: a text each.
+        """
+        if self.task.kind is None:
+            if self.model.task is not None:
+                task = dataclasses.replace(self.task, kind=self.model.task)
+                object.__setattr__(self, "task", task)
+            else:
+                return
+        kind, model = self.task.kind, self.model
+        count = 2 if kind == "question" else len(self.task.labels) or model.num_labels
+        if model.task not in (None, kind):
+            self.task.fail("kind", f"the model has a {model.task} head; take another --init_from")
+        if model.task is not None and model.num_labels != count:
+            self.task.fail("labels", f"the model's head has {model.num_labels}; name as many")
+        if count:
+            model = dataclasses.replace(model, task=kind, num_labels=count)
+            object.__setattr__(self, "model", model)
+        if self.data.packing == "packed" or self.data.mixture:
+            name = "mixture" if self.data.mixture else "packing"
+            self.data.fail(name, "a task has a text a row, of Data.source; leave it out")
+        data = dataclasses.replace(self.data, packing="document")
+        object.__setattr__(self, "data", data)
+        if self.data.order is not None:
+            self.data.fail("order", "the texts of a task are shuffled; take None")
+        if self.lora.rank:
+            self.lora.fail("rank", "adapters leave the head as it is, a task trains it; take 0")
+        if self.loss.g_from != "row":
+            self.loss.fail("g_from", "a task's labels are not in the text; take 'row'")
+        if self.loss.targets != "all":
+            self.loss.fail("targets", "a task's labels are not in the text; take 'all'")
+        if self.training.eval_prefix_g:
+            self.training.fail("eval_prefix_g", "a task predicts no text; take False")
 
     def _check_g_from(self) -> None:
         """Refuses a `Loss.g_from` that model, rows or batch do not allow."""

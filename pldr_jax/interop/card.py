@@ -50,7 +50,7 @@ def model_card(run: Checkpoint, licences: Licences, source: str | None) -> str:
     config, step = run.config, run.step or 0
     measured = _evaluation(run.folder, step)
     sections = [
-        _front_matter(licences),
+        _front_matter(licences, config.model.task),
         f"# PLDR-LLM, {count_params(config.model):,} parameters",
         _origin(step, source),
         "## Model\n\n" + _fields(config, "Model"),
@@ -64,20 +64,29 @@ def model_card(run: Checkpoint, licences: Licences, source: str | None) -> str:
     sections += [
         "## Licences\n\n" + _table({"weights": licences.weights, "training text": licences.data}),
         "## Use\n\n```python\nimport pldr_jax\n\n"
-        'lm = pldr_jax.load("this/folder")\nlm.generate("...")\n```\n\n'
+        f'lm = pldr_jax.load("this/folder")\nlm.{"classify" if config.model.task else "generate"}'
+        '("...")\n```\n\n'
         "The folder has the transformers layout of PLDR-LLM (`model_type` `pldrllm`), which is the "
         "layout that the authors' transformers code reads.",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(licences: Licences) -> str:
+_PIPELINES = {
+    None: "text-generation",
+    "sequence": "text-classification",
+    "token": "token-classification",
+    "question": "question-answering",
+}
+
+
+def _front_matter(licences: Licences, task: str | None) -> str:
     lines = [
         "---",
         f"license: {_quoted(licences.weights)}",
         f"data_license: {_quoted(licences.data)}",
         "library_name: transformers",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {_PIPELINES[task]}",
         "tags:",
         "- pldr-llm",
         "- pldr_jax",

@@ -228,6 +228,8 @@ def merged_config(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[st
     kept = {
         name: value for name, value in theirs.items() if name not in ("rope_parameters", "dtype")
     }
+    if kept.get("architectures") not in (None, ours["architectures"]):
+        kept.pop("auto_map", None)  # it names no class for this head
     stays = ("auto_map", "bos_token_id", "eos_token_id", "pad_token_id")
     return kept | {k: v for k, v in ours.items() if k not in stays or k not in kept}
 

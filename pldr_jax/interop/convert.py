@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pldr_jax.config import ConfigError, ExperimentConfig
+from pldr_jax.config import ConfigError, ExperimentConfig, TaskConfig
 from pldr_jax.config.load import config_to_dict, dump_config
 from pldr_jax.data.text.chat import template_in
 from pldr_jax.data.text.tokenizer import Tokenizer
@@ -28,6 +28,7 @@ from pldr_jax.interop.config_json import (
     PieceIds,
     config_json,
     generation_config_json,
+    label_names,
     merged_config,
     model_from_json,
 )
@@ -50,6 +51,7 @@ from pldr_jax.model.deductive import predefined_g_lm
 from pldr_jax.model.shapes import count_params
 from pldr_jax.runs.checkpoint import read_weights
 from pldr_jax.runs.folder import fill_run
+from pldr_jax.runs.hub import find_checkpoint
 from pldr_jax.terminal import print_line
 
 _DEFAULT_IDS = PieceIds(2, 3, 0)
@@ -67,7 +69,7 @@ def import_checkpoint(
     """Makes a run folder of a checkpoint of others; all of it or nothing.
 
     Args:
-      path: a folder in the transformers layout, or a native `.pth`.
+      path: a folder in the transformers layout, a name of the hub, or a native `.pth`.
       output: a folder that does not exist, or is empty.
       tokenizer: a SentencePiece model; None takes `tokenizer.model` of the folder.
       gin_files, overrides: for a `.pth`, what its tensors do not say.
@@ -76,8 +78,8 @@ def import_checkpoint(
     Raises:
       ConfigError: anything missing, unknown or misshaped; one line that names it.
     """
-    path = user_path(path, "PATH")
     check_output(output, "OUT")
+    path, origin = find_checkpoint(path, "PATH")
     if path.is_dir():
         refuse_distributed(path)
         if gin_files or overrides:
@@ -87,8 +89,8 @@ def import_checkpoint(
         opened = _open_pth(path, gin_files, overrides)
     else:
         raise ConfigError(f"{path}: no such folder or .pth file; give one to import")
-    files = _imported_files(path, opened, tokenizer)
-    config = ExperimentConfig(model=opened.config)
+    files = _imported_files(path, opened, tokenizer, origin)
+    config = ExperimentConfig(model=opened.config, task=TaskConfig(labels=opened.labels))
     files["config.gin"] = dump_config(config).encode()
     with new_folder(output, "OUT") as folder:
         fill_run(folder, 0, opened.params, opened.g_lm, config_to_dict(config), files)
@@ -117,9 +119,12 @@ def _open_pth(
 
 
 def _imported_files(
-    path: Path, opened: TransformersCheckpoint, tokenizer: str | Path | None
+    path: Path,
+    opened: TransformersCheckpoint,
+    tokenizer: str | Path | None,
+    origin: Mapping[str, str],
 ) -> dict[str, bytes]:
-    files = record_files(make_record(opened.source, path))
+    files = record_files(make_record(opened.source, path, origin))
     named = Path(tokenizer or path / TOKENIZER)
     if tokenizer is None and not named.is_file():
         return files
@@ -215,6 +220,11 @@ def _exported_files(
     if run.tokenizer is not None:
         ids = PieceIds.of(run.tokenizer)
     ours = config_json(model, ids, code_repository)
+    if labels := run.config.task.labels:
+        ours |= {
+            "id2label": {str(i): label for i, label in enumerate(labels)},
+            "label2id": {label: i for i, label in enumerate(labels)},
+        }
     sampling = run.config.generation.sampling
     files = {
         CONFIG: _json(ours),
@@ -230,9 +240,20 @@ def _exported_files(
         settings = parse_json(files[SETTINGS], SETTINGS) | {"chat_template": template}
         files[SETTINGS] = _json(settings)
         files.pop("chat_template.jinja", None)  # transformers would read it first
-    if theirs and model_from_json(theirs, CONFIG) != model_from_json(ours, CONFIG):
+    if theirs and _contradicts(theirs, ours):
         files[CONFIG] = _json(merged_config(theirs, ours))
     return files
+
+
+def _contradicts(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
+    """Whether two `config.json` say other models, or other labels of a task."""
+    one, other = model_from_json(theirs, CONFIG), model_from_json(ours, CONFIG)
+    if one.task != other.task:
+        return True
+    one = dataclasses.replace(one, num_labels=other.num_labels)  # may be stated by the head alone
+    unnamed = tuple(f"LABEL_{i}" for i in range(other.num_labels))
+    names = [label_names(raw, CONFIG) or unnamed for raw in (theirs, ours)]
+    return one != other or (other.task in ("sequence", "token") and names[0] != names[1])
 
 
 def _json(value: Any) -> bytes:

@@ -142,7 +142,10 @@ def _read_adapters(run: str | Path, step: int | None, remedy: str) -> tuple[Weig
 
 def _files(opened: Checkpoint, config: ExperimentConfig) -> dict[str, bytes]:
     """What a run folder holds beside its checkpoint."""
-    files = {**inherited_files(opened.folder), "config.gin": dump_config(config).encode()}
+    files = {
+        **inherited_files(opened.folder, opened.origin),
+        "config.gin": dump_config(config).encode(),
+    }
     if opened.tokenizer is not None:
         files[TOKENIZER] = opened.tokenizer.model_bytes
     return files

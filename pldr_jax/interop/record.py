@@ -33,11 +33,13 @@ class Record:
     """Where a run folder comes from.
 
     Attributes:
-      name: of the folder or file that was imported; None where its weights were changed since.
+      name: of the folder, file or repository that was imported; None where its weights were
+        changed since.
       files, metadata: of `TensorFiles`; no files where it was a `.pth`.
       dtypes: of the tensors that are not float32.
       g_tensors: `past_G_values` and its status, where the source had them.
       others: contents of its other files, by their names.
+      origin: of one of the hub, `hub.Source.origin`.
     """
 
     name: str | None = None
@@ -46,6 +48,7 @@ class Record:
     dtypes: dict[str, str] = dataclasses.field(default_factory=dict)
     g_tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     others: dict[str, bytes] = dataclasses.field(default_factory=dict)
+    origin: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def restored(self, tensors: Mapping[str, np.ndarray]) -> TensorFiles | None:
         """Tensors of ours as they were in the source; None if they are not those."""
@@ -69,11 +72,12 @@ class Record:
         return TensorFiles(restored, self.files, self.metadata)
 
 
-def make_record(source: TensorFiles, path: Path) -> Record:
+def make_record(source: TensorFiles, path: Path, origin: Mapping[str, str]) -> Record:
     """The record of a source, a folder or a `.pth`."""
     tensors = source.tensors
     return Record(
-        name=path.resolve().name,
+        name=origin.get("repository", path.resolve().name),
+        origin=dict(origin),
         files=source.files,
         metadata=source.metadata,
         dtypes={
@@ -94,6 +98,7 @@ def record_files(record: Record) -> dict[str, bytes]:
         "metadata": record.metadata,
         "dtypes": record.dtypes,
         "others": sorted(record.others),
+        "origin": record.origin,
     }
     files = {f"{_FOLDER}/{_LAYOUT}": (json.dumps(layout, indent=1) + "\n").encode()}
     if record.g_tensors:
@@ -102,20 +107,20 @@ def record_files(record: Record) -> dict[str, bytes]:
     return files | others
 
 
-def inherited_files(folder: Path) -> dict[str, bytes]:
+def inherited_files(folder: Path, origin: Mapping[str, str]) -> dict[str, bytes]:
     """What a run that begins with the weights of a checkpoint keeps of it, by paths in the run
     folder: the files that are no weights, of a folder in the transformers layout or an import, and
     the chat template of a run.
     """
     own = {}
     if (folder / CONFIG).is_file():
-        others = _others(folder)
+        record = Record(others=_others(folder), origin=dict(origin))
     else:
-        record = read_record(folder)
-        others = {} if record is None else record.others
+        record = dataclasses.replace(read_record(folder) or Record(), name=None)
         if (folder / TOKENIZER_CONFIG).is_file():
             own = {TOKENIZER_CONFIG: read_regular_file(folder / TOKENIZER_CONFIG)}
-    return own | (record_files(Record(others=others)) if others else {})
+    kept = Record(others=record.others, origin=record.origin)
+    return own | (record_files(kept) if kept != Record() else {})
 
 
 def read_record(run_dir: Path) -> Record | None:
@@ -133,7 +138,13 @@ def read_record(run_dir: Path) -> Record | None:
             layout[key] for key in ("name", "files", "metadata", "dtypes", "others")
         )
         known = isinstance(name, str | None) and _maps(metadata, str) and _maps(dtypes, str)
-        known = known and _maps(files, list) and set(dtypes.values()) <= set(_DTYPES)
+        origin = layout.get("origin", {})
+        known = (
+            known
+            and _maps(origin, str)
+            and _maps(files, list)
+            and set(dtypes.values()) <= set(_DTYPES)
+        )
         if not known or not isinstance(others, list):
             raise ValueError("layout.json is not what an import writes")
         for file in files:
@@ -151,6 +162,7 @@ def read_record(run_dir: Path) -> Record | None:
             dtypes=dtypes,
             g_tensors=read_safetensors(g_file)[0] if g_file.is_file() else {},
             others={n: read_regular_file(file) for n, file in kept.items()},
+            origin=origin,
         )
     except (ValueError, KeyError, OSError) as error:  # a ConfigError is a ValueError
         reason = f"{error} is missing" if isinstance(error, KeyError) else error

@@ -35,12 +35,14 @@ class TransformersCheckpoint:
       params: its parameters, float32.
       g_lm: predefined G_LM [L,1,N,H,J]; None where it is learned or the identity.
       source: its tensors as they were.
+      labels: names of a task's labels; () where it has none.
     """
 
     config: ModelConfig
     params: Params
     g_lm: jax.Array | None
     source: TensorFiles
+    labels: tuple[str, ...] = ()
 
 
 def open_transformers(folder: str | Path) -> TransformersCheckpoint:
@@ -55,10 +57,14 @@ def open_transformers(folder: str | Path) -> TransformersCheckpoint:
     config = model_from_json(raw, folder / CONFIG)
     source = read_folder(folder)
     head = source.tensors.get(f"{HEADS[config.task]}.weight")
-    if config.task in ("sequence", "token") and label_names(raw, folder) is None:
-        if head is not None and head.ndim == 2 and len(head):
+    labels: tuple[str, ...] = ()
+    if config.task in ("sequence", "token"):
+        stated = label_names(raw, folder)
+        if stated is None and head is not None and head.ndim == 2 and len(head):
             config = dataclasses.replace(config, num_labels=len(head))
-    return from_source(config, source, str(folder / next(iter(source.files))))
+        labels = stated or tuple(f"LABEL_{i}" for i in range(config.num_labels))
+    opened = from_source(config, source, str(folder / next(iter(source.files))))
+    return dataclasses.replace(opened, labels=labels)
 
 
 def from_source(config: ModelConfig, source: TensorFiles, where: str) -> TransformersCheckpoint:

@@ -1,17 +1,17 @@
 """Opens any checkpoint: a run folder, or a folder in the transformers layout."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
 
-from pldr_jax.config import ConfigError, ExperimentConfig, LoraConfig
+from pldr_jax.config import ConfigError, ExperimentConfig, LoraConfig, TaskConfig
 from pldr_jax.config.load import config_from_dict
 from pldr_jax.data.mixture import TrainingText, open_training_text
 from pldr_jax.data.text.chat import template_in
 from pldr_jax.data.text.tokenizer import Tokenizer
-from pldr_jax.files import TOKENIZER, user_path
+from pldr_jax.files import TOKENIZER
 from pldr_jax.interop.config_json import end_ids
 from pldr_jax.interop.folder import parse_json, read_json
 from pldr_jax.interop.pth import refuse_distributed
@@ -20,6 +20,7 @@ from pldr_jax.interop.transformers import CONFIG, open_transformers
 from pldr_jax.model.decoder import Params
 from pldr_jax.model.lora import digest_of, merge_adapters
 from pldr_jax.runs.checkpoint import read_weights
+from pldr_jax.runs.hub import find_checkpoint
 
 BASE = "base"
 """In a run folder of adapters, the checkpoint that they belong to, or a link to it."""
@@ -38,6 +39,7 @@ class Checkpoint:
       g_lm: predefined G_LM [L,1,N,H,J]; None where it is learned or the identity.
       tokenizer: None where the folder has none.
       end_ids: tokens that end a text: the tokenizer's end piece, or what `config.json` says.
+      origin: of one of the hub, `hub.Source.origin`.
     """
 
     folder: Path
@@ -47,32 +49,38 @@ class Checkpoint:
     g_lm: jax.Array | None
     tokenizer: Tokenizer | None
     end_ids: tuple[int, ...] = ()
+    origin: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def open_checkpoint(
-    path: str | Path, step: int | None = None, flag: str = "", tasks: bool = False
+    path: str | Path,
+    step: int | None = None,
+    flag: str = "",
+    tasks: bool = False,
+    revision: str | None = None,
 ) -> Checkpoint:
     """Reads a checkpoint for any use: inference, fine-tuning, freezing, analysis, export.
 
     Args:
-      path: a run folder, or a folder with `config.json` and safetensors.
+      path: a run folder, a folder with `config.json` and safetensors, or a name of the hub.
       step: checkpoint of a run folder; None is the newest complete one.
       flag: that named the path, for errors, such as "--init_from".
       tasks: whether the head may be a task's; else it must be that of a language model.
+      revision: of a name of the hub; None is the newest.
 
     Raises:
       ConfigError, CheckpointError: one line, saying what the folder lacks.
     """
-    opened = _read(path, step, flag)
+    source = find_checkpoint(path, flag, revision)
+    opened = dataclasses.replace(_read(source.folder, step, flag), origin=source.origin)
     if not tasks and (task := opened.config.model.task) is not None:
         raise ConfigError(f"{path}: has a {task} head; this needs a language model")
     return opened
 
 
-def _read(path: str | Path, step: int | None, flag: str) -> Checkpoint:
-    folder = user_path(path, flag or "path")
+def _read(folder: Path, step: int | None, flag: str) -> Checkpoint:
     if not folder.is_dir():
-        name = f"{flag}={path}" if flag else repr(str(path))
+        name = f"{flag}={folder}" if flag else repr(str(folder))
         raise ConfigError(f"{name}: no such folder; give a run folder, or one with {CONFIG}")
     refuse_distributed(folder)
     has_tokenizer = (folder / TOKENIZER).is_file()
@@ -82,7 +90,7 @@ def _read(path: str | Path, step: int | None, flag: str) -> Checkpoint:
     ends = _end_ids(folder, tokenizer)
     if (folder / CONFIG).is_file():
         opened = open_transformers(folder)
-        config = ExperimentConfig(model=opened.config)
+        config = ExperimentConfig(model=opened.config, task=TaskConfig(labels=opened.labels))
         return Checkpoint(folder, None, config, opened.params, opened.g_lm, tokenizer, ends)
     weights = read_weights(folder, step)
     config = config_from_dict(weights.config_dict, str(folder))

@@ -55,6 +55,7 @@ from pldr_jax.training.step import (
     jit_train_step,
     model_params,
 )
+from pldr_jax.training.task.evaluate import TaskEvaluator
 
 
 class TrainingError(RuntimeError):
@@ -161,7 +162,8 @@ class Trainer:
         self._config, self._batches, self._tokenizer = data.config, data.batches, data.tokenizer
         self._mesh, self._checkpointer, self._record = mesh, checkpointer, record
         self._stop, self._task_metrics = stop, task_metrics
-        self._evaluator = Evaluator(data.config, mesh, data.held_out, data.bytes_per_token)
+        evaluator: Any = Evaluator if data.config.task.kind is None else TaskEvaluator
+        self._evaluator = evaluator(data.config, mesh, data.held_out, data.bytes_per_token)
         self.best = math.inf
 
     def continue_from(self, position: Mapping[str, Any]) -> None:
@@ -289,8 +291,12 @@ class Trainer:
         return True
 
     def _sample(self, params: Params, g_lm: jax.Array | None) -> str:
-        """The text that the model makes of the prompt; "" without one. Every process takes part."""
+        """The text that the model makes of the prompt; "" without one, and of a task. Every process
+        takes part.
+        """
         training, tokenizer = self._config.training, self._tokenizer
+        if self._config.model.task is not None:
+            return ""
         prompt = tokenizer.encode(training.sample_prompt)[: self._config.model.context_length - 1]
         if not prompt:
             return ""

@@ -110,6 +110,9 @@ class Record:
 
 def report(step: int, evaluation: Mapping[str, float], gap_threshold: float) -> str:
     """An evaluation in a line, and a warning where the causal gap is above the threshold."""
+    if "eval/bits_per_byte" not in evaluation:  # of a task
+        named = ", ".join(f"{n.removeprefix('eval/')} {v:.4g}" for n, v in evaluation.items())
+        return f"step {step}: held-out {named}"
     text = (
         f"step {step}: held-out loss {evaluation['eval/loss']:.4f}, "
         f"{evaluation['eval/bits_per_byte']:.3f} bits a byte"

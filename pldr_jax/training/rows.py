@@ -85,4 +85,7 @@ def forward_rows(
         return RowOutputs(outputs, targets_BT, segments.real)
     length_B = lengths_of(rows)
     outputs = forward(config, params, inputs_of(rows), g_lm, length_B, g_length_B=g_length_B)
+    if config.task == "question":  # whose softmax is over the tokens
+        real_BT = rows[:, SEGMENTS] > 0
+        outputs = outputs.replace(logits=jnp.where(real_BT[..., None], outputs.logits, -1e9))
     return RowOutputs(outputs, targets_BT, None if length_B is None else length_B > 0)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -17,6 +18,7 @@ from pldr_jax.data.segment_count import with_segment_count
 from pldr_jax.data.text.chat import template_file
 from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.files import TOKENIZER_CONFIG
+from pldr_jax.model.decoder import init_params
 from pldr_jax.model.deductive import g_lm_shape, predefined_g_lm
 from pldr_jax.model.flops import row_flops
 from pldr_jax.partition import process_part
@@ -28,6 +30,7 @@ from pldr_jax.training.step import (
     create_state,
     with_base,
 )
+from pldr_jax.training.task.data import open_task_data
 
 
 class RunData(NamedTuple):
@@ -73,7 +76,7 @@ def config_facts(config: ExperimentConfig) -> dict[str, Any]:
     what they lead to is compared when it is open.
     """
     may_differ = {"Data.source", "Data.mixture", "Data.tokenizer", "Data.cache_dir", "Data.workers"}
-    may_differ |= {"Data.chat_template", "Lora.base", "Data.order"}
+    may_differ |= {"Data.chat_template", "Lora.base", "Data.order", "Task.held_out"}
     return {
         f"{group}.{name}": value
         for group, fields in config_to_dict(config).items()
@@ -107,6 +110,9 @@ def open_data(
     Raises:
       ConfigError: a text that cannot be used, or too little of it.
     """
+    if config.task.kind is not None:
+        task = open_task_data(config, saved, mesh, log)
+        return RunData(*task[:4], 1.0, task.tokens_per_step, {})
     text = open_training_text(config.data, config.model.vocab_size, log)
     if saved is not None and config.data.max_segments is None:
         data = dataclasses.replace(config.data, max_segments=saved.data.max_segments)
@@ -152,7 +158,11 @@ def first_state(
 ) -> TrainState:
     """The state of a new run: weights that are given, or drawn with `Training.seed`."""
     if initial is not None:
-        return create_state(config, mesh, initial.g_lm, initial.params)
+        params = initial.params
+        if "head" not in params:  # of another kind: a task begins with a new one
+            draw = jax.jit(lambda key: nn.unbox(init_params(config.model, key))["head"])
+            params = {**params, "head": draw(jax.random.key(config.training.seed))}
+        return create_state(config, mesh, initial.g_lm, params)
     return create_state(config, mesh, predefined_g_lm(config.model))
 
 

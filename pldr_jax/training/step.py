@@ -55,7 +55,7 @@ class InitialWeights(NamedTuple):
     """Weights that a run begins with.
 
     Attributes:
-      params: of the model that is trained.
+      params: of the model that is trained; without `head`, a new one is drawn.
       g_lm: its predefined G_LM [L,1,N,H,J]; None where it is learned or the identity.
       files: of the checkpoint, which the run folder keeps, by their paths there.
     """

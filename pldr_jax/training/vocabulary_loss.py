@@ -14,6 +14,8 @@ def batch_loss(
     """The cross-entropy of what the model makes of a batch, in chunks where `Loss.chunk` says so:
     nothing reads `outputs.logits` then, so that the compiler leaves them out.
     """
+    if config.model.task == "question":  # start and end, each one of T tokens
+        return token_loss(jnp.swapaxes(outputs.logits, 1, 2), targets_BT[:, :2])
     if chunk := min(config.loss.chunk, targets_BT.shape[1]):
         return chunked_token_loss(config.model, params, outputs.hidden, targets_BT, chunk)
     return token_loss(outputs.logits, targets_BT)

@@ -25,6 +25,7 @@ from pldr_jax.interop.weights import Checkpoint, held_out_text, open_checkpoint
 from pldr_jax.model.deductive import read_g_lm
 from pldr_jax.partition import build_mesh
 from pldr_jax.runs.checksums import complete_steps
+from pldr_jax.runs.hub import find_checkpoint
 from pldr_jax.runs.metrics import FILE_NAME, read_metrics
 from pldr_jax.terminal import Display, LiveBar
 
@@ -36,7 +37,8 @@ class ReportOptions:
     """What to measure and where to write it.
 
     Attributes:
-      runs: run folders, or folders with `config.json` and weights; several are compared.
+      runs: run folders, folders with `config.json` and weights, or names of the hub; several are
+        compared.
       prompts: a file of text; None takes the held-out text of each run.
       output: the folder of the report; None is `analysis` in the first run.
       rows: of text, at most; 0 takes all.
@@ -74,8 +76,12 @@ class ReportOptions:
                 raise ConfigError(f"--{name}={value}: must be at least {low}")
         if self.rows == 1:
             raise ConfigError("--rows=1: texts are compared with each other; give 2 or more")
+        found = tuple(str(find_checkpoint(run, "RUN").folder) for run in self.runs)
+        if self.output is None and Path(found[0]) != user_path(self.runs[0], "RUN"):
+            raise ConfigError(f"--out: {self.runs[0]} is of the hub; name a folder for the report")
+        object.__setattr__(self, "runs", found)
         for folder in self.runs:
-            if not user_path(folder, "RUN").is_dir():
+            if not Path(folder).is_dir():
                 raise ConfigError(f"{folder!r}: no such folder; give a run folder")
         if self.prompts is not None and not user_path(self.prompts, "--prompts").is_file():
             raise ConfigError(f"--prompts={self.prompts}: no such file")
@@ -96,7 +102,7 @@ def analyze(options: ReportOptions) -> tuple[Path, list[RunReport]]:
       ConfigError, CheckpointError: one line, for what cannot be read or written.
     """
     sections = chosen_sections(options.sections)
-    folders = [user_path(run, "RUN") for run in options.runs]
+    folders = [Path(run) for run in options.runs]
     output = user_path(options.output or folders[0] / DEFAULT_FOLDER, "--out")
     steps = [_steps(folder) if options.over_checkpoints else [] for folder in folders]
     total = len(folders) * len(sections) + sum(map(bool, steps))

@@ -20,6 +20,7 @@ from pldr_jax.config import ConfigError
 from pldr_jax.files import read_regular_file, user_path
 
 PAD_PIECE, UNK_PIECE, BOS_PIECE, EOS_PIECE = "[PAD]", "[UNK]", "[START]", "[END]"
+SEPARATOR_PIECE = "[SEP]"
 TRAINING_BLOCK = 2048
 """Characters in one training sentence: SentencePiece drops sentences that are much longer."""
 
@@ -157,6 +158,26 @@ class Tokenizer:
             result.append(np.concatenate(row))
         return result
 
+    def encode_spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of a text [T], those of `encode`, and the bytes [T,2] of its UTF-8 form that each
+        stands for, as first and first after; white space before a word belongs to it. The pieces
+        that spell the bytes of a character stand for all of it.
+        """
+        ids, spans, offset = [], [], 0
+        for k, part in enumerate(text.split(_SPACE_MARK) if self.is_exact else [text]):
+            if k:
+                ids += self._space_mark_ids
+                spans += [(offset, offset + 3)] * len(self._space_mark_ids)
+                offset += 3
+            pieces = self._processor.encode(part, return_type="proto").pieces
+            ids += [piece.id for piece in pieces]
+            spans += [(offset + piece.begin, offset + piece.end) for piece in pieces]
+            offset += len(part.encode("utf-8", "replace"))
+        for k in range(len(spans) - 2, -1, -1):
+            if spans[k] == (spans[k + 1][0],) * 2:
+                spans[k] = spans[k + 1]
+        return np.asarray(ids, np.int32), np.asarray(spans, np.int64).reshape(-1, 2)
+
     def _ids(self, texts: list[str]) -> list[np.ndarray]:
         return list(self._processor.encode(texts, num_threads=1, return_type="numpy"))
 
@@ -207,6 +228,12 @@ class Tokenizer:
     def eos_id(self) -> int:
         """Id of the end piece, -1 if the model has none."""
         return int(self._processor.eos_id())
+
+    @functools.cached_property
+    def separator_id(self) -> int:
+        """Id of the piece between two texts: [SEP], or the end piece where there is none."""
+        separator = int(self._processor.piece_to_id(SEPARATOR_PIECE))
+        return separator if separator != self.unk_id else max(self.eos_id, 0)
 
     def piece(self, token: int) -> str:
         """The piece of an id, as it is written in the vocabulary."""

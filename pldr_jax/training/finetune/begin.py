@@ -11,6 +11,7 @@ from pldr_jax.config import (
     ConfigError,
     ExperimentConfig,
     ModelConfig,
+    TaskConfig,
 )
 from pldr_jax.config.load import config_from_dict, load_config
 from pldr_jax.data.text.tokenizer import Tokenizer
@@ -24,6 +25,7 @@ from pldr_jax.model.lora import digest_of
 from pldr_jax.model.shapes import count_params
 from pldr_jax.runs.checkpoint import Checkpointer
 from pldr_jax.runs.folder import check_same_model
+from pldr_jax.runs.hub import find_checkpoint
 from pldr_jax.terminal import print_line
 from pldr_jax.training.step import InitialWeights
 
@@ -34,7 +36,7 @@ def model_of(init_from: str | Path) -> ModelConfig:
     Raises:
       ConfigError: the folder holds none.
     """
-    folder = Path(init_from)
+    folder = find_checkpoint(init_from, "--init_from").folder
     if (folder / CONFIG).is_file():
         return model_from_json(read_json(folder / CONFIG), folder / CONFIG)
     with Checkpointer(folder, CheckpointConfig()) as checkpointer:
@@ -63,8 +65,7 @@ def start_from(
         stored = checkpointer.read_config() if checkpointer.latest_step() is not None else None
     if stored is not None:
         saved = config_from_dict(stored, str(run_dir))
-        base = dataclasses.replace(ExperimentConfig(), model=saved.model)
-        config = load_config(gin_files, overrides, base)
+        config = load_config(gin_files, overrides, _base(saved))
         config = _with_tokenizer(config, saved.data.tokenizer, run_dir / TOKENIZER)
         if saved.lora.rank and config.lora.rank:  # its checkpoints do not hold the base
             opened = open_checkpoint(init_from, saved.lora.base_step, "--init_from")
@@ -74,15 +75,20 @@ def start_from(
             f"--init_from={init_from}: not read again, {run_dir} goes on from its own checkpoint"
         )
         return config, None
-    opened = open_checkpoint(init_from, flag="--init_from")
-    base = dataclasses.replace(ExperimentConfig(), model=opened.config.model)
-    config = load_config(gin_files, overrides, base)
+    opened = open_checkpoint(init_from, flag="--init_from", tasks=True)
+    config = load_config(gin_files, overrides, _base(opened.config))
+    params = opened.params
+    # No weight depends on them.
+    may_differ: tuple[str, ...] = ("context_length", "pad_id", *HOW_BEGUN, *HOW_COMPUTED)
+    if config.task.kind is not None and opened.config.model.task is None:
+        params = {name: tree for name, tree in params.items() if name != "head"}
+        may_differ = ("task", "num_labels", *may_differ)
     check_same_model(
         f"--init_from={init_from}: is",
         opened.config,
         config,
         "leave out what the checkpoint says, or take another one",
-        ("context_length", *HOW_BEGUN, *HOW_COMPUTED),  # no weight depends on them
+        may_differ,
     )
     config = _checked_tokenizer(config, opened.folder)
     layout = "transformers layout" if opened.step is None else f"step {opened.step}"
@@ -92,7 +98,14 @@ def start_from(
     )
     if config.lora.rank:
         config = _with_base(config, opened)
-    return config, InitialWeights(opened.params, opened.g_lm, inherited_files(opened.folder))
+    files = inherited_files(opened.folder, opened.origin)
+    return config, InitialWeights(params, opened.g_lm, files)
+
+
+def _base(config: ExperimentConfig) -> ExperimentConfig:
+    """The defaults, with the model of a checkpoint and the names of its task's labels."""
+    task = TaskConfig(labels=config.task.labels)
+    return dataclasses.replace(ExperimentConfig(), model=config.model, task=task)
 
 
 def _with_base(config: ExperimentConfig, opened: Checkpoint) -> ExperimentConfig:

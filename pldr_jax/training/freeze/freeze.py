@@ -15,7 +15,7 @@ from pldr_jax.data.rows import join_rows
 from pldr_jax.data.segment_count import with_segment_count
 from pldr_jax.files import TOKENIZER, check_output
 from pldr_jax.interop.record import inherited_files
-from pldr_jax.interop.weights import held_out_text, open_checkpoint
+from pldr_jax.interop.weights import Checkpoint, held_out_text, open_checkpoint
 from pldr_jax.model.flops import row_flops
 from pldr_jax.runs.curves import summary_table
 from pldr_jax.runs.folder import write_run
@@ -53,8 +53,8 @@ def freeze(
     check_output(output)
     if settings.save_g is not None:
         _check_new_file(Path(settings.save_g))
-    folder = Path(checkpoint)
-    opened = open_checkpoint(folder, settings.step, "--checkpoint")
+    opened = open_checkpoint(checkpoint, settings.step, "--checkpoint")
+    folder = opened.folder
     stored, step = opened.config, opened.step or 0
     calibration.check_learned(stored.model, folder)
     config = load_config(gin_files, overrides, base=stored)
@@ -81,7 +81,7 @@ def freeze(
             settings.rank_budget,
             evaluated_on.rows.max_segments,
         )
-    files = {"config.gin": dump_config(frozen).encode(), **_files(opened.folder, certificate)}
+    files = {"config.gin": dump_config(frozen).encode(), **_files(opened, certificate)}
     write_run(output, step, params, calibrated.g_lm, config_to_dict(frozen), files)
     if settings.save_g is not None:
         np.savez(settings.save_g, G_LM=np.asarray(calibrated.g_lm)[:, 0])
@@ -92,10 +92,11 @@ def freeze(
     return certificate
 
 
-def _files(folder: Path, certificate: dict[str, Any]) -> dict[str, bytes]:
+def _files(opened: Checkpoint, certificate: dict[str, Any]) -> dict[str, bytes]:
     """What a frozen run folder holds of the folder it comes from, and the certificate."""
     text = json.dumps(certificate, indent=2, allow_nan=False) + "\n"
-    files = {**inherited_files(folder), CERTIFICATE: text.encode()}
+    folder = opened.folder
+    files = {**inherited_files(folder, opened.origin), CERTIFICATE: text.encode()}
     if (folder / TOKENIZER).is_file():
         files[TOKENIZER] = (folder / TOKENIZER).read_bytes()
     return files

@@ -1,0 +1,1 @@
+"""Texts with labels: lines of JSONL to rows of a task."""

@@ -1,0 +1,1 @@
+"""Fine-tuning of a task's head: its data and its evaluation."""
