@@ -162,11 +162,11 @@ class Variant:
         self.slots = self._admit(
             self.params,
             slots=self.slots,
-            slot=np.int32(0),
-            tokens_T=np.ones((tokens,), np.int32),
-            length=np.int32(tokens),
+            slot_Q=np.zeros((1,), np.int32),
+            tokens_QT=np.ones((1, tokens), np.int32),
+            length_Q=np.array([tokens], np.int32),
             sampling=slot_sampling([SamplingConfig(1)]),
-            stop_Z=np.full((MAX_STOP_IDS,), -1, np.int32),
+            stop_QZ=np.full((1, MAX_STOP_IDS), -1, np.int32),
             g_lm_LBNHJ=self.g_lm,
         )
         jax.block_until_ready(self.slots)

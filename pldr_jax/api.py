@@ -386,7 +386,7 @@ def load(
 
     if isinstance(mesh, MeshConfig):
         mesh = build_mesh(mesh)
-    opened = open_checkpoint(path, step, tasks=True, revision=revision)
+    opened = open_checkpoint(path, step, tasks=True, revision=revision, mesh=mesh)
     return LanguageModel(
         opened.config.model,
         opened.params,

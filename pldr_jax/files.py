@@ -6,10 +6,13 @@ The only place that renames temporary files: what a killed process leaves is nev
 import contextlib
 import errno
 import fcntl
+import hashlib
+import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO, TextIO
 
@@ -47,6 +50,59 @@ def cache_folder(cache_dir: str | None) -> Path:
     if base := os.environ.get("XDG_CACHE_HOME"):
         return Path(base) / "pldr_jax"
     return user_path("~/.cache/pldr_jax", "Data.cache_dir")
+
+
+def bucket_url(path: str | Path) -> str | None:
+    """`gs://...` or `s3://...`, also of a path that has lost a slash; None of any other path."""
+    found = re.fullmatch(r"(gs|s3):/{1,2}([^/].*?)/*", str(path))
+    return f"{found[1]}://{found[2]}" if found else None
+
+
+def fetch_folder(url: str, flag: str, choose: Callable[[Iterable[str]], Iterable[str]]) -> Path:
+    """A copy of a folder of a bucket, in the cache folder: all of it, or none.
+
+    A folder whose files have not changed is copied once.
+
+    Args:
+      url: as `bucket_url` gives it.
+      flag: that named it, for errors.
+      choose: the names to copy, from those of all files, relative to the folder.
+
+    Raises:
+      ConfigError: there is no such folder, it cannot be read, or an extra is missing.
+    """
+    extra = {"gs": "gcs", "s3": "s3"}[url[:2]]
+    try:
+        import fsspec
+
+        files, root = fsspec.url_to_fs(url)
+        found = files.find(root, detail=True)
+        infos = {name[len(root) + 1 :]: info for name, info in found.items()}
+        names = sorted(choose(infos))
+        if any(".." in name.split("/") or name.startswith("/") for name in names):
+            raise OSError("it has a file whose name leads elsewhere")
+        facts = [[url], *([n, *(str(infos[n].get(k)) for k in _VERSION)] for n in names)]
+        key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+        copies = cache_folder(None) / "buckets"
+        if not names:
+            raise FileNotFoundError("no such folder")
+        with locked(copies / f".{key}", flag, wait=True):
+            if not (copies / key).is_dir():
+                with new_folder(copies / key, flag) as folder:
+                    for name in names:
+                        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                        files.get_file(f"{root}/{name}", str(folder / name))
+    except ImportError:
+        raise ConfigError(f"{flag}={url}: needs pip install 'pldr_jax[{extra}]'") from None
+    except ConfigError:
+        raise
+    except Exception as error:  # each kind of bucket has errors of its own
+        raise ConfigError(f"{flag}={url}: cannot be read ({one_line(error)})") from None
+    return copies / key
+
+
+_VERSION = ("size", "ETag", "md5Hash", "mtime")
+"""What buckets say of a file, of which some changes with its content."""
 
 
 def read_regular_file(path: Path) -> bytes:

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
-import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pldr_jax.config import ConfigError, MeshConfig
@@ -61,9 +61,18 @@ def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) 
             f"{config.data} x {config.fsdp} x {config.tensor}: "
             f"must make {len(devices)}, the number of devices (one axis may be -1, for the rest)"
         )
-    # Linen's logical axes need Auto; jax.make_mesh would default to Explicit.
-    grid = np.asarray(devices).reshape(sizes)
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    # In the order of the torus, where there is one. Linen's logical axes need Auto.
+    auto = (AxisType.Auto,) * len(MESH_AXES)
+    try:
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=auto, devices=devices)
+    except NotImplementedError:  # an axis of the torus has to be shared
+        grid = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(grid, MESH_AXES, axis_types=auto)
+
+
+def mesh_of_all_devices() -> Mesh | None:
+    """A mesh that splits parameters over whatever devices there are; None where there is one."""
+    return build_mesh(MeshConfig(data=1, fsdp=-1)) if jax.device_count() > 1 else None
 
 
 def partition_spec(

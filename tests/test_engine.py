@@ -96,11 +96,11 @@ class Steps:
         self.slots = self.admit(
             self.case.params,
             slots=self.slots,
-            slot=np.int32(slot),
-            tokens_T=tokens,
-            length=np.int32(len(prompt)),
+            slot_Q=np.array([slot], np.int32),
+            tokens_QT=tokens[None],
+            length_Q=np.array([len(prompt)], np.int32),
             sampling=slot_sampling([SamplingConfig(99)]),
-            stop_Z=jnp.full((8,), -1),
+            stop_QZ=jnp.full((1, 8), -1),
             g_lm_LBNHJ=self.g_lm,
         )
 

@@ -274,3 +274,18 @@ def test_which_axes_are_divided_on_the_mesh_in_scope() -> None:
             assert not divided("length", 8) and not divided("heads", 7)
     with jax.set_mesh(build_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
         assert not divided("heads", 14) and not divided("batch", 8)
+
+
+def test_the_order_of_devices_is_that_of_the_torus() -> None:
+    """On a v5e slice of 4 x 8 chips, neighbours on a mesh axis are linked chips."""
+    pytest.importorskip("libtpu", reason="needs the TPU's compiler: pip install libtpu")
+    from pldr_jax.training.plan.chips import CHIPS
+    from pldr_jax.training.plan.compile import plan_mesh
+
+    mesh, compiler = plan_mesh(MeshConfig(4, 8, 1), 32, CHIPS["v5e"])
+    assert "4x8" in compiler
+    grid = np.array([device.coords for device in mesh.devices.flat]).reshape(4, 8, -1)
+    for axis in (0, 1):
+        assert (np.abs(np.diff(grid, axis=axis)).sum(-1) == 1).all()
+    tensor, _ = plan_mesh(MeshConfig(1, 8, 4), 32, CHIPS["v5e"])
+    assert {device.id for device in tensor.devices.flat} == {d.id for d in mesh.devices.flat}

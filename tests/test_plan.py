@@ -257,3 +257,21 @@ def test_program_prints_a_plan_and_refuses_in_one_line(
     for argument in ("--chip=v5e", "--devices=4"):
         status, _, err = run_here(capsys, train_main, argument)
         assert status == 2 and "needs --plan" in err
+
+
+def test_the_largest_of_step_evaluation_and_sample_decides() -> None:
+    """And each of them is compiled: a longer batch of held-out rows, a larger vocabulary."""
+    made = plans.make_plan(CONFIG, build_mesh(CONFIG.mesh), "")
+    assert made.evaluation_bytes > 0 and made.sample_bytes > 0
+    decode_weights = 4 * made.parameters // 8
+    assert made.sample_bytes > decode_weights
+    for name in ("step_bytes", "evaluation_bytes", "sample_bytes"):
+        one = dataclasses.replace(PLAN, **{name: 2 * 10**10})
+        assert one.bytes == PLAN.state_bytes + 2 * 10**10
+        with pytest.raises(ConfigError, match="does not fit v5e: .* evaluation .* sample"):
+            planning.check_fits(one, CHIPS["v5e"])
+    training = dataclasses.replace(CONFIG.training, sample_prompt="")
+    without = plans.make_plan(
+        dataclasses.replace(CONFIG, training=training), build_mesh(CONFIG.mesh), ""
+    )
+    assert without.sample_bytes == 0

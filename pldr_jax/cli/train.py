@@ -9,6 +9,7 @@ from pldr_jax.cli.options import Option, Options, parse_args
 from pldr_jax.cli.tasks import task_metrics
 from pldr_jax.config import ConfigError
 from pldr_jax.config.load import load_config
+from pldr_jax.files import bucket_url
 
 DESCRIPTION = (
     "Trains a PLDR-LLM. Without --gin_file it is the small default run, a few minutes on a laptop."
@@ -59,6 +60,11 @@ def train_main(argv: list[str]) -> None:
         argv, "train.py", DESCRIPTION, (*OPTIONS, *sweeping.OPTIONS, *planning.OPTIONS)
     )
     name = Path(options.gin_files[-1]).stem if options.gin_files else "nano"
+    if options.run_dir and bucket_url(options.run_dir):
+        raise ConfigError(
+            f"--run_dir={options.run_dir}: a run is written to a folder; name one, and copy it to "
+            "the bucket (gcloud storage rsync, aws s3 sync)"
+        )
     planning.check(options)
     if options.sweep and options.plan:
         raise ConfigError("--plan: plans one run; leave out --sweep")

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from pldr_jax.config import ModelConfig
 from pldr_jax.config.sampling import MAX_STOP_IDS
+from pldr_jax.inference.occupancy import Occupancy, Text
 from pldr_jax.inference.recompute import compiled_steps, recompute
 from pldr_jax.inference.request import (
     BROKEN,
@@ -21,6 +22,7 @@ from pldr_jax.inference.request import (
     bias_of,
     check_request,
     padded,
+    prompts_together,
 )
 from pldr_jax.inference.sampling import slot_sampling
 from pldr_jax.inference.slots import Emitted, Slots, compiled_slots
@@ -163,63 +165,103 @@ class Engine:
             keep=keep,
             dtype=self._cache_dtype,
         )
-        running: list[Completion | None] = [None] * batch
+        occupancy = Occupancy(batch, context)
+        unread: tuple[Emitted, list[Text | None]] | None = None
+        more = True  # whether a prompt may be waiting
         while True:
-            for slot in range(batch):
-                while running[slot] is None and (waiting := next(queue, None)) is not None:
-                    if refusal := self._refusal(waiting.request, options):
-                        waiting.fail(refusal)
-                        yield waiting
-                        continue
-                    slots = self._admitted(slots, slot, waiting.request, g_lm, keep)
-                    running[slot] = waiting
-            if not any(running):
-                return
-            slots, emitted = self._slots.decode(
-                self._unstacked, slots=slots, steps=options.steps, pieces=self._pieces
-            )
-            made = jax.device_get(emitted)
-            ended_here: Any = np.zeros((batch,), bool)
-            for slot, completion in enumerate(running):
+            waiting: list[Completion] = []
+            free = len(occupancy.free)
+            while len(waiting) < free:
+                completion = next(queue, None)
+                more = completion is not None
                 if completion is None:
-                    continue
-                self._take(completion, slot, made)
-                going = completion.finish_reason is None
-                if find_stop is not None and (cut := find_stop(completion)) is not None:
-                    completion.stop(cut)
-                yield completion
-                if completion.finish_reason is not None:
-                    ended_here[slot], running[slot] = going, None
-            if ended_here.any():
-                slots = self._slots.release(slots, ended_here)
+                    break
+                if refusal := self._refusal(completion.request, options):
+                    completion.fail(refusal)
+                    yield completion
+                else:
+                    waiting.append(completion)
+            for group in occupancy.enter(waiting):
+                slots = self._admitted(slots, group, g_lm, keep)
+            # The next call is started before the last one is read, and the device does not wait;
+            # unless the last one has surely freed a slot for a prompt.
+            read, unread = unread, None
+            if occupancy.going and not (read and more and occupancy.ending):
+                texts = list(occupancy.texts)
+                limit: Any = np.int32(occupancy.start(options.steps, more))
+                slots, emitted = self._slots.decode(
+                    self._unstacked,
+                    slots=slots,
+                    steps=options.steps,
+                    pieces=self._pieces,
+                    limit=limit,
+                )
+                unread = emitted, texts
+            elif read is None:
+                return
+            if read is not None:
+                ended_here_B = yield from self._read(*read, occupancy, find_stop)
+                if ended_here_B.any():
+                    slots = self._slots.release(slots, ended_here_B)
+
+    def _read(
+        self,
+        emitted: Emitted,
+        texts: list[Text | None],
+        occupancy: Occupancy,
+        find_stop: FindStop | None,
+    ) -> Generator[Completion, None, Any]:
+        """Yields every completion that a call has made grow. Returns which slots [B] have a text
+        that ended for a reason that the device does not know.
+        """
+        made = jax.device_get(emitted)
+        ended_here_B: Any = np.zeros((len(texts),), bool)
+        for slot, text in enumerate(texts):
+            if text is None or text.completion.finish_reason is not None:
+                continue
+            completion = text.completion
+            self._take(completion, slot, made)
+            device_goes_on = completion.finish_reason is None and occupancy.texts[slot] is text
+            if find_stop is not None and (cut := find_stop(completion)) is not None:
+                completion.stop(cut)
+            yield completion
+            ended_here_B[slot] = device_goes_on and completion.finish_reason is not None
+        return ended_here_B
 
     def _admitted(
         self,
         slots: Slots,
-        slot: int,
-        request: Request,
+        group: Mapping[int, Request],
         g_lm: jax.Array | LowRankG | None,
         keep: str,
     ) -> Slots:
+        """The slots with the prompts of one bucket, by their slots, in one call."""
+        context = self._config.context_length
         # The bucket depends on the prompt alone, so that its G_LM does, too, to the last bit.
-        tokens, length = padded(request.prompt, self._config.context_length)
-        stop_Z: Any = np.full((MAX_STOP_IDS,), -1, np.int32)
-        stop_ids = request.sampling.stop_ids or ()
-        stop_Z[: len(stop_ids)] = stop_ids
-        index: Any = np.int32(slot)
-        told: Any = np.bool_(request.top_logprobs > 0)
+        tokens, lengths = zip(*(padded(r.prompt, context) for r in group.values()), strict=True)
+        batch = slots.active_B.shape[0]
+        missing = prompts_together(len(tokens[0]), batch) - len(group)
+        stop_QZ: Any = np.full((len(group), MAX_STOP_IDS), -1, np.int32)
+        for row, request in enumerate(group.values()):
+            stop_ids = request.sampling.stop_ids or ()
+            stop_QZ[row, : len(stop_ids)] = stop_ids
+        arrays = {
+            "slot_Q": np.array(list(group), np.int32),
+            "tokens_QT": np.stack(tokens),
+            "length_Q": np.array(lengths, np.int32),
+            "sampling": slot_sampling([r.sampling for r in group.values()]),
+            "stop_QZ": stop_QZ,
+            "bias_QV": np.stack([bias_of(r, self._config.vocab_size) for r in group.values()]),
+            "told_Q": np.array([r.top_logprobs > 0 for r in group.values()]),
+        }
+        repeated = jax.tree.map(lambda x: np.concatenate([x, *[x[-1:]] * missing]), arrays)
+        one = next(iter(group.values()))  # all of a call have the same G_LM and parameters
         return self._slots.admit(
-            self._params if request.params is None else request.params,
+            self._params if one.params is None else one.params,
             slots=slots,
-            slot=index,
-            tokens_T=tokens,
-            length=length,
-            sampling=slot_sampling([request.sampling]),
-            stop_Z=stop_Z,
-            g_lm_LBNHJ=g_lm if request.g_lm is None else request.g_lm,
+            g_lm_LBNHJ=g_lm if one.g_lm is None else one.g_lm,
             keep=keep,
-            bias_V=bias_of(request, self._config.vocab_size),
-            told=told,
+            **repeated,
         )
 
     def _take(self, completion: Completion, slot: int, made: Emitted) -> None:

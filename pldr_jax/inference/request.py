@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from pldr_jax.config import ModelConfig, SamplingConfig
@@ -180,6 +181,21 @@ def bias_of(request: Request, vocab_size: int) -> Any:
     for token, value in request.logit_bias:
         bias_V[token] = value
     return bias_V
+
+
+def prompts_together(width: int, batch: int) -> int:
+    """Q, the prompts of a bucket that enter in one call: as many as cost little more than one.
+
+    Always that many, so that what a prompt gives, to the last bit, depends on it and on the number
+    of slots alone: where fewer wait, one stands for the missing ones.
+
+    Args:
+      width: tokens of the bucket.
+      batch: B, slots.
+    """
+    tokens = 64 if jax.default_backend() == "cpu" else 512
+    most = max(min(batch, tokens // width), 1)
+    return 1 << (most.bit_length() - 1)
 
 
 def padded(prompt: Sequence[int], limit: int, needed: int = 0) -> tuple[Any, Any]:

@@ -1,5 +1,4 @@
-"""A batch of slots that decode side by side: admitting a prompt to a slot, and decoding all of
-them.
+"""A batch of slots that decode side by side: admitting prompts to slots, and decoding all of them.
 
 Shapes are fixed: B slots of S tokens. A finished slot is given to the next prompt while the others
 go on, so that a queue of any length compiles once a prompt bucket and once to decode.
@@ -26,7 +25,7 @@ from pldr_jax.inference.sampling import (
     draw,
     slot_sampling,
 )
-from pldr_jax.model.cache import Cache, empty_cache, write_row
+from pldr_jax.model.cache import Cache, empty_cache, write_rows
 from pldr_jax.model.decoder import Params, unstack_layers
 from pldr_jax.model.layers import on_gpu
 from pldr_jax.model.low_rank import LowRankG
@@ -125,59 +124,62 @@ def admit(
     config: ModelConfig,
     params: Params,
     slots: Slots,
-    slot: jax.Array,
-    tokens_T: jax.Array,
-    length: jax.Array,
+    slot_Q: jax.Array,
+    tokens_QT: jax.Array,
+    length_Q: jax.Array,
     sampling: SlotSampling,
-    stop_Z: jax.Array,
+    stop_QZ: jax.Array,
     g_lm_LBNHJ: jax.Array | LowRankG | None,
     keep: str,
-    bias_V: jax.Array | None = None,
-    told: jax.Array | None = None,
+    bias_QV: jax.Array | None = None,
+    told_Q: jax.Array | None = None,
 ) -> Slots:
-    """Runs one prompt and puts it into a slot. Donate `slots` when jitting this.
+    """Runs prompts of one bucket and puts each into a slot. Donate `slots` when jitting this.
 
-    The prompt runs alone, whatever its neighbours: its G_LM, keys and values are those it has
-    alone. Bit for bit so, if its bucket is always the same: G_LM amplifies rounding, and another
-    width of padding means another order of the sums.
+    A prompt's G_LM, keys and values are those it has alone, whatever its neighbours and its place
+    among them. Bit for bit so, if its bucket and Q are always the same: G_LM amplifies rounding,
+    and products of another shape sum in another order.
 
     Args:
       params: stacked parameters.
-      slot: index of the slot, int32 scalar.
-      tokens_T: the prompt, padded on the right to its bucket, which may be longer than a slot.
-      length: its real tokens.
-      sampling: its numbers, with a batch axis of 1.
-      stop_Z: ids that end its text, filled up with -1.
-      g_lm_LBNHJ, keep: as `empty_slots` was told; or, where each slot has its own, a G_LM for this
-        prompt alone.
-      bias_V: added to its logits; None is nothing.
-      told: whether the most probable tokens of its steps are asked for, bool scalar; None is false.
+      slot_Q: the slots, int32. Two prompts in one slot must be the same.
+      tokens_QT: prompts, padded on the right to their bucket, which may be longer than a slot.
+      length_Q: real tokens of each.
+      sampling: their numbers.
+      stop_QZ: ids that end each text, filled up with -1.
+      g_lm_LBNHJ, keep: as `empty_slots` was told; or, where each slot has its own, a G_LM for these
+        prompts alone.
+      bias_QV: added to their logits; None is nothing.
+      told_Q: whether the most probable tokens of their steps are asked for; None is false.
     """
-    logits_1V, prompt = prefill(
-        config, params, tokens_T[None], length[None], g_lm_LBNHJ, tokens_T.shape[0], keep
+    logits_QV, prompts = prefill(
+        config, params, tokens_QT, length_Q, g_lm_LBNHJ, tokens_QT.shape[1], keep
     )
     layers = tuple(
-        old.with_prompt(new, slot)
-        for old, new in zip(slots.cache.layers, prompt.layers, strict=True)
+        old.with_prompts(new, slot_Q)
+        for old, new in zip(slots.cache.layers, prompts.layers, strict=True)
+    )
+    seen_QV = jax.vmap(functools.partial(seen_tokens, vocab_size=config.vocab_size))(
+        tokens_QT, length_Q
     )
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        return write_row(old, new, slot)
+        return write_rows(old, new, slot_Q)
 
-    nothing_1V = jnp.zeros((1, config.vocab_size), jnp.float32)
-    of_prompt = History(
-        seen_BV=seen_tokens(tokens_T, length, config.vocab_size)[None],
-        count_BV=nothing_1V,
-        bias_BV=nothing_1V if bias_V is None else bias_V[None],
+    nothing_QV = jnp.zeros_like(logits_QV)
+    of_prompts = History(
+        seen_BV=seen_QV,
+        count_BV=nothing_QV,
+        bias_BV=nothing_QV if bias_QV is None else bias_QV,
     )
     slots = Slots(
-        cache=Cache(layers, slots.cache.length_B.at[slot].set(length)),
-        logits_BV=put(slots.logits_BV, logits_1V),
-        history=jax.tree.map(put, slots.history, of_prompt),
-        told_B=slots.told_B.at[slot].set(False if told is None else told),
-        active_B=slots.active_B.at[slot].set(True),
+        cache=Cache(layers, slots.cache.length_B.at[slot_Q].set(length_Q)),
+        logits_BV=put(slots.logits_BV, logits_QV),
+        history=jax.tree.map(put, slots.history, of_prompts),
+        told_B=slots.told_B.at[slot_Q].set(False if told_Q is None else told_Q),
+        active_B=slots.active_B.at[slot_Q].set(True),
         left_B=put(slots.left_B, sampling["max_new_tokens"]),
-        stop_BZ=put(slots.stop_BZ, stop_Z[None]),
+        stop_BZ=put(slots.stop_BZ, stop_QZ),
         sampling=jax.tree.map(put, slots.sampling, sampling),
     )
     return _laid_out(slots)
@@ -195,12 +197,17 @@ def release(slots: Slots, ended_B: jax.Array) -> Slots:
 
 
 def decode_slots(
-    config: ModelConfig, unstacked: Params, slots: Slots, steps: int, pieces: int
+    config: ModelConfig,
+    unstacked: Params,
+    slots: Slots,
+    steps: int,
+    pieces: int,
+    limit: jax.Array | None = None,
 ) -> tuple[Slots, Emitted]:
     """Up to `steps` tokens of every active slot, in one call. Donate `slots` when jitting this.
 
     Stops early when no slot is active. What a free slot computes is never read. Ids from `pieces`
-    on are never drawn.
+    on are never drawn. `limit` is a smaller number of steps, int32, that compiles nothing anew.
     """
     batch = slots.active_B.shape[0]
     top = (steps, batch, min(MAX_TOP_LOGPROBS, config.vocab_size))
@@ -214,8 +221,10 @@ def decode_slots(
         top_logprob_XBY=jnp.zeros(top, jnp.float32),
     )
 
+    most = steps if limit is None else jnp.minimum(limit, steps)
+
     def going(state: tuple[jax.Array, Slots, Emitted]) -> jax.Array:
-        return (state[0] < steps) & jnp.any(state[1].active_B)
+        return (state[0] < most) & jnp.any(state[1].active_B)
 
     def step(state: tuple[jax.Array, Slots, Emitted]) -> tuple[jax.Array, Slots, Emitted]:
         i, slots, emitted = state

@@ -49,6 +49,7 @@ from pldr_jax.interop.transformers import (
 from pldr_jax.interop.weights import Checkpoint, open_checkpoint
 from pldr_jax.model.deductive import predefined_g_lm
 from pldr_jax.model.shapes import count_params
+from pldr_jax.partition import mesh_of_all_devices
 from pldr_jax.runs.checkpoint import read_weights
 from pldr_jax.runs.folder import fill_run
 from pldr_jax.runs.hub import find_checkpoint
@@ -84,7 +85,7 @@ def import_checkpoint(
         refuse_distributed(path)
         if gin_files or overrides:
             raise ConfigError(f"--gin: {path / CONFIG} says what the model is; leave it out")
-        opened = open_transformers(path)
+        opened = open_transformers(path, mesh_of_all_devices())
     elif path.suffix in (".pth", ".pt"):
         opened = _open_pth(path, gin_files, overrides)
     else:
@@ -94,7 +95,7 @@ def import_checkpoint(
     files["config.gin"] = dump_config(config).encode()
     with new_folder(output, "OUT") as folder:
         fill_run(folder, 0, opened.params, opened.g_lm, config_to_dict(config), files)
-        stored = read_weights(folder)
+        stored = read_weights(folder, mesh=mesh_of_all_devices())
         _check_same_bits((opened.params, opened.g_lm), (stored.params, stored.g_lm), output)
         check = check_logits(opened.config, stored.params, stored.g_lm, opened.source.tensors, path)
     log(
@@ -159,7 +160,8 @@ def export_run(
       ConfigError, CheckpointError: one line, saying what is wrong with a folder.
     """
     check_output(output, "OUT")
-    run = open_checkpoint(run_dir, step, tasks=True)
+    mesh = mesh_of_all_devices()
+    run = open_checkpoint(run_dir, step, tasks=True, mesh=mesh)
     if run.step is None:
         raise ConfigError(f"{run_dir}: has the transformers layout already; give a run folder")
     tensors = to_source(run.config.model, run.params, run.g_lm)
@@ -177,7 +179,7 @@ def export_run(
         write_folder(folder, content)
         for name, data in files.items():
             (folder / name).write_bytes(data)
-        opened = open_transformers(folder)
+        opened = open_transformers(folder, mesh)
         _check_same_bits((run.params, run.g_lm), (opened.params, opened.g_lm), output)
         check = check_logits(run.config.model, run.params, run.g_lm, opened.source.tensors, run_dir)
         lines = [

@@ -5,18 +5,20 @@ and [in, out] here, with heads as an axis of their own; what they keep per layer
 Nothing is computed: every value keeps its bits.
 """
 
+import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from pldr_jax.config import ConfigError, ModelConfig
 from pldr_jax.model.decoder import Params
 from pldr_jax.model.lora import fan_in
-from pldr_jax.model.shapes import param_shapes
+from pldr_jax.model.shapes import param_shapes, param_shardings
 
 HEADS = {None: "final_layer", "sequence": "score", "token": "score", "question": "qa_outputs"}
 """Task -> name of the head. That of sequences has no bias."""
@@ -30,10 +32,22 @@ class _Entry(NamedTuple):
     slot: tuple[int, ...] = ()
 
 
+Bounds = tuple[tuple[int, int], ...]
+"""Start and stop on every axis of an array."""
+
+
 def from_tensors(
-    config: ModelConfig, tensors: Mapping[str, np.ndarray], where: str = "checkpoint"
+    config: ModelConfig,
+    tensors: Mapping[str, Any],
+    where: str = "checkpoint",
+    mesh: Mesh | None = None,
 ) -> Params:
     """Parameters from tensors by their names in the transformers layout.
+
+    Args:
+      tensors: arrays, or `StoredTensor`s, of which no more is read than a device takes.
+      where: named in errors.
+      mesh: that the parameters come to, each in its parts; None is the default device.
 
     Raises:
       ConfigError: naming the first tensor that is missing, left over, wrongly shaped, or not exact
@@ -44,25 +58,84 @@ def from_tensors(
             raise ConfigError(f"{where}: the tensor {entry.theirs!r} is missing")
     shapes = param_shapes(config)
     _check_shapes(config, shapes, tensors, where)
-    arrays = {path: np.full(shape, np.nan, np.float32) for path, shape in shapes.items()}
+    entries: dict[tuple[str, ...], list[_Entry]] = {}
     for entry in _table(config):
-        exact = as_float32(tensors[entry.theirs], f"{where}: {entry.theirs!r}")
-        turned = exact.T if entry.ours[-1] == "kernel" else exact
-        place = arrays[entry.ours][entry.slot]
-        arrays[entry.ours][entry.slot] = turned.reshape(place.shape)
+        entries.setdefault(entry.ours, []).append(entry)
+    places: dict[tuple[str, ...], Any] = {}
+    if mesh is not None:
+        leaves = jax.tree_util.tree_leaves_with_path(param_shardings(config, mesh))
+        places = {tuple(key.key for key in path): place for path, place in leaves}
     params: dict[str, Any] = {}
-    for path, array in arrays.items():
+    for path, shape in shapes.items():
         node = params
         for name in path[:-1]:
             node = node.setdefault(name, {})
-        node[path[-1]] = jnp.asarray(array)
+        read = functools.partial(_part, config, tensors, entries[path], shape, where)
+        node[path[-1]] = _placed(shape, read, places.get(path))
     return params
+
+
+def _placed(
+    shape: tuple[int, ...], read: Callable[[Bounds], np.ndarray], sharding: Any
+) -> jax.Array:
+    """An array of parts that are read for the devices that take them."""
+    read = functools.cache(read)  # devices with the same part share one reading
+
+    def at(index: Any) -> np.ndarray:
+        bounds = (s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
+        return read(tuple(bounds))
+
+    if sharding is None:
+        return jnp.asarray(at((slice(None),) * len(shape)))
+    return jax.make_array_from_callback(shape, sharding, at)
+
+
+def _part(
+    config: ModelConfig,
+    tensors: Mapping[str, Any],
+    entries: list[_Entry],
+    shape: tuple[int, ...],
+    where: str,
+    bounds: Bounds,
+) -> np.ndarray:
+    """The part of a parameter of ours between bounds, from the tensors that fill it."""
+    out = np.empty([stop - start for start, stop in bounds], np.float32)
+    for entry in entries:
+        stacked = len(entry.slot)
+        slot = tuple(i - start for i, (start, _) in zip(entry.slot, bounds, strict=False))
+        ours, cut = shape[stacked:], bounds[stacked:]
+        outside = [not 0 <= i < n for i, n in zip(slot, out.shape, strict=False)]
+        if any(outside):
+            continue
+        tensor, name = tensors[entry.theirs], f"{where}: {entry.theirs!r}"
+        if entry.ours[-1] == "kernel":
+            axes = _input_axes(fan_in(config, entry.ours), ours)
+            index = _flat(ours[axes:], cut[axes:]), _flat(ours[:axes], cut[:axes])
+            exact = as_float32(tensor[index], name).T
+        elif entry.ours[-1] == "bias":
+            exact = as_float32(tensor[(_flat(ours, cut),)], name)
+        else:
+            exact = as_float32(tensor[tuple(slice(*pair) for pair in cut)], name)
+        out[slot] = exact.reshape(out[slot].shape)
+    return out
+
+
+def _input_axes(fan_in: int, shape: tuple[int, ...]) -> int:
+    """How many leading axes of a kernel are its inputs."""
+    return next(n for n in range(1, len(shape)) if math.prod(shape[:n]) == fan_in)
+
+
+def _flat(shape: tuple[int, ...], bounds: Bounds) -> slice:
+    """The same part on one axis: of several, only the first is ever split (`head_dim` is whole)."""
+    assert bounds[1:] == tuple((0, size) for size in shape[1:]), (shape, bounds)
+    inner = math.prod(shape[1:])
+    return slice(bounds[0][0] * inner, bounds[0][1] * inner)
 
 
 def _check_shapes(
     config: ModelConfig,
     shapes: Mapping[tuple[str, ...], tuple[int, ...]],
-    tensors: Mapping[str, np.ndarray],
+    tensors: Mapping[str, Any],
     where: str,
 ) -> None:
     """ConfigError, naming the first tensor that is misshaped or left over."""

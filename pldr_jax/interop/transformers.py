@@ -7,10 +7,12 @@ it `decoder.past_G_values_status` [L].
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from pldr_jax.config import ConfigError, ModelConfig
 from pldr_jax.interop.config_json import label_names, model_from_json
@@ -19,6 +21,7 @@ from pldr_jax.interop.names import HEADS, as_float32, from_tensors, to_tensors
 from pldr_jax.interop.tensors import TensorFiles, read_folder
 from pldr_jax.model.decoder import Params
 from pldr_jax.model.deductive import g_lm_shape
+from pldr_jax.partition import on_every_device
 
 CONFIG = "config.json"
 G_VALUES, G_STATUS = "decoder.past_G_values", "decoder.past_G_values_status"
@@ -45,8 +48,15 @@ class TransformersCheckpoint:
     labels: tuple[str, ...] = ()
 
 
-def open_transformers(folder: str | Path) -> TransformersCheckpoint:
+def open_transformers(
+    folder: str | Path, mesh: Mesh | None = None, keep_source: bool = True
+) -> TransformersCheckpoint:
     """Reads a folder in the transformers layout.
+
+    Args:
+      mesh: that the parameters come to, each in its parts; None is the default device.
+      keep_source: False reads no tensor whole where a mesh takes parts of it; `source` then holds
+        no arrays.
 
     Raises:
       ConfigError: a file, a config field or a tensor that is missing, unknown, or of another shape
@@ -55,20 +65,22 @@ def open_transformers(folder: str | Path) -> TransformersCheckpoint:
     folder = Path(folder)
     raw = read_json(folder / CONFIG)
     config = model_from_json(raw, folder / CONFIG)
-    source = read_folder(folder)
+    source = read_folder(folder, in_parts=not keep_source)
     head = source.tensors.get(f"{HEADS[config.task]}.weight")
     labels: tuple[str, ...] = ()
     if config.task in ("sequence", "token"):
         stated = label_names(raw, folder)
-        if stated is None and head is not None and head.ndim == 2 and len(head):
-            config = dataclasses.replace(config, num_labels=len(head))
+        if stated is None and head is not None and len(head.shape) == 2 and head.shape[0]:
+            config = dataclasses.replace(config, num_labels=head.shape[0])
         labels = stated or tuple(f"LABEL_{i}" for i in range(config.num_labels))
-    opened = from_source(config, source, str(folder / next(iter(source.files))))
+    opened = from_source(config, source, str(folder / next(iter(source.files))), mesh)
     return dataclasses.replace(opened, labels=labels)
 
 
-def from_source(config: ModelConfig, source: TensorFiles, where: str) -> TransformersCheckpoint:
-    """Gives every tensor its place.
+def from_source(
+    config: ModelConfig, source: TensorFiles, where: str, mesh: Mesh | None = None
+) -> TransformersCheckpoint:
+    """Gives every tensor its place; `mesh` as in `open_transformers`.
 
     Raises:
       ConfigError: as `open_transformers`.
@@ -77,11 +89,12 @@ def from_source(config: ModelConfig, source: TensorFiles, where: str) -> Transfo
     g_lm = None
     if config.g_source != "learned":
         g_lm = _take_g_lm(config, tensors, where)
-    params = from_tensors(config, tensors, where)
+        g_lm = None if g_lm is None else on_every_device(g_lm, mesh)
+    params = from_tensors(config, tensors, where, mesh)
     return TransformersCheckpoint(config, params, g_lm, source)
 
 
-def _take_g_lm(config: ModelConfig, tensors: dict[str, np.ndarray], where: str) -> jax.Array | None:
+def _take_g_lm(config: ModelConfig, tensors: dict[str, Any], where: str) -> jax.Array | None:
     layers, _, *matrix = g_lm_shape(config)
     for name, shape in {G_VALUES: (layers, _PLANES, 1, *matrix), G_STATUS: (layers,)}.items():
         if name not in tensors:
@@ -90,7 +103,8 @@ def _take_g_lm(config: ModelConfig, tensors: dict[str, np.ndarray], where: str) 
             raise ConfigError(
                 f"{where}: {name!r} has the shape {tensors[name].shape}, the config needs {shape}"
             )
-    g_lm = as_float32(tensors.pop(G_VALUES), f"{where}: {G_VALUES!r}")[:, _G_LM]
+    everything = (slice(None),) * (3 + len(matrix))
+    g_lm = as_float32(tensors.pop(G_VALUES)[everything], f"{where}: {G_VALUES!r}")[:, _G_LM]
     tensors.pop(G_STATUS)
     if config.g_source != "identity":
         return jnp.asarray(g_lm)

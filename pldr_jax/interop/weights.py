@@ -1,17 +1,20 @@
 """Opens any checkpoint: a run folder, or a folder in the transformers layout."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from pldr_jax.config import ConfigError, ExperimentConfig, LoraConfig, TaskConfig
 from pldr_jax.config.load import config_from_dict
 from pldr_jax.data.mixture import TrainingText, open_training_text
 from pldr_jax.data.text.chat import template_in
 from pldr_jax.data.text.tokenizer import Tokenizer
-from pldr_jax.files import TOKENIZER
+from pldr_jax.files import TOKENIZER, bucket_url, fetch_folder
 from pldr_jax.interop.config_json import end_ids
 from pldr_jax.interop.folder import parse_json, read_json
 from pldr_jax.interop.pth import refuse_distributed
@@ -58,6 +61,7 @@ def open_checkpoint(
     flag: str = "",
     tasks: bool = False,
     revision: str | None = None,
+    mesh: Mesh | None = None,
 ) -> Checkpoint:
     """Reads a checkpoint for any use: inference, fine-tuning, freezing, analysis, export.
 
@@ -67,18 +71,21 @@ def open_checkpoint(
       flag: that named the path, for errors, such as "--init_from".
       tasks: whether the head may be a task's; else it must be that of a language model.
       revision: of a name of the hub; None is the newest.
+      mesh: that the weights come to, each in its parts; None is the default device.
 
     Raises:
       ConfigError, CheckpointError: one line, saying what the folder lacks.
     """
+    if url := bucket_url(path):
+        path = fetch_folder(url, flag or "path", functools.partial(_files_of, step))
     source = find_checkpoint(path, flag, revision)
-    opened = dataclasses.replace(_read(source.folder, step, flag), origin=source.origin)
+    opened = dataclasses.replace(_read(source.folder, step, flag, mesh), origin=source.origin)
     if not tasks and (task := opened.config.model.task) is not None:
         raise ConfigError(f"{path}: has a {task} head; this needs a language model")
     return opened
 
 
-def _read(folder: Path, step: int | None, flag: str) -> Checkpoint:
+def _read(folder: Path, step: int | None, flag: str, mesh: Mesh | None) -> Checkpoint:
     if not folder.is_dir():
         name = f"{flag}={folder}" if flag else repr(str(folder))
         raise ConfigError(f"{name}: no such folder; give a run folder, or one with {CONFIG}")
@@ -89,19 +96,33 @@ def _read(folder: Path, step: int | None, flag: str) -> Checkpoint:
         tokenizer = Tokenizer.load(folder / TOKENIZER, template_in(folder))
     ends = _end_ids(folder, tokenizer)
     if (folder / CONFIG).is_file():
-        opened = open_transformers(folder)
+        opened = open_transformers(folder, mesh, keep_source=False)
         config = ExperimentConfig(model=opened.config, task=TaskConfig(labels=opened.labels))
         return Checkpoint(folder, None, config, opened.params, opened.g_lm, tokenizer, ends)
-    weights = read_weights(folder, step)
+    weights = read_weights(folder, step, mesh=mesh)
     config = config_from_dict(weights.config_dict, str(folder))
     params = weights.params
     if config.lora.rank:
-        params = merge_adapters(config.lora, open_base(config.lora, folder).params, params)
+        base = open_base(config.lora, folder, mesh).params
+        params = merge_adapters(config.lora, base, params)
         config = dataclasses.replace(config, lora=LoraConfig())
     return Checkpoint(folder, weights.step, config, params, weights.g_lm, tokenizer, ends)
 
 
-def open_base(lora: LoraConfig, folder: Path) -> Checkpoint:
+def _files_of(step: int | None, names: Iterable[str]) -> list[str]:
+    """The files that a checkpoint needs: of a run folder, those of one step, by default the newest
+    whose manifest was written when it was complete.
+    """
+    names = list(names)
+    manifests = (re.fullmatch(r"checkpoints/manifests/(\d+)\.json", name) for name in names)
+    newest = max((int(found[1]) for found in manifests if found), default=0)
+    chosen = newest if step is None else step
+    kept = f"checkpoints/{chosen}/", f"checkpoints/manifests/{chosen}.json"
+    others = ("checkpoints/", "profile/", "tensorboard/", ".")
+    return [n for n in names if n.startswith(kept) or not n.startswith(others)]
+
+
+def open_base(lora: LoraConfig, folder: Path, mesh: Mesh | None = None) -> Checkpoint:
     """The checkpoint that the adapters of a run folder belong to: `base` in it, a folder or a link,
     or else where it lay in training.
 
@@ -114,7 +135,7 @@ def open_base(lora: LoraConfig, folder: Path) -> Checkpoint:
             f"{folder}: its adapters belong to {lora.base}, which is not there; put that, or a "
             f"link to it, at {folder / BASE}"
         )
-    opened = open_checkpoint(path, lora.base_step)
+    opened = open_checkpoint(path, lora.base_step, mesh=mesh)
     check_base(lora, opened, str(path), folder)
     return opened
 

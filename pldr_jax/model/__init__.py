@@ -4,6 +4,7 @@ The legend of shape letters, used in names (`q_BTNH`) and in einsum strings ever
 project; no letter has two meanings:
 
     B  batch: rows of one call (a training batch, prompts decoded side by side)
+    Q  prompts that enter their slots in one call
     T  tokens (queries)
     S  tokens attended to, or the capacity of a cache
     L  decoder layers

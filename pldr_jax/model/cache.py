@@ -41,14 +41,14 @@ class LayerCache(Protocol):
 
     @property
     def deductive(self) -> DeductiveOutputs:
-        """What each slot keeps of its prompt, G_LM or A; written by `with_prompt` alone."""
+        """What each slot keeps of its prompt, G_LM or A; written by `with_prompts` alone."""
 
     def append(self, k_BTNH: jax.Array, v_BTNH: jax.Array, position_B: jax.Array) -> Self:
         """The cache with one more token (T = 1) of each slot, at its position."""
 
-    def with_prompt(self, prompt: Self, slot: jax.Array) -> Self:
-        """The cache with the only row of another one in `slot`. What that holds beyond the capacity
-        here is padding.
+    def with_prompts(self, prompts: Self, slot_Q: jax.Array) -> Self:
+        """The cache with the rows of another one in the slots `slot_Q`. What they hold beyond the
+        capacity here is padding.
         """
 
     def attend(
@@ -87,14 +87,14 @@ class PlainLayerCache(flax.struct.PyTreeNode):
         v_BNSH = _write_token(self.v_BNSH, v_BTNH[:, 0], position_B)
         return self.replace(k_BNSH=k_BNSH, v_BNSH=v_BNSH).laid_out()
 
-    def with_prompt(self, prompt: Self, slot: jax.Array) -> Self:
+    def with_prompts(self, prompts: Self, slot_Q: jax.Array) -> Self:
         """See `LayerCache`."""
 
         def write(old: jax.Array, new: jax.Array) -> jax.Array:
             shared = old.shape[0] < self.v_BNSH.shape[0]  # one G_LM of all slots
-            return old if shared else write_row(old, new[:, :, : old.shape[2]], slot)
+            return old if shared else write_rows(old, new[:, :, : old.shape[2]], slot_Q)
 
-        return jax.tree.map(write, self, prompt).laid_out()
+        return jax.tree.map(write, self, prompts).laid_out()
 
     def attend(
         self, q_BNH: jax.Array, last_B: jax.Array, g_lm_BNHJ: jax.Array | None = None
@@ -171,15 +171,15 @@ class LowRankLayerCache(flax.struct.PyTreeNode):
 
         return self.replace(groups=tuple(map(append, self.groups)))
 
-    def with_prompt(self, prompt: Self, slot: jax.Array) -> Self:
+    def with_prompts(self, prompts: Self, slot_Q: jax.Array) -> Self:
         """See `LayerCache`."""
 
         def write(old: GroupCache, new: GroupCache) -> GroupCache:
-            k_BNES = write_row(old.k_BNES, new.k_BNES[..., : self.capacity], slot)
-            v_BNSH = write_row(old.v_BNSH, new.v_BNSH[:, :, : self.capacity], slot)
+            k_BNES = write_rows(old.k_BNES, new.k_BNES[..., : self.capacity], slot_Q)
+            v_BNSH = write_rows(old.v_BNSH, new.v_BNSH[:, :, : self.capacity], slot_Q)
             return old.replace(k_BNES=_place(k_BNES), v_BNSH=_place(v_BNSH))
 
-        return self.replace(groups=tuple(map(write, self.groups, prompt.groups)))
+        return self.replace(groups=tuple(map(write, self.groups, prompts.groups)))
 
     def attend(
         self, q_BNH: jax.Array, last_B: jax.Array, g_lm_BNHJ: jax.Array | None = None
@@ -287,10 +287,17 @@ def empty_cache(
     return build_cache(outputs, length_B, capacity, keep, low_rank)
 
 
-def write_row(old: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
-    """`old` with `new` [1, ...] in place of its row `slot`; later axes of `new` may be shorter."""
-    start = (slot,) + (0,) * (old.ndim - 1)
-    return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), start)
+def write_rows(old: jax.Array, new: jax.Array, slot_Q: jax.Array) -> jax.Array:
+    """`old` [B, ...] with the rows of `new` [Q, ...] in place of its rows `slot_Q`; later axes of
+    `new` may be shorter. One row of `new` serves all slots.
+    """
+    new = jnp.broadcast_to(new, (*slot_Q.shape, *new.shape[1:])).astype(old.dtype)
+    for i in range(
+        slot_Q.shape[0]
+    ):  # row by row: each is written in place, on the device that has it
+        start = (slot_Q[i],) + (0,) * (old.ndim - 1)
+        old = jax.lax.dynamic_update_slice(old, new[i : i + 1], start)
+    return old
 
 
 def _write_token(

@@ -29,6 +29,11 @@ def count_params(config: ModelConfig) -> int:
     return sum(math.prod(shape) for shape in param_shapes(config).values())
 
 
+def param_shardings(config: ModelConfig, mesh: Mesh) -> Any:
+    """A NamedSharding for each parameter, split as `pldr_jax/partition.py` says."""
+    return shardings(abstract_params(config), mesh)
+
+
 def place_params(config: ModelConfig, params: Params, mesh: Mesh) -> Params:
-    """The parameters on a mesh, each split as `pldr_jax/partition.py` says."""
-    return jax.device_put(params, shardings(abstract_params(config), mesh))
+    """The parameters on a mesh; those that lie there already are not copied."""
+    return jax.device_put(params, param_shardings(config, mesh))

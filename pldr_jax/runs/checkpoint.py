@@ -23,9 +23,12 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pldr_jax.config import CheckpointConfig
+from pldr_jax.config.load import config_from_dict
 from pldr_jax.files import one_line
+from pldr_jax.model.shapes import param_shardings
 from pldr_jax.runs.checksums import (
     CheckpointError,
     Log,
@@ -264,11 +267,17 @@ class Checkpointer:
         return self._manager
 
 
-def read_weights(run_dir: str | Path, step: int | None = None, log: Log = _to_stderr) -> Weights:
+def read_weights(
+    run_dir: str | Path,
+    step: int | None = None,
+    log: Log = _to_stderr,
+    mesh: Mesh | None = None,
+) -> Weights:
     """Parameters, G_LM and configuration of a run's newest whole checkpoint, or of that of `step`.
 
-    The arrays come to the default device, however many devices wrote them. The folder is not
-    changed, so a run that is still training can be read.
+    The arrays come to the default device, however many devices wrote them; to those of a `mesh`
+    each in its parts, and none is ever whole on one of them. The folder is not changed, so a run
+    that is still training can be read.
 
     Raises:
       CheckpointError: there is no such folder or checkpoint, or all are damaged.
@@ -276,13 +285,21 @@ def read_weights(run_dir: str | Path, step: int | None = None, log: Log = _to_st
     if not Path(run_dir).is_dir():
         raise CheckpointError(f"{run_dir}: no such folder; give the --run_dir of a training run")
     device = next(iter(jnp.zeros(()).devices()))
-    sharding = jax.sharding.SingleDeviceSharding(device)
+    whole = jax.sharding.SingleDeviceSharding(device)
 
     def read(folder: Path) -> tuple[Any, Any, Any]:
-        tree = _stored_arrays(folder / "state")
+        tree, config = _stored_arrays(folder / "state"), _read_json(folder / "config")
+        stored = {"params": tree["params"], "g_lm": tree["g_lm"]}
+        places: Any = jax.tree.map(lambda leaf: whole, stored)
+        if mesh is not None:
+            run, replicated = config_from_dict(config, ""), NamedSharding(mesh, PartitionSpec())
+            places = jax.tree.map(lambda leaf: replicated, stored)
+            if not run.lora.rank:  # adapters are small
+                places["params"] = param_shardings(run.model, mesh)
         abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            {"params": tree["params"], "g_lm": tree["g_lm"]},
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            stored,
+            places,
         )
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             args = ocp.args.PyTreeRestore(
@@ -291,7 +308,7 @@ def read_weights(run_dir: str | Path, step: int | None = None, log: Log = _to_st
                 partial_restore=True,  # optimiser state is not read
             )
             state = reader.restore(folder / "state", args=args)
-            return _read_json(folder / "config"), state["params"], state["g_lm"]
+            return config, state["params"], state["g_lm"]
 
     with _quiet():
         found, parts = newest_whole(Path(run_dir) / "checkpoints", step, read, log)

@@ -106,7 +106,7 @@ class Evaluator:
         self._sharding = batch_sharding(mesh, (self._at_once, *self._rows.shape[1:]))
         # Whole on every device, so that each process can read all of it.
         self._whole = whole = NamedSharding(mesh, PartitionSpec())
-        self._score: Callable[..., Any] = jax.jit(self._score_rows, out_shardings=whole)
+        self._score: Any = jax.jit(self._score_rows, out_shardings=whole)
         self._score_halves: Callable[..., Any] = jax.jit(self._second_halves, out_shardings=whole)
         self._calibrate: Callable[..., Any] = jax.jit(self._calibrated_g_lm, out_shardings=whole)
         self._audited = first_documents(self._rows[[0, min(1, len(self._rows) - 1)]])
@@ -122,10 +122,7 @@ class Evaluator:
         parameter.
         """
         frozen = self._calibrate(params, self._calibration) if self._learned else None
-        shape = g_lm_shape(self._config.model)
-        zero = np.zeros((shape[0], *shape[2:]), np.float32)
-        nothing = (dict.fromkeys(_NAMES, zero) if self._learned else {}, np.zeros((), bool))
-        carry = Carry(*jax.device_put(nothing, self._whole))
+        carry = jax.device_put(self._nothing(), self._whole)
         scores, halves = [], []
         for rows, counted_B in self._microbatches():
             score, carry = self._score(params, rows, counted_B, g_lm, frozen, carry)
@@ -140,6 +137,26 @@ class Evaluator:
             audits = jax.device_get(self._audit(params, *self._audited))
             metrics |= {f"eval/{name}": float(value) for name, value in audits.items()}
         return metrics
+
+    def lower(self, params: Params, g_lm: Any) -> Any:
+        """The program of a microbatch, lowered for abstract parameters and G_LM."""
+
+        def whole(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=self._whole)
+
+        shape = (self._at_once, *self._rows.shape[1:])
+        rows = jax.ShapeDtypeStruct(shape, self._rows.dtype, sharding=self._sharding)
+        frozen = whole(g_lm_shape(self._config.model), np.float32) if self._learned else None
+        carry = jax.tree.map(lambda x: whole(x.shape, x.dtype), self._nothing())
+        counted_B = whole((self._at_once,), bool)
+        return self._score.lower(params, rows, counted_B, g_lm, frozen, carry)
+
+    def _nothing(self) -> Any:
+        """What the first microbatch goes on from, in NumPy."""
+        shape = g_lm_shape(self._config.model)
+        zero: Any = np.zeros((shape[0], *shape[2:]), np.float32)
+        exists: Any = np.zeros((), bool)
+        return Carry(dict.fromkeys(_NAMES, zero) if self._learned else {}, exists)
 
     def _microbatches(self) -> Iterator[tuple[jax.Array, np.ndarray]]:
         """Rows, laid out on the mesh, and which of them are counted in the statistics. A short last

@@ -255,8 +255,8 @@ def _open(
     folder: Path, step: int | None, mesh_config: MeshConfig
 ) -> tuple[Checkpoint, LanguageModel]:
     """A checkpoint, and its model on the mesh."""
-    opened = open_checkpoint(folder, step)
     mesh = build_mesh(mesh_config) if jax.device_count() > 1 else None
+    opened = open_checkpoint(folder, step, mesh=mesh)
     # The same numbers, and a fraction of the time to compile.
     model = dataclasses.replace(opened.config.model, unroll=False)
     return opened, LanguageModel(model, opened.params, opened.g_lm, opened.tokenizer, mesh=mesh)

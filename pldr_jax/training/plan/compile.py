@@ -8,6 +8,7 @@ so that its figure is an estimate.
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -17,12 +18,16 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from pldr_jax.config import ConfigError, ExperimentConfig, MeshConfig
-from pldr_jax.data.rows import row_shape
+from pldr_jax.config import ConfigError, ExperimentConfig, LoraConfig, MeshConfig, ModelConfig
+from pldr_jax.data.pipeline import ValidationRows
+from pldr_jax.data.rows import blank_rows, row_shape
+from pldr_jax.inference.decode import prefill
+from pldr_jax.model.decoder import unstack_layers
 from pldr_jax.model.deductive import g_lm_shape
 from pldr_jax.model.flops import BACKWARD, forward_flops, repeated_flops, training_flops
 from pldr_jax.model.shapes import count_params
 from pldr_jax.partition import batch_sharding, build_mesh
+from pldr_jax.training.evaluate import Evaluator
 from pldr_jax.training.plan.chips import Chip
 from pldr_jax.training.plan.settings import MOST_DEVICES
 from pldr_jax.training.start import check_batch_size
@@ -45,7 +50,10 @@ class Plan:
       mesh: devices along each mesh axis.
       compiler: who has compiled the step.
       state_bytes: parameters and optimiser state.
-      step_bytes: activations and temporaries.
+      step_bytes: activations and temporaries of a training step.
+      evaluation_bytes: the same of an evaluation.
+      sample_bytes: of the text that an evaluation shows: weights as decode steps read them, the
+        cache, and temporaries of the prompt at its longest.
       saved_bytes: what the forward pass of a microbatch saves for the backward pass, before a
         compiler computes parts of it again.
       model_flops: without what rematerialisation repeats.
@@ -62,11 +70,15 @@ class Plan:
     model_flops: float
     device_flops: float
     tokens: int
+    evaluation_bytes: int = 0
+    sample_bytes: int = 0
 
     @property
     def bytes(self) -> int:
-        """All of them on one device."""
-        return self.state_bytes + self.step_bytes
+        """Of one device: the state, and the largest of what is done with it. A checkpoint is
+        restored into the state's own places, and needs nothing besides.
+        """
+        return self.state_bytes + max(self.step_bytes, self.evaluation_bytes, self.sample_bytes)
 
 
 def mesh_size(config: MeshConfig, devices: int | None) -> int:
@@ -95,6 +107,8 @@ def plan_mesh(config: MeshConfig, size: int, chip: Chip | None) -> tuple[Mesh, s
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+        # Compiling touches no chip: it need not wait for a process that holds one.
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         bounds = {"chips_per_host_bounds": [1, 1, 1]} if size == 1 else {}
         with contextlib.suppress(RuntimeError):  # a libtpu that does not know this chip
             slice_ = topologies.get_topology_desc(f"{chip.name}:{shape}", platform="tpu", **bounds)
@@ -117,8 +131,13 @@ def make_plan(config: ExperimentConfig, mesh: Mesh, compiler: str) -> Plan:
     simulated = mesh.devices.flat[0].platform == "cpu"
     with jax.set_mesh(mesh):
         step_fn: Any = jit_train_step(config, mesh, state)
-        step = step_fn.lower(state, batch)
-        memory = _compiled(step, QUICK if simulated else None).memory_analysis()
+        options = QUICK if simulated else None
+        memory = _compiled(step_fn.lower(state, batch), options).memory_analysis()
+        # Of the whole model, also where adapters alone are trained.
+        model_config = dataclasses.replace(config, lora=LoraConfig())
+        params = abstract_state(model_config, mesh, g_lm).params
+        evaluation = _evaluation_bytes(config, mesh, params, g_lm, options)
+        sample = _sample_bytes(model, params, g_lm, options) if config.training.sample_prompt else 0
     cpu_mesh = mesh if simulated else build_mesh(config.mesh, jax.devices()[: mesh.size])
     with jax.set_mesh(cpu_mesh):
         microbatch = _batch(config, cpu_mesh, rows // config.training.grad_accumulation)
@@ -134,6 +153,38 @@ def make_plan(config: ExperimentConfig, mesh: Mesh, compiler: str) -> Plan:
         model_flops=training_flops(model, rows, length, segments),
         device_flops=_device_flops(config, dict(mesh.shape)),
         tokens=rows * length,
+        evaluation_bytes=evaluation,
+        sample_bytes=sample,
+    )
+
+
+def _evaluation_bytes(
+    config: ExperimentConfig, mesh: Mesh, params: Any, g_lm: Any, options: dict[str, Any] | None
+) -> int:
+    """Temporaries of a microbatch of held-out rows."""
+    shape = row_shape(config.data.packing, config.model.context_length)
+    rows = blank_rows(config.data.batch_size, shape)
+    evaluator = Evaluator(config, mesh, ValidationRows(rows, rows[:1]), 1.0)
+    lowered = evaluator.lower(params, g_lm)
+    return int(_compiled(lowered, options, "evaluation").memory_analysis().temp_size_in_bytes)
+
+
+def _sample_bytes(
+    model: ModelConfig, params: Any, g_lm: Any, options: dict[str, Any] | None
+) -> int:
+    """What decoding one text holds beside the state, and temporaries of its prompt."""
+    unstack = jax.jit(functools.partial(unstack_layers, model)).lower(params)
+    tokens_BT = jax.ShapeDtypeStruct((1, model.context_length), "int32")
+    length_B = jax.ShapeDtypeStruct((1,), "int32")
+    run_prompt = jax.jit(functools.partial(prefill, model, capacity=model.context_length))
+    prompt = run_prompt.lower(params, tokens_BT, length_B, g_lm)
+    weights, cache = (
+        _compiled(lowered, options, "sample").memory_analysis() for lowered in (unstack, prompt)
+    )
+    return int(
+        weights.output_size_in_bytes
+        + cache.output_size_in_bytes
+        + max(weights.temp_size_in_bytes, cache.temp_size_in_bytes)
     )
 
 
@@ -152,13 +203,13 @@ def _forward(config: ExperimentConfig, state: TrainState, batch: Any) -> Any:
     return jax.jit(residuals).lower(state.params, state.g_lm, batch)
 
 
-def _compiled(lowered: Any, options: dict[str, Any] | None) -> Any:
+def _compiled(lowered: Any, options: dict[str, Any] | None, what: str = "step") -> Any:
     try:
         return lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
         if found := re.search(r"Used (\S+) of (\S+) hbm", str(error)):
             raise ConfigError(
-                f"Mesh: the step needs {found[1]} of the {found[2]} a chip has; {REMEDY}"
+                f"Mesh: the {what} needs {found[1]} of the {found[2]} a chip has; {REMEDY}"
             ) from None
         raise
 

@@ -67,7 +67,8 @@ def check_fits(plan: Plan, chip: Chip) -> None:
         raise ConfigError(
             f"Mesh = {tuple(plan.mesh.values())}: does not fit {chip.name}: "
             f"{gigabytes(plan.bytes)} a chip (state {gigabytes(plan.state_bytes)}, "
-            f"step {gigabytes(plan.step_bytes)}) of {gigabytes(limit)}; {REMEDY}"
+            f"step {gigabytes(plan.step_bytes)}, evaluation {gigabytes(plan.evaluation_bytes)}, "
+            f"sample {gigabytes(plan.sample_bytes)}) of {gigabytes(limit)}; {REMEDY}"
         )
 
 
@@ -89,9 +90,13 @@ def plan_lines(
         "compiled by": plan.compiler,
         "state": f"{gigabytes(plan.state_bytes)} a device: parameters and optimiser",
         "step": f"{gigabytes(plan.step_bytes)} a device: activations and temporaries",
+        "evaluation": f"{gigabytes(plan.evaluation_bytes)} a device, in place of the step's",
+        "sample": f"{gigabytes(plan.sample_bytes)} a device, in place of the step's: weights as "
+        "decode steps read them, cache and temporaries",
         "saved": f"{gigabytes(plan.saved_bytes)} a device: activations that the forward pass keeps "
         "for the backward pass, before the compiler saves on them",
-        "together": f"{gigabytes(plan.bytes)} a device",
+        "together": f"{gigabytes(plan.bytes)} a device: the state, and the largest of step, "
+        "evaluation and sample; a checkpoint is restored into the state's own places",
         "FLOPs": f"{plan.model_flops:.3e} a step, {plan.model_flops / plan.tokens:.3e} a token; "
         f"{plan.device_flops:.3e} a device, with what is computed twice",
     }
