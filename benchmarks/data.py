@@ -58,7 +58,7 @@ from pldr_jax.data.shards.units import (
 from pldr_jax.data.text.inputs import STDLIB, find_inputs, plan_units
 from pldr_jax.data.text.readers import ReadSettings
 from pldr_jax.data.text.tokenizer import Tokenizer
-from pldr_jax.model.flops import row_flops
+from pldr_jax.model.counts.flops import row_flops
 from pldr_jax.partition import build_mesh
 from pldr_jax.training.step import create_state, jit_train_step
 

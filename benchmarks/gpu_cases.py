@@ -17,9 +17,9 @@ from benchmarks.gpu_report import Report, Row, timed, timed_together
 from pldr_jax.config import ExperimentConfig
 from pldr_jax.inference.decode import prefill
 from pldr_jax.inference.slots import decode_slots, empty_slots
+from pldr_jax.model.counts.flops import forward_flops, training_flops
 from pldr_jax.model.decoder import unstack_layers
 from pldr_jax.model.deductive import random_g_lm
-from pldr_jax.model.flops import forward_flops, training_flops
 from pldr_jax.partition import build_mesh
 from pldr_jax.training.freeze.calibrate import without_plga
 from pldr_jax.training.step import abstract_state, create_state, jit_train_step

@@ -10,7 +10,7 @@ A compilation takes minutes on a few cores; a line on stderr says how many so fa
 hardly matters (layers are scanned), except for `decode`, whose layers are not. For each program:
 
     HBM          bytes of a chip: arguments and temporaries
-    FLOPs        the model's own, counted from its products (`pldr_jax/model/flops.py`), of a chip
+    FLOPs        the model's own, counted from its products (`model/counts/flops.py`), of a chip
     traffic      bytes that instructions read and write, loops counted as often as they run
     links        bytes that a chip sends, by ring algorithms, and how many times what its parameters
                  take in the compute dtype
@@ -49,9 +49,9 @@ from pldr_jax.config import ConfigError, ExperimentConfig, MeshConfig, ModelConf
 from pldr_jax.config.load import load_config
 from pldr_jax.inference.decode import decode_step, prefill
 from pldr_jax.model.cache import empty_cache
+from pldr_jax.model.counts.flops import forward_flops, training_flops
+from pldr_jax.model.counts.shapes import count_params
 from pldr_jax.model.decoder import unstack_layers
-from pldr_jax.model.flops import forward_flops, training_flops
-from pldr_jax.model.shapes import count_params
 from pldr_jax.partition import batch_sharding
 from pldr_jax.training.losses import token_loss
 from pldr_jax.training.plan.chips import CHIPS, Chip

@@ -7,7 +7,7 @@ For each model and context: the step with PLGA and that of the identity model of
 (SDPA), timed in turn, round after round, and beside them the rate of a large matrix product, so
 that a change of the machine's speed meets all of them alike; each after one of its own that is not
 timed, since memory that others had is slow at first. Utilisation is the floating point
-operations of the model (`pldr_jax/model/flops.py`) over the time of a step, over that rate; times
+operations of the model (`model/counts/flops.py`) over the time of a step, over that rate; times
 are medians over rounds, ratios medians of each round's ratio. `forward` and `forward + backward`
 are compiled by themselves: what the step takes beyond them is the optimiser and the metrics.
 """
@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from pldr_jax.cli.huge_pages import use_huge_pages
 from pldr_jax.config import ExperimentConfig
 from pldr_jax.config.load import load_config
-from pldr_jax.model.flops import forward_flops, training_flops
+from pldr_jax.model.counts.flops import forward_flops, training_flops
 from pldr_jax.partition import build_mesh
 from pldr_jax.training.step import create_state, jit_train_step, loss_fn
 

@@ -16,10 +16,11 @@ from pldr_jax.config import ConfigError, MeshConfig, ModelConfig, SamplingConfig
 from pldr_jax.config.sampling import override, renamed
 from pldr_jax.data.text.chat import Message, prompt_ids
 from pldr_jax.data.text.tokenizer import Tokenizer
-from pldr_jax.inference.classify import check_head, classify
 from pldr_jax.inference.engine import Engine
+from pldr_jax.inference.given.classify import check_head, classify
+from pldr_jax.inference.given.modes import ScoreMode
+from pldr_jax.inference.given.score import Score, score
 from pldr_jax.inference.intervention import Intervention, intervene
-from pldr_jax.inference.modes import ScoreMode
 from pldr_jax.inference.prompts import Prompt, Prompts, as_list, token_array, token_ids
 from pldr_jax.inference.request import (
     Completion,
@@ -29,12 +30,11 @@ from pldr_jax.inference.request import (
     bucket,
     check_request,
 )
-from pldr_jax.inference.score import Score, score
 from pldr_jax.inference.text import find_stop, text_of
+from pldr_jax.model.counts.shapes import place_params
 from pldr_jax.model.decoder import ModelOutputs, Params, forward
 from pldr_jax.model.deductive import given_g_lm
 from pldr_jax.model.low_rank import LowRankG, check_budget, factorize
-from pldr_jax.model.shapes import place_params
 from pldr_jax.partition import build_mesh, mesh_scope, on_every_device
 
 

@@ -21,8 +21,8 @@ from pldr_jax.config import ExperimentConfig, MeshConfig
 from pldr_jax.config.load import load_config
 from pldr_jax.inference.decode import decode_step, prefill
 from pldr_jax.model.cache import empty_cache
+from pldr_jax.model.counts.shapes import param_shapes
 from pldr_jax.model.decoder import unstack_layers
-from pldr_jax.model.shapes import param_shapes
 from pldr_jax.partition import batch_sharding, build_mesh
 from pldr_jax.training.losses import token_loss
 from pldr_jax.training.rows import forward_rows

@@ -19,9 +19,9 @@ from pldr_jax.inference.engine import Engine
 from pldr_jax.inference.request import DecodeOptions, Request, bucket
 from pldr_jax.inference.sampling import slot_sampling
 from pldr_jax.inference.slots import Slots, admit, decode_slots, empty_slots
+from pldr_jax.model.counts.shapes import place_params
 from pldr_jax.model.decoder import Params, forward, init_params, unstack_layers
 from pldr_jax.model.deductive import random_g_lm
-from pldr_jax.model.shapes import place_params
 from pldr_jax.partition import build_mesh
 
 LENGTHS = (3, 17, 1, 12, 8, 5, 15, 2, 30)

@@ -25,7 +25,7 @@ from helpers import (
     train_here,
 )
 
-from pldr_jax.cli.train import train_main
+from pldr_jax.cli.training.train import train_main
 from pldr_jax.config import ExperimentConfig
 from pldr_jax.config.load import config_from_dict, config_to_dict, load_config
 from pldr_jax.data.mixture import open_training_text

@@ -23,9 +23,9 @@ from pldr_jax.data.mixture import open_training_text
 from pldr_jax.data.pipeline import validation_rows
 from pldr_jax.data.rows import SEGMENTS, TokenRows, join_rows
 from pldr_jax.interop.convert import export_run
+from pldr_jax.model.counts.shapes import count_params, param_shapes
 from pldr_jax.model.decoder import forward, init_params
 from pldr_jax.model.deductive import predefined_g_lm
-from pldr_jax.model.shapes import count_params, param_shapes
 from pldr_jax.runs.checkpoint import Checkpointer
 from pldr_jax.training.freeze.calibrate import (
     calibrate,

@@ -14,7 +14,7 @@ from pldr_jax.cli.common import run
 from pldr_jax.cli.convert import convert_main
 from pldr_jax.cli.freeze import freeze_main
 from pldr_jax.cli.infer import infer_main
-from pldr_jax.cli.train import train_main
+from pldr_jax.cli.training.train import train_main
 from pldr_jax.config import ConfigError, ExperimentConfig
 from pldr_jax.config.load import FIELDS, config_from_dict, dump_config, load_config
 

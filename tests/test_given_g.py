@@ -24,7 +24,7 @@ from pldr_jax.analysis.section import Settings
 from pldr_jax.analysis.texts import rows_of_file
 from pldr_jax.api import load
 from pldr_jax.cli.analyze import analyze_main
-from pldr_jax.cli.train import train_main
+from pldr_jax.cli.training.train import train_main
 from pldr_jax.config import MeshConfig
 from pldr_jax.training import loop
 

@@ -26,7 +26,7 @@ program.main = lambda: run(
 sys.modules[program.__name__] = program
 start("shown")
 """
-PROGRAMS = ("train", "infer", "freeze", "convert", "data", "evaluate", "analyze")
+PROGRAMS = ("train", "infer", "freeze", "convert", "data", "evaluate", "analyze", "serve", "verify")
 
 
 def test_other_tunables_and_variables_are_kept() -> None:
@@ -78,6 +78,7 @@ def test_main_leaves_the_process_of_a_notebook_or_test_as_it_is(
 ) -> None:
     """Only what a shell starts begins anew: the console scripts, all of which do."""
     replaced: list[str] = []
+    module = "training.train" if name == "train" else name
 
     def exec_(path: str, arguments: list[str], environment: dict[str, str]) -> None:
         replaced.append(environment[VARIABLE])
@@ -87,7 +88,7 @@ def test_main_leaves_the_process_of_a_notebook_or_test_as_it_is(
     monkeypatch.setattr(huge_pages, "environment_with_huge_pages", lambda *_: {VARIABLE: "on"})
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     for call, expected in (
-        (importlib.import_module(f"pldr_jax.cli.{name}").main, []),
+        (importlib.import_module(f"pldr_jax.cli.{module}").main, []),
         (getattr(scripts, name), ["on"]),
     ):
         with contextlib.suppress(SystemExit):

@@ -27,7 +27,7 @@ from helpers import (
 from pldr_jax.api import load
 from pldr_jax.cli.convert import convert_main
 from pldr_jax.cli.infer import infer_main
-from pldr_jax.cli.train import train_main
+from pldr_jax.cli.training.train import train_main
 from pldr_jax.config import ConfigError, ExperimentConfig, LoraConfig, MeshConfig
 from pldr_jax.config.load import config_to_dict, load_config
 from pldr_jax.interop.tensors import read_safetensors

@@ -24,7 +24,7 @@ from pldr_jax.config import (
     TrainingConfig,
 )
 from pldr_jax.config.load import load_config
-from pldr_jax.model.shapes import abstract_params
+from pldr_jax.model.counts.shapes import abstract_params
 from pldr_jax.partition import (
     RULES,
     batch_sharding,

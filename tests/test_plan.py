@@ -9,7 +9,7 @@ import jax
 import pytest
 from helpers import flags, make_corpus, run_here
 
-from pldr_jax.cli.train import train_main
+from pldr_jax.cli.training.train import train_main
 from pldr_jax.config import (
     ConfigError,
     DataConfig,
@@ -20,8 +20,8 @@ from pldr_jax.config import (
 )
 from pldr_jax.config.load import load_config
 from pldr_jax.data.rows import row_shape
+from pldr_jax.model.counts.flops import forward_flops, repeated_flops, training_flops
 from pldr_jax.model.decoder import init_params
-from pldr_jax.model.flops import forward_flops, repeated_flops, training_flops
 from pldr_jax.partition import build_mesh
 from pldr_jax.training import loop
 from pldr_jax.training.plan import compile as plans

@@ -32,7 +32,7 @@ from helpers import (
     train_here,
 )
 
-from pldr_jax.cli.train import train_main
+from pldr_jax.cli.training.train import train_main
 from pldr_jax.config import ConfigError
 from pldr_jax.inference.engine import Engine
 from pldr_jax.runs.checkpoint import Checkpointer

@@ -30,7 +30,7 @@ from helpers import (
 )
 
 import pldr_jax
-from pldr_jax.cli.train import train_main
+from pldr_jax.cli.training.train import train_main
 from pldr_jax.config import GROUPS
 from pldr_jax.config.load import load_config
 from pldr_jax.data.text.tokenizer import Tokenizer

@@ -21,7 +21,7 @@ from pldr_jax.data.segment_count import (
 )
 from pldr_jax.data.shards.prepared import ShardedTokens
 from pldr_jax.data.text.tokenizer import Tokenizer
-from pldr_jax.model.flops import row_flops
+from pldr_jax.model.counts.flops import row_flops
 
 NANO = ModelConfig(context_length=512)
 

@@ -11,9 +11,9 @@ from helpers import shard_of
 
 from pldr_jax.config import DataConfig, ExperimentConfig, MeshConfig
 from pldr_jax.data.rows import SEGMENTS, SegmentRows
+from pldr_jax.model.counts.shapes import place_params
 from pldr_jax.model.kernels import attention_weights
 from pldr_jax.model.segments import Segments
-from pldr_jax.model.shapes import place_params
 from pldr_jax.partition import batch_sharding, build_mesh, mesh_scope
 from pldr_jax.training.losses import dag_losses
 from pldr_jax.training.rows import forward_rows

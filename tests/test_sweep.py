@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from helpers import QUICK, contents, corpus_of, flags, rows_of, run_here, untrained_run
 
-from pldr_jax.cli.train import train_main
+from pldr_jax.cli.training.train import train_main
 from pldr_jax.config import ConfigError, ExperimentConfig
 from pldr_jax.config.load import dump_config, load_config, parse_values
 from pldr_jax.runs.curves import write_comparison

@@ -14,7 +14,7 @@ import pldr_jax
 from pldr_jax.config import ConfigError, ModelConfig
 from pldr_jax.interop.convert import export_run, import_checkpoint
 from pldr_jax.interop.weights import open_checkpoint
-from pldr_jax.model.shapes import count_params
+from pldr_jax.model.counts.shapes import count_params
 
 HEADS = load_file(GOLDENS / "heads" / "golden.safetensors")
 LABELS = {"sequence": 3, "token": 5, "question": 2}

@@ -12,7 +12,7 @@ import pytest
 from helpers import WORDS, assert_equal_runs, assert_same_bits, rows_of
 
 import pldr_jax
-from pldr_jax.cli.train import train_main
+from pldr_jax.cli.training.train import train_main
 from pldr_jax.config import ConfigError, ExperimentConfig, ModelConfig
 from pldr_jax.config.load import config_to_dict
 from pldr_jax.data.text.tokenizer import Tokenizer

@@ -23,7 +23,7 @@ from pldr_jax.interop.tensors import SINGLE, StoredTensor, TensorFiles, write_fo
 from pldr_jax.interop.transformers import CONFIG as CONFIG_JSON
 from pldr_jax.interop.transformers import to_source
 from pldr_jax.interop.weights import open_checkpoint
-from pldr_jax.model.shapes import param_shardings
+from pldr_jax.model.counts.shapes import param_shardings
 from pldr_jax.partition import build_mesh
 from pldr_jax.runs.folder import write_run
 

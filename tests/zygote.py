@@ -91,7 +91,7 @@ def main() -> None:
     from jax._src.xla_bridge import backends_are_initialized
 
     import pldr_jax.training.loop  # noqa: F401
-    from pldr_jax.cli import train as program
+    from pldr_jax.cli.training import train as program
 
     keep = program.keep_compiled_programs
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from pldr_jax.cli.common import STEP, keep_compiled_programs, run
 from pldr_jax.cli.options import Option, Options, parse_args
-from pldr_jax.cli.tasks import open_tasks
+from pldr_jax.cli.training.tasks import open_tasks
 from pldr_jax.config import CALIBRATION_ROWS, ConfigError
 from pldr_jax.config.load import load_config
 from pldr_jax.files import TOKENIZER
-from pldr_jax.inference.modes import SCORE_MODES
+from pldr_jax.inference.given.modes import SCORE_MODES
 
 if TYPE_CHECKING:
     from pldr_jax.api import LanguageModel

@@ -253,7 +253,7 @@ def describe_fields() -> str:
             annotation = FIELDS[f"{group}.{field.name}"]
             listed = choices(annotation)
             flag = f"--gin.{group}.{field.name}"
-            kind = "choice" if listed else type_name(annotation).replace(" or ", "|")
+            kind = "choice" if listed else type_name(annotation, brief=True).replace(" or ", "|")
             default = field.default if listed else format_value(field.default)
             head = f"  {flag:<34} {kind:<8} {f'default {default}':<15} "
             notes = [

@@ -1,6 +1,6 @@
 """The programs as a shell starts them: console scripts, `train.py`, `python -m`.
 
-Notebooks and tests call `pldr_jax.cli.train.main` and its like, which leave their process as it is.
+Notebooks and tests call `pldr_jax.cli.infer.main` and its like, which leave their process as it is.
 """
 
 import importlib
@@ -19,7 +19,7 @@ def start(name: str) -> None:
     """Makes this process fit for a program, which may start it anew, then runs the program.
 
     Args:
-      name: of its file in `pldr_jax/cli/`.
+      name: of its module in `pldr_jax.cli`.
     """
     open_missing_streams()
     for stream in (sys.stdout, sys.stderr):
@@ -60,7 +60,7 @@ def _leave(status: int) -> NoReturn:
 
 def train() -> None:
     """`pldr-train`, `train.py`."""
-    start("train")
+    start("training.train")
 
 
 def infer() -> None:

@@ -43,16 +43,22 @@ def coerce(value: object, annotation: Any) -> Any:
     raise ValueError(f"expected {type_name(annotation)}, got {show(value)}")
 
 
-def type_name(annotation: Any) -> str:
-    """An annotation in the words of messages: `int`, `int or None`, `tuple[int, ...]`."""
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        return " or ".join(type_name(argument) for argument in typing.get_args(annotation))
-    if typing.get_origin(annotation) is Literal:
-        return f"one of {', '.join(map(repr, typing.get_args(annotation)))}"
+def type_name(annotation: Any, brief: bool = False) -> str:
+    """An annotation in the words of messages: `int`, `int or None`, `tuple[int, ...]`; where it is
+    to be `brief`, values that it lists are `choice`.
+    """
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(type_name(argument, brief) for argument in arguments)
+    if origin is Literal:
+        return "choice" if brief else f"one of {', '.join(map(repr, arguments))}"
+    if origin is tuple:
+        return f"tuple[{', '.join(type_name(argument, brief) for argument in arguments)}]"
     if annotation is types.NoneType:
         return "None"
-    plain = isinstance(annotation, type) and not typing.get_args(annotation)
-    return annotation.__name__ if plain else str(annotation)
+    if annotation is ...:
+        return "..."
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
 def alternatives(annotation: Any) -> tuple[Any, ...]:

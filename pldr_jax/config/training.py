@@ -117,7 +117,7 @@ class TrainingConfig(Validated):
     freeze: tuple[tuple[ParameterGroup, int], ...] = field(
         (),
         "(group, step) pairs: from that step on, 0 being the start, no update and no decay changes "
-        "the group",
+        "the group: generator, couplings, metric_learner, attention, ffn, embedding or head",
     )
     log_every: int = field(10, "steps between rows of training metrics", low=1)
     eval_every: int = field(200, "steps between evaluations", low=1)

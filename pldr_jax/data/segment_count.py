@@ -96,7 +96,7 @@ def with_segment_count(
     a line, where the packing needs it and it is open; else the config.
 
     Args:
-      row_cost: as `choose_segment_count` takes it; `model.flops.row_flops` gives it.
+      row_cost: as `choose_segment_count` takes it; `model.counts.flops.row_flops` gives it.
     """
     if config.data.packing != "packed" or config.data.max_segments is not None:
         return config

@@ -1,7 +1,7 @@
 """The three kinds of requests that benchmarks make, in plain tuples: log-likelihoods of a
 continuation, log-likelihoods of a whole text in windows ("rolling"), and generations.
 
-`pldr_jax/inference/modes.py` says which tokens G_LM comes from in each mode.
+`pldr_jax/inference/given/modes.py` says which tokens G_LM comes from in each mode.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +14,9 @@ from pldr_jax.api import LanguageModel
 from pldr_jax.config import ConfigError, SamplingConfig
 from pldr_jax.evaluation.settings import read_settings
 from pldr_jax.evaluation.windows import rolling_windows
-from pldr_jax.inference.modes import SCORE_MODES, ScoreMode
+from pldr_jax.inference.given.modes import SCORE_MODES, ScoreMode
+from pldr_jax.inference.given.score import Pair, Score
 from pldr_jax.inference.request import DecodeOptions, Request
-from pldr_jax.inference.score import Pair, Score
 
 _CHUNK = 1024
 """Texts scored between two calls of `on_progress`."""

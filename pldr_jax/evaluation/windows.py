@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from pldr_jax.inference.score import Pair
+from pldr_jax.inference.given.score import Pair
 
 
 def rolling_windows(

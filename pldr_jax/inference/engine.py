@@ -41,7 +41,7 @@ class Engine:
       params: stacked parameters.
       g_lm: the model's predefined G_LM [L,1,N,H,J], if it has one, or its factors.
       cache_dtype: "float32" or "bfloat16", of keys and values.
-      mesh: that `params` live on (`model.shapes.place_params`); slots are split over its data and
+      mesh: that `params` live on (`counts.shapes.place_params`); slots are split over its data and
         fsdp axes, heads over its tensor axis. None is a single device.
       rank_budget: relative error of G_LM for which keys are cached in fewer numbers
         (`pldr_jax/model/low_rank.py`); one G_LM must serve all requests. None caches them whole.

@@ -11,7 +11,7 @@ from pldr_jax.config import ExperimentConfig
 from pldr_jax.config.load import dump_config
 from pldr_jax.files import TOKENIZER
 from pldr_jax.interop.weights import Checkpoint
-from pldr_jax.model.shapes import count_params
+from pldr_jax.model.counts.shapes import count_params
 from pldr_jax.runs.metrics import FILE_NAME, read_metrics
 from pldr_jax.terminal import visible
 

@@ -47,8 +47,8 @@ from pldr_jax.interop.transformers import (
     to_source,
 )
 from pldr_jax.interop.weights import Checkpoint, open_checkpoint
+from pldr_jax.model.counts.shapes import count_params
 from pldr_jax.model.deductive import predefined_g_lm
-from pldr_jax.model.shapes import count_params
 from pldr_jax.partition import mesh_of_all_devices
 from pldr_jax.runs.checkpoint import read_weights
 from pldr_jax.runs.folder import fill_run

@@ -16,9 +16,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pldr_jax.config import ConfigError, ModelConfig
+from pldr_jax.model.counts.shapes import param_shapes, param_shardings
 from pldr_jax.model.decoder import Params
 from pldr_jax.model.lora import fan_in
-from pldr_jax.model.shapes import param_shapes, param_shardings
 
 HEADS = {None: "final_layer", "sequence": "score", "token": "score", "question": "qa_outputs"}
 """Task -> name of the head. That of sequences has no bias."""

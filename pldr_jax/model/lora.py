@@ -17,8 +17,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pldr_jax.config import LoraConfig, ModelConfig
+from pldr_jax.model.counts.shapes import param_shapes
 from pldr_jax.model.decoder import Params
-from pldr_jax.model.shapes import param_shapes
 
 Path = tuple[str, ...]
 

@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pldr_jax.config import CheckpointConfig
 from pldr_jax.config.load import config_from_dict
 from pldr_jax.files import one_line
-from pldr_jax.model.shapes import param_shardings
+from pldr_jax.model.counts.shapes import param_shardings
 from pldr_jax.runs.checksums import (
     CheckpointError,
     Log,

@@ -12,7 +12,7 @@ import numpy as np
 
 from pldr_jax.api import LanguageModel
 from pldr_jax.config import ConfigError, GenerationConfig, SamplingConfig
-from pldr_jax.inference.read import Reading, read_text
+from pldr_jax.inference.given.read import Reading, read_text
 from pldr_jax.inference.request import DecodeOptions, Request, bucket
 from pldr_jax.model.deductive import identity_g_lm, read_g_lm
 from pldr_jax.partition import on_every_device

@@ -26,9 +26,9 @@ from pldr_jax.files import locked
 from pldr_jax.hosts import agree, any_process, code_facts, ending_with_the_others
 from pldr_jax.inference.engine import Engine
 from pldr_jax.inference.request import DecodeOptions, Request
+from pldr_jax.model.counts.shapes import count_params
 from pldr_jax.model.decoder import Params
 from pldr_jax.model.lora import count_adapter_params
-from pldr_jax.model.shapes import count_params
 from pldr_jax.partition import batch_sharding, build_mesh
 from pldr_jax.runs.checkpoint import BEST_METRIC, Checkpointer
 from pldr_jax.runs.folder import check_same_run, write_run_files
@@ -122,9 +122,9 @@ def train(
                 state, start, position = first_state(config, mesh, initial), 0, {}
             check_enough_text(config, start, data.batches.batches_left)
             if is_main:
-                files = dict(initial.files) if initial is not None and not start else {}
-                files |= data.files
-                write_run_files(run_dir, config, data.tokenizer.model_bytes, start, files)
+                files = initial.files if initial is not None and not start else {}
+                everything = {**files, **data.files}
+                write_run_files(run_dir, config, data.tokenizer.model_bytes, start, everything)
             with profiler, Record(config, run_dir, start, data.tokens_per_step) as record:
                 trainer = Trainer(data, mesh, checkpointer, record, stop, task_metrics)
                 trainer.continue_from(position)

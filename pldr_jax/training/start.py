@@ -18,9 +18,9 @@ from pldr_jax.data.segment_count import with_segment_count
 from pldr_jax.data.text.chat import template_file
 from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.files import TOKENIZER_CONFIG
+from pldr_jax.model.counts.flops import row_flops
 from pldr_jax.model.decoder import init_params
 from pldr_jax.model.deductive import g_lm_shape, predefined_g_lm
-from pldr_jax.model.flops import row_flops
 from pldr_jax.partition import process_part
 from pldr_jax.runs.checkpoint import Checkpointer, Restored
 from pldr_jax.training.step import (

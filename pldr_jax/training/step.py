@@ -12,9 +12,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pldr_jax.config import ExperimentConfig
 from pldr_jax.data.rows import row_shape
+from pldr_jax.model.counts.shapes import place_params
 from pldr_jax.model.decoder import Params, init_params
 from pldr_jax.model.lora import init_adapters, merge_adapters
-from pldr_jax.model.shapes import place_params
 from pldr_jax.partition import batch_sharding, constrain, shardings
 from pldr_jax.training.causal import forward_neighbour, prefix_lengths, scored_share
 from pldr_jax.training.laws.groups import without_frozen

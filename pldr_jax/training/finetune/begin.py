@@ -21,8 +21,8 @@ from pldr_jax.interop.folder import read_json
 from pldr_jax.interop.record import inherited_files
 from pldr_jax.interop.transformers import CONFIG
 from pldr_jax.interop.weights import Checkpoint, check_base, open_checkpoint
+from pldr_jax.model.counts.shapes import count_params
 from pldr_jax.model.lora import digest_of
-from pldr_jax.model.shapes import count_params
 from pldr_jax.runs.checkpoint import Checkpointer
 from pldr_jax.runs.folder import check_same_model
 from pldr_jax.runs.hub import find_checkpoint

@@ -16,7 +16,7 @@ from pldr_jax.data.segment_count import with_segment_count
 from pldr_jax.files import TOKENIZER, check_output
 from pldr_jax.interop.record import inherited_files
 from pldr_jax.interop.weights import Checkpoint, held_out_text, open_checkpoint
-from pldr_jax.model.flops import row_flops
+from pldr_jax.model.counts.flops import row_flops
 from pldr_jax.runs.curves import summary_table
 from pldr_jax.runs.folder import write_run
 from pldr_jax.terminal import print_line

@@ -22,10 +22,10 @@ from pldr_jax.config import ConfigError, ExperimentConfig, LoraConfig, MeshConfi
 from pldr_jax.data.pipeline import ValidationRows
 from pldr_jax.data.rows import blank_rows, row_shape
 from pldr_jax.inference.decode import prefill
+from pldr_jax.model.counts.flops import BACKWARD, forward_flops, repeated_flops, training_flops
+from pldr_jax.model.counts.shapes import count_params
 from pldr_jax.model.decoder import unstack_layers
 from pldr_jax.model.deductive import g_lm_shape
-from pldr_jax.model.flops import BACKWARD, forward_flops, repeated_flops, training_flops
-from pldr_jax.model.shapes import count_params
 from pldr_jax.partition import batch_sharding, build_mesh
 from pldr_jax.training.evaluate import Evaluator
 from pldr_jax.training.plan.chips import Chip

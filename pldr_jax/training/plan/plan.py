@@ -8,8 +8,8 @@ import jax
 from pldr_jax.config import ConfigError, ExperimentConfig
 from pldr_jax.data.mixture import open_training_text
 from pldr_jax.data.segment_count import with_segment_count
+from pldr_jax.model.counts.flops import row_flops
 from pldr_jax.model.deductive import predefined_g_lm
-from pldr_jax.model.flops import row_flops
 from pldr_jax.runs.curves import summary_table
 from pldr_jax.terminal import print_line
 from pldr_jax.training.plan.chips import CHIPS, USABLE, Chip

@@ -71,7 +71,7 @@ class Command:
         shared = [*(f"--gin_file={path}" for path in self.gin_files), *self.flags]
         shared += [] if self.init_from is None else [f"--init_from={self.init_from}"]
         settings = [f"--gin.{override}" for override in (*self.overrides, *overrides)]
-        program = [sys.executable, "-m", "pldr_jax.cli.train"]
+        program = [sys.executable, "-m", "pldr_jax.cli.training.train"]
         return [*program, *shared, *settings, f"--run_dir={folder}"]
 
 

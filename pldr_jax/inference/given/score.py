@@ -16,7 +16,7 @@ import numpy as np
 
 from pldr_jax.config import ConfigError, ModelConfig
 from pldr_jax.inference.decode import prompt_g_lm
-from pldr_jax.inference.modes import SCORE_MODES, ScoreMode
+from pldr_jax.inference.given.modes import SCORE_MODES, ScoreMode
 from pldr_jax.inference.request import BROKEN, bucket
 from pldr_jax.model.decoder import Params, forward
 from pldr_jax.model.reductions import most_probable

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from pldr_jax.cli import plan as planning
-from pldr_jax.cli import sweep as sweeping
 from pldr_jax.cli.common import keep_compiled_programs, run
 from pldr_jax.cli.options import Option, Options, parse_args
-from pldr_jax.cli.tasks import task_metrics
+from pldr_jax.cli.training import plan as planning
+from pldr_jax.cli.training import sweep as sweeping
+from pldr_jax.cli.training.tasks import task_metrics
 from pldr_jax.config import ConfigError
 from pldr_jax.config.load import load_config
 from pldr_jax.files import bucket_url

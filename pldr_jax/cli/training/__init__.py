@@ -1,0 +1,1 @@
+"""`train.py`, and the doors to plans and sweeps."""

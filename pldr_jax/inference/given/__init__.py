@@ -1,0 +1,1 @@
+"""Texts that are given: scored, classified, read in one pass."""

@@ -1,0 +1,1 @@
+"""Shapes of parameters, and operations, counted."""
