@@ -9,6 +9,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -23,6 +24,9 @@ from pldr_jax.interop.transformers import CONFIG, G_STATUS, G_VALUES
 
 _FOLDER, _SOURCE = "transformers", "source"
 _LAYOUT, _G = "layout.json", "past_g_values.safetensors"
+ON_DISK: Mapping[str, str] = MappingProxyType({})
+"""The origin of what came from no hub."""
+
 _LEFT_OUT = (INDEX, "README.md", TOKENIZER)
 _DTYPES: dict[str, Any] = {"float16": np.dtype(np.float16), "float64": np.dtype(np.float64)}
 _DTYPES["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
@@ -72,8 +76,8 @@ class Record:
         return TensorFiles(restored, self.files, self.metadata)
 
 
-def make_record(source: TensorFiles, path: Path, origin: Mapping[str, str]) -> Record:
-    """The record of a source, a folder or a `.pth`."""
+def make_record(source: TensorFiles, path: Path, origin: Mapping[str, str] = ON_DISK) -> Record:
+    """The record of a source, a folder or a `.pth`; `origin` says where on the hub it is from."""
     tensors = source.tensors
     return Record(
         name=origin.get("repository", path.resolve().name),
@@ -107,7 +111,7 @@ def record_files(record: Record) -> dict[str, bytes]:
     return files | others
 
 
-def inherited_files(folder: Path, origin: Mapping[str, str]) -> dict[str, bytes]:
+def inherited_files(folder: Path, origin: Mapping[str, str] = ON_DISK) -> dict[str, bytes]:
     """What a run that begins with the weights of a checkpoint keeps of it, by paths in the run
     folder: the files that are no weights, of a folder in the transformers layout or an import, and
     the chat template of a run.
