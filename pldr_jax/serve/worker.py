@@ -135,7 +135,7 @@ class Worker:
         """Puts the texts of a call into the queue.
 
         Raises:
-              Full: there are too many already.
+          Full: there are too many already.
           Stopped: nothing is decoded any more.
         """
         with self._changed:
