@@ -1,5 +1,6 @@
 """Figures as PNG, in one look. The only file that imports matplotlib."""
 
+import contextlib
 import io
 import os
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 # A notebook names a backend here that its subprocesses may not have; none is needed to write PNG.
 _BACKEND = os.environ.pop("MPLBACKEND", None)
 try:
+    import matplotlib
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
@@ -17,6 +19,8 @@ try:
 finally:
     if _BACKEND is not None:
         os.environ["MPLBACKEND"] = _BACKEND
+        with contextlib.suppress(ValueError):  # pyplot of a notebook draws where it always does
+            matplotlib.rcParams["backend"] = _BACKEND
 
 __all__ = [
     "COLORS",
