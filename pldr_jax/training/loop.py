@@ -83,8 +83,7 @@ def train(
       resume: "auto" continues a run that is there, "never" refuses to touch one, "required"
         refuses to start anew.
       profile: "STEP:COUNT" writes a trace of those steps.
-      initial: weights that a new run begins with; a run that is continued uses them only as the
-        base of its adapters.
+      initial: weights that a new run begins with, or the base of a continued run's adapters.
       task_metrics: more metrics for each evaluation.
 
     Raises:
@@ -122,9 +121,8 @@ def train(
                 state, start, position = first_state(config, mesh, initial), 0, {}
             check_enough_text(config, start, data.batches.batches_left)
             if is_main:
-                files = initial.files if initial is not None and not start else {}
-                everything = {**files, **data.files}
-                write_run_files(run_dir, config, data.tokenizer.model_bytes, start, everything)
+                files = {**({} if initial is None or start else initial.files), **data.files}
+                write_run_files(run_dir, config, data.tokenizer.model_bytes, start, files)
             with profiler, Record(config, run_dir, start, data.tokens_per_step) as record:
                 trainer = Trainer(data, mesh, checkpointer, record, stop, task_metrics)
                 trainer.continue_from(position)
