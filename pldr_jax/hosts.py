@@ -160,7 +160,7 @@ def ending_with_the_others() -> Iterator[None]:
     """Ends this process in one line where an operation fails because another process is lost."""
     try:
         yield
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
+    except Exception as error:
         if jax.process_count() > 1 and _LOST.search(str(error)):
             _end()
         raise

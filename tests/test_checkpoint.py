@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 import tensorstore
 
 from pldr_jax.config import CheckpointConfig
+from pldr_jax.hosts import LOST
 from pldr_jax.runs.checkpoint import Checkpointer, CheckpointError, Restored, read_weights
 
 # Orbax leaves coroutines behind when a read or a write fails
@@ -343,7 +345,8 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         read_weights(tmp_path)
 
 
-def test_a_failed_save_is_reported(tmp_path: Path) -> None:
+def test_a_failed_save_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By `wait` or the next save, in one line; the threads that save print nothing themselves."""
     save(tmp_path, {1: None})
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     checkpointer = Checkpointer(tmp_path, CheckpointConfig())
@@ -351,6 +354,9 @@ def test_a_failed_save_is_reported(tmp_path: Path) -> None:
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))  # as a full disk
         checkpointer.save(2, big, {}, {}, {})
+        while any(type(thread).__name__ == "_SignalingThread" for thread in threading.enumerate()):
+            time.sleep(0.01)
+        assert not caplog.records
         with pytest.raises(CheckpointError, match="step 2 could not be saved") as error:
             checkpointer.save(3, make_state(3), {}, {}, {})
     finally:
@@ -360,6 +366,27 @@ def test_a_failed_save_is_reported(tmp_path: Path) -> None:
     checkpointer.save(3, big.replace(step=jnp.int32(3)), {}, {}, {}, wait=True)
     checkpointer.close()
     assert checkpointer.all_steps() == [1, 3]
+
+
+def test_a_save_that_fails_with_a_lost_process_ends_with_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A lost partner is named as such, and not as a folder that cannot be written."""
+
+    def lose(*_: object, **__: object) -> None:
+        raise OSError("Gloo AllReduce failed: Read error [127.0.0.1]:1: Connection reset by peer")
+
+    def end(status: int) -> None:
+        raise SystemExit(status)
+
+    with pytest.raises(SystemExit):
+        with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+            checkpointer.save(1, make_state(1), {}, {}, {})
+            monkeypatch.setattr(checkpointer._manager, "wait_until_finished", lose)
+            monkeypatch.setattr(jax, "process_count", lambda: 2)
+            monkeypatch.setattr(os, "_exit", end)
+            checkpointer.wait()
+    assert capfd.readouterr().err == f"{LOST}\n"
 
 
 def test_close_reports_a_failed_save_unless_the_run_failed_already(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pldr_jax.config import CheckpointConfig
 from pldr_jax.config.load import config_from_dict
 from pldr_jax.files import one_line
+from pldr_jax.hosts import ending_with_the_others
 from pldr_jax.model.counts.shapes import param_shardings
 from pldr_jax.runs.checksums import (
     CheckpointError,
@@ -205,6 +206,7 @@ class Checkpointer:
             if manager is not None:
                 with _quiet(), contextlib.suppress(Exception):  # `wait` has reported it
                     manager.close()
+                logging.getLogger("absl").removeFilter(_not_of_orbax)
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -221,7 +223,8 @@ class Checkpointer:
     def _reporting(self, step: int) -> Iterator[None]:
         """Turns what goes wrong while saving into a `CheckpointError`."""
         try:
-            yield
+            with ending_with_the_others():
+                yield
         except Exception as error:
             known = _CAUSES.search(str(error))
             raise CheckpointError(
@@ -231,7 +234,8 @@ class Checkpointer:
             ) from error
 
     def _open(self) -> ocp.CheckpointManager:
-        """The Orbax manager, on a folder that it can read."""
+        """The Orbax manager, on a folder that it can read; its threads keep silent until `close`."""
+        logging.getLogger("absl").addFilter(_not_of_orbax)
         restored, self._restored = self._restored, None
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -359,6 +363,11 @@ def _readable_metrics(folder: Path) -> bool:
 def _read_json(folder: Path) -> dict[str, Any]:
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         return reader.restore(folder, args=ocp.args.JsonRestore())
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    """A filter: the threads that save tell of a failure that `Checkpointer.wait` reports too."""
+    return "orbax" not in record.pathname
 
 
 @contextlib.contextmanager
