@@ -141,13 +141,17 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     share one.
 
     Raises:
-      OSError: the file cannot be written.
+      OSError: the file cannot be written; it names `path`.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.stem}.{os.getpid()}.tmp{target.suffix}")
     try:
         yield temporary
         os.replace(temporary, target)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):  # a write to an open file knows no name
+            error.filename, error.filename2 = str(target), None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -43,10 +43,10 @@ _FILTER = """
 import re, sys
 known = re.compile(rb"[IWE][0-9]{4} .*(coordination_service|preemption_sync_manager)|.Gloo. Rank ")
 more = re.compile(rb"Additional GRPC|:UNKNOWN:|The tasks have|RPC: |[0-9]*$")
-dropped = False
+lost, dropped = sys.argv[1].encode(), False
 for line in sys.stdin.buffer:
-    if b"Terminating process because the JAX distributed service" in line:
-        sys.stderr.write(sys.argv[1] + chr(10))
+    if b"Terminating process because the JAX distributed service" in line or lost in line:
+        sys.stderr.write(lost.decode() + chr(10))
         sys.stdin.buffer.read()
         break
     dropped = bool(known.match(line) or dropped and more.match(line))

@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back bit for bit, or an older one, or one line says why not."""
 
+import errno
 import os
 import random
 import resource
@@ -21,6 +22,7 @@ import pytest
 import tensorstore
 
 from pldr_jax.config import CheckpointConfig
+from pldr_jax.files import whole_file
 from pldr_jax.hosts import LOST
 from pldr_jax.runs.checkpoint import Checkpointer, CheckpointError, Restored, read_weights
 
@@ -401,6 +403,22 @@ def test_close_reports_a_failed_save_unless_the_run_failed_already(tmp_path: Pat
                 if error is not None:
                     raise error
         assert len(log) == (error is not None)
+
+
+def test_a_full_disk_is_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a save and the file written beside it both fail."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    log: list[str] = []
+    with pytest.raises(OSError) as error:
+        with Checkpointer(tmp_path, CheckpointConfig(), log=log.append) as checkpointer:
+            checkpointer.save(1, make_state(1), {}, {}, {})
+            monkeypatch.setattr(checkpointer._manager, "wait_until_finished", fail)
+            with whole_file(tmp_path / "curves.png"):
+                fail()
+    assert error.value.filename == str(tmp_path / "curves.png") and not log
 
 
 def test_read_weights(tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_a_lost_process_ends_the_others_in_one_line(
     begun = time.monotonic()
     process = finish(processes[1 - victim])
     assert time.monotonic() - begun < 60
-    assert process.returncode > 0
+    assert process.returncode != 0  # 1, or where XLA is the first to notice, that of an abort
     assert "another process of the run is lost" in one_error(process.stderr)
     finish(processes[victim])
     assert any(path.name.isdigit() for path in (run_dir / "checkpoints").iterdir())

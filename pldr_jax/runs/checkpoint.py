@@ -211,13 +211,17 @@ class Checkpointer:
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
         try:
             self.close()
-        except CheckpointError as error:
-            if error_type is None:
+        except CheckpointError as failed:
+            if error is None:
                 raise
-            self._log(str(error))  # it must not hide the error that ends the run
+            cause = _CAUSES.search(str(failed))
+            if cause is None or cause[0] not in str(error):  # a full disk is one line
+                self._log(str(failed))  # it must not hide the error that ends the run
 
     @contextlib.contextmanager
     def _reporting(self, step: int) -> Iterator[None]:
