@@ -22,6 +22,8 @@ from pldr_jax.interop.transformers import open_transformers
 from pldr_jax.model.decoder import Params
 from pldr_jax.runs.compiled import keep_programs
 
+pytest.register_assert_rewrite("serving")  # a plugin that test files also import from
+
 # Before the backend starts, else this raises. Arrays that nobody places live on device 0.
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -39,6 +41,8 @@ SLOW_FILES = (
     "test_low_rank", "test_mixture", "test_partition", "test_plan", "test_resume", "test_run",
     "test_segment_count", "test_segments", "test_serve", "test_serve_faults", "test_serve_page",
     "test_structure_of_g", "test_sweep", "test_task_data", "test_task_training",
+    "test_prefix", "test_serve_chat", "test_serve_deductive", "test_serve_errors",
+    "test_serve_models", "test_serve_slots",
 )  # fmt: skip
 """Test files that run whole programs, or compile many: `pytest -m slow` runs them."""
 

@@ -2,6 +2,7 @@
 them."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
+import pldr_jax
 from pldr_jax.cli.common import keep_compiled_programs, run
 from pldr_jax.config import ConfigError, ExperimentConfig, MeshConfig
 from pldr_jax.config.load import config_from_dict, config_to_dict, load_config
@@ -183,6 +185,15 @@ def untrained_run(session: Path) -> Path:
     text = open_training_text(config.data, config.model.vocab_size)
     (run_dir / "tokenizer.model").write_bytes(text.tokenizer.model_bytes)
     return run_dir
+
+
+def frozen(lm: pldr_jax.LanguageModel, **arguments: Any) -> pldr_jax.LanguageModel:
+    """A model with the G_LM of one text for all."""
+    g_lm = lm([[5, 6, 7]]).deductive.G_LM
+    config = dataclasses.replace(lm.config, g_source="external")
+    params = jax.tree.map(lambda x: x, lm.params)
+    del params["layers"]["attention"]["plga"]
+    return pldr_jax.LanguageModel(config, params, g_lm, lm.tokenizer, **arguments)
 
 
 def train_here(config: ExperimentConfig, run_dir: Path, **arguments: Any) -> dict[str, float]:

@@ -1,4 +1,6 @@
-"""What the tests of the server share: a small model behind a real socket, in a thread."""
+"""What the tests of the server share: a small model behind a real socket, in a thread; and as a
+plugin of pytest its fixtures.
+"""
 
 import contextlib
 import functools
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import pytest
 from helpers import untrained_run
 
 import pldr_jax
@@ -107,3 +110,19 @@ def wait_for_idle(server: Server) -> None:
     while metric(server, "pldr_slots_in_use") or metric(server, "pldr_waiting"):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> pldr_jax.LanguageModel:
+    return small_model(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def server(lm: pldr_jax.LanguageModel) -> Iterator[Server]:
+    with serving(lm) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def api(server: Server) -> openai.OpenAI:
+    return client(server)

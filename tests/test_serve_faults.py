@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,7 @@ from serving import client, metric, post, serving, small_model, wait_for_idle
 
 import pldr_jax
 from pldr_jax.cli.serve import serve_main
+from pldr_jax.serve import protocol
 from pldr_jax.serve.server import Server
 
 REQUESTS = max(300, CASES)
@@ -122,6 +124,42 @@ def test_bytes_that_are_no_http(server: Server, raw: bytes) -> None:
         link.sendall(raw)
         assert link.recv(1000).startswith(b"HTTP/1.1 400")
     assert post(server, "/tokenize", {"prompt": "a"})[0] == 200
+
+
+@pytest.mark.parametrize("whole", [0, 1])
+@pytest.mark.parametrize("half", [b"", b"GET /health HTTP/1.1\r\nX-"])
+def test_a_head_must_arrive_in_time(
+    server: Server, whole: int, half: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "HEADER_SECONDS", 0.5)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as link:
+        link.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n" * whole + half)
+        answer = b"" if whole else b"}"
+        while not answer.endswith(b"}"):
+            answer += link.recv(1000)
+        link.settimeout(0.02)
+        deadline, end = time.monotonic() + 10, None
+        while end is None:
+            assert time.monotonic() < deadline
+            try:
+                end = link.recv(1000)
+            except TimeoutError:
+                link.sendall(b"a" if half else b"")
+    assert end.startswith(b"HTTP/1.1 408") if half else end == b""
+
+
+def test_a_late_body_is_not_cut_with_its_head(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "HEADER_SECONDS", 0.2)
+    body = b'{"prompt": "a"}'
+    head = "POST /tokenize HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as link:
+        link.sendall(head.encode() + body[:5])
+        time.sleep(0.5)
+        link.sendall(body[5:])
+        assert link.recv(1000).startswith(b"HTTP/1.1 200")
 
 
 def test_an_error_of_the_engine_is_one_line_and_ends_the_server(

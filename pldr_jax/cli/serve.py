@@ -21,7 +21,8 @@ OPTIONS = (
     *flags_of(ServeConfig),
 )  # fmt: skip
 SETTABLE = tuple(
-    f"Generation.{name}=" for name in ("g_mode", "g_file", "cache_dtype", "rank_budget")
+    f"Generation.{name}="
+    for name in ("g_mode", "g_file", "cache_dtype", "rank_budget", "prefix_cache_mb")
 ) + ("Mesh.", "Data.cache_dir=")
 """Config fields that this program reads: the others are the checkpoint's, or a request's."""
 
@@ -32,8 +33,8 @@ def serve_main(argv: list[str]) -> None:
     for override in options.overrides:
         if not override.startswith(SETTABLE):
             raise ConfigError(
-                f"--gin.{override}: is the checkpoint's or a request's; Generation.g_mode, g_file, "
-                "cache_dtype and rank_budget, Mesh and Data.cache_dir can be set here"
+                f"--gin.{override}: is the checkpoint's or a request's; Mesh, Data.cache_dir and "
+                "Generation.g_mode, g_file, cache_dtype, rank_budget, prefix_cache_mb can be set"
             )
     settings = settings_of(ServeConfig, options)
     config = load_config(options.gin_files, options.overrides)

@@ -114,8 +114,17 @@ class GenerationConfig(SamplingConfig):
         high=1,
     )
 
+    prefix_cache_mb: int = field(
+        0,
+        "MiB of keys and values kept of beginnings that prompts share, where one G_LM serves all; "
+        "0 is off",
+        low=0,
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.prefix_cache_mb and not (self.kv_cache and self.g_mode != "recompute"):
+            self.fail("prefix_cache_mb", "keeps keys and values, which are recomputed here")
         if self.g_file is not None and self.g_mode != "frozen":
             self.fail("g_file", f"is only read when g_mode = 'frozen', not {self.g_mode!r}")
 

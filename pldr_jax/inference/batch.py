@@ -202,7 +202,12 @@ def decode_options(settings: GenerationConfig) -> DecodeOptions:
     if recomputed:
         return DecodeOptions(settings.batch_size, kv_cache=False, g_cache="none")
     kept: Literal["G_LM", "A"] = "G_LM" if settings.g_cache else "A"
-    return DecodeOptions(settings.batch_size, kv_cache=settings.kv_cache, g_cache=kept)
+    return DecodeOptions(
+        settings.batch_size,
+        kv_cache=settings.kv_cache,
+        g_cache=kept,
+        prefix_cache_mb=settings.prefix_cache_mb,
+    )
 
 
 def _sampling(job: Job, settings: GenerationConfig) -> SamplingConfig:

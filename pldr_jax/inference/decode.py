@@ -6,13 +6,16 @@ causal mask keeps real tokens from padding, and `length_B` keeps padding out of 
 prompt decodes to what it decodes to alone.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from pldr_jax.config import ModelConfig
 from pldr_jax.model.cache import Cache, LayerOutputs, build_cache
-from pldr_jax.model.decoder import Decoder, Params, apply
+from pldr_jax.model.decoder import Decoder, DecoderLayer, Params, apply
 from pldr_jax.model.decoder import decode_step as decode_step
+from pldr_jax.model.embedding import Embedding
 from pldr_jax.model.low_rank import LowRankG
 
 
@@ -43,6 +46,42 @@ def prefill(
     g_lm = g_lm_LBNHJ.G_LM if isinstance(g_lm_LBNHJ, LowRankG) else g_lm_LBNHJ
     last_BV, layers = _last_logits(config, params, tokens_BT, length_B, g_lm)
     return last_BV, build_cache(layers, length_B, capacity, keep, low_rank)
+
+
+def extend(
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    first: jax.Array,
+    last_B: jax.Array,
+    before: LayerOutputs,
+    g_lm_LBNHJ: jax.Array | None,
+) -> tuple[jax.Array, LayerOutputs]:
+    """Runs some tokens of prompts whose earlier ones have been run, with one G_LM for all tokens.
+
+    Args:
+      params: stacked parameters.
+      tokens_BT: the tokens at positions `first`, `first` + 1, ...
+      last_B: of which one of them the logits are returned.
+      before: keys and values [L,B,S,N,H], of which those before `first` are read.
+      g_lm_LBNHJ: G_LM; None is the identity.
+
+    Returns:
+      Logits [B,V], and keys and values of these tokens.
+    """
+
+    def layer(x_BTD: jax.Array, layer: tuple[Any, ...]) -> tuple[jax.Array, LayerOutputs]:
+        one, k_BSNH, v_BSNH, g_lm_BNHJ = layer
+        given = x_BTD, first, k_BSNH, v_BSNH, g_lm_BNHJ
+        return apply(DecoderLayer(config), one, DecoderLayer.extend, *given)
+
+    x_BTD = apply(Embedding(config), params["embedding"], Embedding.__call__, tokens_BT)
+    layers = params["layers"], before.k_BTNH, before.v_BTNH, g_lm_LBNHJ
+    hidden_BTD, made = jax.lax.scan(
+        layer, x_BTD, layers, unroll=config.num_layers if config.unroll else 1
+    )
+    last_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
+    return apply(Decoder(config), params, Decoder.logits, last_B1D)[:, 0], made
 
 
 def full_step(

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from pldr_jax.config import ModelConfig
 from pldr_jax.config.sampling import MAX_STOP_IDS
 from pldr_jax.inference.occupancy import Occupancy, Text
+from pldr_jax.inference.prefix import PrefixCache, no_prefixes
 from pldr_jax.inference.recompute import compiled_steps, recompute
 from pldr_jax.inference.request import (
     BROKEN,
@@ -47,6 +48,9 @@ class Engine:
         (`pldr_jax/model/low_rank.py`); one G_LM must serve all requests. None caches them whole.
       pieces: ids from this one on are never drawn, and no prompt may have them; None is the
         vocabulary.
+
+    Attributes:
+      prefixes: what is kept of prompts where `DecodeOptions.prefix_cache_mb` says so.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class Engine:
         self._g_lm = g_lm
         self._cache_dtype = cache_dtype or config.dtype
         self._slots, self._steps = compiled_slots(config, mesh), compiled_steps(config, mesh)
+        self.prefixes = PrefixCache(config, mesh)
         self._rank_budget = rank_budget
         self._pieces = min(pieces or config.vocab_size, config.vocab_size)
         self._tensor = 1 if mesh is None else mesh.shape["tensor"]
@@ -101,6 +106,8 @@ class Engine:
             shared, queue = self._first_g_lm(queue, options)
         elif shared is None and self._rank_budget is not None:
             raise no_shared_g_lm(self._config)
+        elif shared is None and options.prefix_cache_mb and self._config.g_source == "learned":
+            raise no_prefixes(options.prefix_cache_mb)
         if options.kv_cache:
             yield from self._cached(queue, options, shared, find_stop)
         else:
@@ -144,6 +151,8 @@ class Engine:
         alone = request.top_logprobs or request.g_lm is not None or request.params is not None
         if alone and not options.kv_cache:
             return "kv_cache = False: has no top_logprobs and no G_LM or parameters of one request"
+        if options.prefix_cache_mb and (request.g_lm is not None or request.params is not None):
+            return "prefix_cache_mb: keeps no G_LM and no parameters of one request"
         capacity = options.capacity if options.kv_cache else None
         return check_request(request, self._config, self._pieces, capacity)
 
@@ -182,7 +191,10 @@ class Engine:
                 else:
                     waiting.append(completion)
             for group in occupancy.enter(waiting):
-                slots = self._admitted(slots, group, g_lm, keep)
+                if options.prefix_cache_mb:
+                    slots = self._extended(slots, group, g_lm, options.prefix_cache_mb << 20)
+                else:
+                    slots = self._admitted(slots, group, g_lm, keep)
             # The next call is started before the last one is read, and the device does not wait;
             # unless the last one has surely freed a slot for a prompt.
             read, unread = unread, None
@@ -241,19 +253,8 @@ class Engine:
         tokens, lengths = zip(*(padded(r.prompt, context) for r in group.values()), strict=True)
         batch = slots.active_B.shape[0]
         missing = prompts_together(len(tokens[0]), batch) - len(group)
-        stop_QZ: Any = np.full((len(group), MAX_STOP_IDS), -1, np.int32)
-        for row, request in enumerate(group.values()):
-            stop_ids = request.sampling.stop_ids or ()
-            stop_QZ[row, : len(stop_ids)] = stop_ids
-        arrays = {
-            "slot_Q": np.array(list(group), np.int32),
-            "tokens_QT": np.stack(tokens),
-            "length_Q": np.array(lengths, np.int32),
-            "sampling": slot_sampling([r.sampling for r in group.values()]),
-            "stop_QZ": stop_QZ,
-            "bias_QV": np.stack([bias_of(r, self._config.vocab_size) for r in group.values()]),
-            "told_Q": np.array([r.top_logprobs > 0 for r in group.values()]),
-        }
+        arrays = {**self._entering(group), "length_Q": np.array(lengths, np.int32)}
+        arrays["tokens_QT"] = np.stack(tokens)
         repeated = jax.tree.map(lambda x: np.concatenate([x, *[x[-1:]] * missing]), arrays)
         one = next(iter(group.values()))  # all of a call have the same G_LM and parameters
         return self._slots.admit(
@@ -263,6 +264,46 @@ class Engine:
             keep=keep,
             **repeated,
         )
+
+    def _extended(
+        self,
+        slots: Slots,
+        group: Mapping[int, Request],
+        g_lm: jax.Array | LowRankG | None,
+        most: int,
+    ) -> Slots:
+        """The slots with some prompts, of which only what is not kept is run; at most `most` bytes
+        are kept.
+        """
+        whole = g_lm.G_LM if isinstance(g_lm, LowRankG) else g_lm
+        for slot, request in group.items():
+            logits_QV, outputs = self.prefixes.run(self._params, request.prompt, whole, most)
+            tokens_T: Any = np.zeros((self._config.context_length,), np.int32)
+            tokens_T[: len(request.prompt)] = request.prompt
+            slots = self.prefixes.enter(
+                slots,
+                logits_QV=logits_QV,
+                whole=outputs,
+                length_Q=np.array([len(request.prompt)], np.int32),
+                g_lm_LBNHJ=g_lm,
+                tokens_QT=tokens_T[None],
+                **self._entering({slot: request}),
+            )
+        return slots
+
+    def _entering(self, group: Mapping[int, Request]) -> dict[str, Any]:
+        """What slots are told of the requests that enter them, besides their prompts."""
+        stop_QZ: Any = np.full((len(group), MAX_STOP_IDS), -1, np.int32)
+        for row, request in enumerate(group.values()):
+            stop_ids = request.sampling.stop_ids or ()
+            stop_QZ[row, : len(stop_ids)] = stop_ids
+        return {
+            "slot_Q": np.array(list(group), np.int32),
+            "sampling": slot_sampling([r.sampling for r in group.values()]),
+            "stop_QZ": stop_QZ,
+            "bias_QV": np.stack([bias_of(r, self._config.vocab_size) for r in group.values()]),
+            "told_Q": np.array([r.top_logprobs > 0 for r in group.values()]),
+        }
 
     def _take(self, completion: Completion, slot: int, made: Emitted) -> None:
         """Appends what the slot made, and says why it ended if it did."""

@@ -60,8 +60,17 @@ class DecodeOptions(Keywords):
         "every token, or recompute G_LM from all tokens: the definition of the model",
     )
 
+    prefix_cache_mb: int = field(
+        0,
+        "MiB of keys and values kept of beginnings that prompts share, where one G_LM serves all; "
+        "0 is off",
+        low=0,
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.prefix_cache_mb and not self.kv_cache:
+            self.fail("prefix_cache_mb", "keeps keys and values: turn the key-value cache on")
         if self.kv_cache and self.g_cache == "none":
             self.fail(
                 "g_cache",

@@ -155,6 +155,30 @@ def admit(
     logits_QV, prompts = prefill(
         config, params, tokens_QT, length_Q, g_lm_LBNHJ, tokens_QT.shape[1], keep
     )
+    return enter(
+        config, slots, logits_QV, prompts, slot_Q, tokens_QT, sampling, stop_QZ, bias_QV, told_Q
+    )
+
+
+def enter(
+    config: ModelConfig,
+    slots: Slots,
+    logits_QV: jax.Array,
+    prompts: Cache,
+    slot_Q: jax.Array,
+    tokens_QT: jax.Array,
+    sampling: SlotSampling,
+    stop_QZ: jax.Array,
+    bias_QV: jax.Array | None = None,
+    told_Q: jax.Array | None = None,
+) -> Slots:
+    """Puts prompts that have been run into slots; arguments as for `admit`.
+
+    Args:
+      logits_QV: after each prompt.
+      prompts: their keys and values.
+    """
+    length_Q = prompts.length_B
     layers = tuple(
         old.with_prompts(new, slot_Q)
         for old, new in zip(slots.cache.layers, prompts.layers, strict=True)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from pldr_jax.config import ModelConfig
 from pldr_jax.model.cache import LayerCache, LayerOutputs
 from pldr_jax.model.deductive import DeductiveOutputs
-from pldr_jax.model.kernels import apply_metric, attend
+from pldr_jax.model.kernels import apply_metric, attend, attend_from
 from pldr_jax.model.layers import REFERENCE_DIM, Linear, width_scale
 from pldr_jax.model.plga import PowerLawGraphAttention
 from pldr_jax.model.rope import rotate
@@ -81,6 +81,32 @@ class Attention(nn.Module):
         ids_BT = None if segments is None else segments.ids_BT
         out_BTNH = attend(query_BTNJ, k_BTNH, v_BTNH, self.config.attention_kernel, ids_BT)
         return self.out(out_BTNH), LayerOutputs(k_BTNH, v_BTNH, deductive)
+
+    def extend(
+        self,
+        x_BTD: jax.Array,
+        first: jax.Array,
+        k_BSNH: jax.Array,
+        v_BSNH: jax.Array,
+        g_lm_BNHJ: jax.Array | None,
+    ) -> tuple[jax.Array, LayerOutputs]:
+        """Attention of some tokens to themselves and to those before them; not with PLGA.
+
+        Args:
+          x_BTD: hidden states of the tokens at positions `first`, `first` + 1, ...
+          k_BSNH, v_BSNH: keys and values of a whole sequence, of which those before `first` are
+            read.
+          g_lm_BNHJ: G_LM; None is the identity.
+
+        Returns:
+          The output [B,T,D], and keys and values of these tokens.
+        """
+        positions_BT = first + jnp.arange(x_BTD.shape[1])[None, :]
+        q_BTNH, k_BTNH, v_BTNH = self._project(x_BTD, positions_BT)
+        k_BSNH = jax.lax.dynamic_update_slice_in_dim(k_BSNH, k_BTNH, first, axis=1)
+        v_BSNH = jax.lax.dynamic_update_slice_in_dim(v_BSNH, v_BTNH, first, axis=1)
+        out_BTNH = attend_from(apply_metric(q_BTNH, g_lm_BNHJ), k_BSNH, v_BSNH, first)
+        return self.out(out_BTNH), LayerOutputs(k_BTNH, v_BTNH, DeductiveOutputs())
 
     def decode(
         self, x_BTD: jax.Array, positions_BT: jax.Array, cache: LayerCache

@@ -83,6 +83,18 @@ class DecoderLayer(nn.Module):
         attended_BTD, layer = self.attention(x_BTD, inputs, g_lm_BNHJ)
         return self._feed_forward(x_BTD, attended_BTD, self.ffn), layer
 
+    def extend(
+        self,
+        x_BTD: jax.Array,
+        first: jax.Array,
+        k_BSNH: jax.Array,
+        v_BSNH: jax.Array,
+        g_lm_BNHJ: jax.Array | None,
+    ) -> tuple[jax.Array, LayerOutputs]:
+        """As `Attention.extend`, for the whole layer."""
+        attended_BTD, layer = self.attention.extend(x_BTD, first, k_BSNH, v_BSNH, g_lm_BNHJ)
+        return self._feed_forward(x_BTD, attended_BTD, self.ffn), layer
+
     def decode(
         self,
         x_BTD: jax.Array,

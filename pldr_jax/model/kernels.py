@@ -117,6 +117,15 @@ def attention_weights(
     return jax.nn.softmax(jnp.where(mask, attention_scores(q_BTNJ, k_BSNJ), MASKED), axis=-1)
 
 
+def attend_from(
+    q_BTNJ: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, first: jax.Array
+) -> jax.Array:
+    """Attention of queries at positions `first`, `first` + 1, ... to keys of their own position and
+    those before it, [B,T,N,H]; what lies beyond is not looked at.
+    """
+    return _weighted(attention_weights(q_BTNJ, k_BSNH, first=first), v_BSNH)
+
+
 def attend_in_blocks(
     q_BTNJ: jax.Array,
     k_BSNH: jax.Array,

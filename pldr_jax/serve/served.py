@@ -13,6 +13,7 @@ import numpy as np
 from pldr_jax.api import LanguageModel
 from pldr_jax.config import ConfigError, GenerationConfig, SamplingConfig
 from pldr_jax.inference.given.read import Reading, read_text
+from pldr_jax.inference.prefix import no_prefixes
 from pldr_jax.inference.request import DecodeOptions, Request, bucket
 from pldr_jax.model.deductive import identity_g_lm, read_g_lm
 from pldr_jax.partition import on_every_device
@@ -55,7 +56,7 @@ class Served:
         config = lm.config
         self.capacity = min(settings.capacity or config.context_length, config.context_length)
         self.created = int(time.time())
-        self.metrics = Metrics()
+        self.metrics = Metrics(lm.engine.prefixes)
         self.failed = asyncio.Event()
         self.ready = False
         learned, mode = config.g_source == "learned", generation.g_mode
@@ -81,7 +82,12 @@ class Served:
         )
         self.g_modes = ("prompt", own) if not learned else (own,) if self.shared else _OF_PROMPTS
         self.g_mode = self.g_modes[0]
-        options = DecodeOptions(settings.batch_size, self.capacity, settings.steps)
+        megabytes = generation.prefix_cache_mb
+        if megabytes and not self.shared:
+            raise ConfigError(f"Generation.{no_prefixes(megabytes)}")
+        options = DecodeOptions(
+            settings.batch_size, self.capacity, settings.steps, prefix_cache_mb=megabytes
+        )
         loop = asyncio.get_running_loop()
 
         def failed(_: BaseException) -> None:
@@ -156,10 +162,10 @@ class Served:
             gain = np.ones((self.lm.config.num_layers, self.lm.config.num_heads))
             kinds += [await call(partial(self.given, "identity"))]
             kinds += [await call(partial(self.given, "prompt", (1,), gain))]
-        for length in lengths:
+        for length in (*lengths, lengths[-1]):  # the longest twice: what it begins with is kept
             for given in kinds:
                 await call(partial(self._read_whole, (1,) * length, given))
-                sampling = SamplingConfig(2, temperature=1.0)
+                sampling = SamplingConfig(min(2, self.capacity - length), temperature=1.0)
                 asked = Request((1,) * length, sampling, g_lm=given.g_lm, params=given.params)
                 await self._decoded(asked)
         # One that is ended from outside.

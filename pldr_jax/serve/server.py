@@ -13,6 +13,7 @@ from pldr_jax.api import LanguageModel
 from pldr_jax.config import ConfigError, GenerationConfig
 from pldr_jax.files import read_regular_file
 from pldr_jax.serve.app import build_app
+from pldr_jax.serve.protocol import Protocol
 from pldr_jax.serve.served import Served
 from pldr_jax.serve.settings import ServeConfig
 from pldr_jax.terminal import print_line
@@ -102,7 +103,7 @@ class Server:
         served = self.served = Served(self._lm, self._name, self._settings, self._generation)
         config = uvicorn.Config(
             build_app(served, self._keys),
-            http="h11",
+            http=Protocol,
             ws="none",
             lifespan="off",
             log_config=None,

@@ -252,6 +252,7 @@ class Worker:
         if completion.tokens and not sent:
             self._metrics.first_token.observe(time.monotonic() - call.begun)
         self._metrics.new_tokens.inc(len(completion.tokens) - sent)
+        self._metrics.count_prefixes()
         running.sent = len(completion.tokens)
         if not call.cancelled and (ended or call.grows):
             start = sent if call.grows else 0
