@@ -238,7 +238,7 @@ class Checkpointer:
             ) from error
 
     def _open(self) -> ocp.CheckpointManager:
-        """The Orbax manager, on a folder that it can read; its threads keep silent until `close`."""
+        """The Orbax manager, on a folder that it can read; its threads are silent until `close`."""
         logging.getLogger("absl").addFilter(_not_of_orbax)
         restored, self._restored = self._restored, None
         if jax.process_index() == 0:
