@@ -17,8 +17,8 @@ DESCRIPTION = (
 OPTIONS = (
     Option(
         "run_dir",
-        "run folder; default: runs/ and the name of the last gin file, or runs/nano; of a sweep, "
-        "the folder of its runs, with _sweep behind that name",
+        "run folder; default: runs/ and the name of the last gin file, or runs/nano; of a sweep or "
+        "search, the folder of its runs, with _sweep or _critical behind that name",
         metavar="DIR",
     ),
     Option(
@@ -66,10 +66,14 @@ def train_main(argv: list[str]) -> None:
             "the bucket (gcloud storage rsync, aws s3 sync)"
         )
     planning.check(options)
-    if options.sweep and options.plan:
-        raise ConfigError("--plan: plans one run; leave out --sweep")
-    if options.sweep:
-        folder = Path(options.run_dir or Path("runs") / f"{name}_sweep")
+    several = options.sweep or options.critical is not None
+    if several and options.plan:
+        flag = "--sweep" if options.sweep else "--critical"
+        raise ConfigError(f"--plan: plans one run; leave out {flag}")
+    if several:
+        folder = Path(
+            options.run_dir or Path("runs") / f"{name}_{'sweep' if options.sweep else 'critical'}"
+        )
         sweeping.sweep(options, folder, _forwarded(options))
         return
     sweeping.check(options)

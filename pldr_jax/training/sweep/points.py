@@ -72,19 +72,35 @@ def runs_of(
     points = (zipped if config.sweep_zip else grid)(axes)
     if config.sweep_seeds is not None:
         first = config_of(points[0])
-        seeds = {key: _value(first, key) for key in SEED_FIELDS}
+        seeds = {key: value_of(first, key) for key in SEED_FIELDS}
         points = repeated(points, seeds, config.sweep_seeds)
         keys.append("Training.seed")
+    return runs_at(points, keys, folder, config_of)
+
+
+def runs_at(
+    points: Sequence[tuple[Setting, ...]],
+    keys: Sequence[str],
+    folder: Path,
+    config_of: Callable[[Sequence[Setting]], ExperimentConfig],
+    flag: str = "--sweep",
+) -> list[SweepRun]:
+    """The runs at some points, in folders named by the fields `keys`; errors begin with `flag`.
+
+    Raises:
+      ConfigError: a value that cannot be, or two runs that are the same.
+    """
     configs = [config_of(point) for point in points]
-    settings = [{key: _value(one, key) for key in keys} for one in configs]
-    names = run_names(settings)
+    settings = [{key: value_of(one, key) for key in keys} for one in configs]
+    names = run_names(settings, flag)
     return [
         SweepRun(name, folder / name, values, overrides_of(point), one)
         for name, values, point, one in zip(names, settings, points, configs, strict=True)
     ]
 
 
-def _value(config: ExperimentConfig, key: str) -> Any:
+def value_of(config: ExperimentConfig, key: str) -> Any:
+    """The value of `Group.field`."""
     group, _, field = key.partition(".")
     return config_to_dict(config)[group][field]
 
@@ -121,8 +137,8 @@ def repeated(
     return [(*point, *shift) for point in points for shift in shifts]
 
 
-def run_names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A folder name for the settings of each run.
+def run_names(settings: Sequence[Mapping[str, Any]], flag: str) -> list[str]:
+    """A folder name for the settings of each run; errors begin with `flag`.
 
     Raises:
       ConfigError: two runs are the same, or would have the same folder.
@@ -133,9 +149,9 @@ def run_names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
         parts = [f"{label(key, keys)}={_plain(one[key])}" for key in keys]
         name = ",".join(parts)
         if name in names:
-            raise ConfigError(f"--sweep: gives {name} twice; leave one of the values out")
+            raise ConfigError(f"{flag}: gives {name} twice; leave one of the values out")
         if len(name) > _NAME_LENGTH:
-            raise ConfigError(f"--sweep: {name[:60]}... is too long a name; sweep fewer fields")
+            raise ConfigError(f"{flag}: {name[:60]}... is too long a name; sweep fewer fields")
         names[name] = None
     return list(names)
 

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,7 +63,7 @@ def outcome(run: SweepRun) -> Outcome:
 
 
 def execute(
-    runs: Sequence[SweepRun],
+    runs: Iterable[SweepRun],
     arguments: Callable[[SweepRun], Sequence[str]],
     progress: SweepProgress,
     stop: StopRequest,
@@ -71,7 +71,7 @@ def execute(
     """Runs one after the other what is not finished; a run that fails does not stop the rest.
 
     Args:
-      runs: in order.
+      runs: in order; one is asked for when those before it are over.
       arguments: the command line of the process of a run.
       progress: is told how far each is.
       stop: when set, the run at work is asked to save and stop, and no other is started.

@@ -42,6 +42,37 @@ class SweepConfig(FlagGroup):
 
 
 @dataclasses.dataclass(frozen=True)
+class CriticalConfig(FlagGroup):
+    """Where between two values of a field G_LM becomes invariant."""
+
+    critical: str | None = field(
+        None,
+        "search a field between A and B, by bisection on a log scale, for the value at which the "
+        "order parameter of G_LM falls below a threshold; it is above at A and below at B",
+        metavar="Group.field=A:B",
+    )
+    over: tuple[str, ...] = field(
+        (),
+        "search anew for every combination of the values given for other fields; a table and a "
+        "figure of the line at the end",
+        metavar="Group.field=A,B,...",
+    )
+    critical_seeds: int = field(
+        3, "runs of a point at most: most of them decide", low=1, high=1000, metavar="N"
+    )
+    critical_below: float = field(1e-3, "the threshold", above=0)
+    critical_factor: float = field(
+        1.25, "neighbouring values of the search differ by this at most", above=1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for one in dataclasses.fields(self)[1:]:
+            if self.critical is None and getattr(self, one.name) != one.default:
+                raise ConfigError(f"--{one.name}: needs --critical Group.field=A:B")
+
+
+@dataclasses.dataclass(frozen=True)
 class Command:
     """What each run of a sweep is started with, besides what varies.
 

@@ -5,7 +5,7 @@ A sweep folder holds a folder for each run, named by what varies, then `sweep.cs
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pldr_jax.config import ConfigError, ExperimentConfig
@@ -15,10 +15,13 @@ from pldr_jax.terminal import print_line
 from pldr_jax.training.finetune.begin import model_of
 from pldr_jax.training.progress import SweepProgress
 from pldr_jax.training.signals import stop_on_signals
+from pldr_jax.training.sweep import critical_line
+from pldr_jax.training.sweep.critical import Line, lines_of, most_runs, needed, searches
+from pldr_jax.training.sweep.critical_line import runs_made
 from pldr_jax.training.sweep.phase import write_phase_diagram
 from pldr_jax.training.sweep.points import SweepRun, label, runs_of, share
 from pldr_jax.training.sweep.runs import Outcome, execute, outcome
-from pldr_jax.training.sweep.settings import Command, SweepConfig
+from pldr_jax.training.sweep.settings import Command, CriticalConfig, SweepConfig
 from pldr_jax.training.sweep.table import table_text, write_table
 
 _COMPARED = ("Model", "Loss", "Optimizer", "Data", "Training")
@@ -74,6 +77,69 @@ def run_sweep(sweep: SweepConfig, folder: Path, command: Command = Command()) ->
     outcomes = [outcome(run) for run in runs]
     _report(folder, outcomes)
     return SweepResult(outcomes, failures, len(chosen), stop.signal_name)
+
+
+def open_search(
+    config: CriticalConfig,
+    folder: Path,
+    command: Command = Command(),  # noqa: B008
+) -> list[Line]:
+    """The lines of a search for critical values; nothing is run.
+
+    Raises:
+      ConfigError: a field or value that cannot be, or a folder that holds a run of another config.
+    """
+    lines = lines_of(config, folder, command, _base(command, folder))
+    _check_same_configs([run for line in lines for row in line.runs for run in row], command)
+    return lines
+
+
+def list_search(lines: Sequence[Line], config: CriticalConfig) -> list[Outcome]:
+    """How the runs of a search stand: those that there are, and the next one of each line."""
+    states = searches(lines, config.critical_below)
+    following = [state.following.name for state in states if state.following is not None]
+    runs = [run for line in lines for row in line.runs for run in row]
+    return [outcome(run) for run in runs if run.folder.exists() or run.name in following]
+
+
+def run_search(
+    config: CriticalConfig,
+    folder: Path,
+    command: Command = Command(),  # noqa: B008
+) -> SweepResult:
+    """Searches for critical values, and writes what all runs have come to.
+
+    Raises:
+      ConfigError: what is asked for cannot be done; nothing has been run.
+    """
+    lines, threshold = open_search(config, folder, command), config.critical_below
+    count = sum(map(runs_made, searches(lines, threshold)))
+    everything = sum(len(line.runs) * len(line.runs[0]) for line in lines)
+    print_line(
+        f"search in {folder}: up to {most_runs(lines)} of the {everything} runs of the grid, "
+        f"{count} of them finished before"
+    )
+    started: list[SweepRun] = []
+
+    def counted() -> Iterator[SweepRun]:
+        for run in needed(lines, threshold):
+            started.append(run)
+            yield run
+
+    def arguments(run: SweepRun) -> list[str]:
+        return command.arguments(run.overrides, run.folder)
+
+    with stop_on_signals() as stop, SweepProgress(most_runs(lines) - count) as progress:
+        failures = execute(counted(), arguments, progress, stop)
+    states, outcomes = searches(lines, threshold), list_search(lines, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    print_line(critical_line.table_text(lines, states, threshold))
+    print_line(f"{sum(map(runs_made, states))} runs; the grid with every seed has {everything}")
+    key = str(config.critical).partition("=")[0]
+    print_line(f"line: {critical_line.write_table(folder, lines, states, threshold)}")
+    print_line(f"figure: {critical_line.write_figure(folder, key, lines, states, threshold)}")
+    print_line(f"runs: {write_table(folder, outcomes)}")
+    return SweepResult(outcomes, failures, len(started), stop.signal_name)
 
 
 def _base(command: Command, folder: Path) -> ExperimentConfig | None:
