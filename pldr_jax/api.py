@@ -188,7 +188,7 @@ class LanguageModel:
           prompts: as for `generate`; `config.pad_id` at their end is padding.
           batch_size: prompts side by side; no result depends on it. Not for language models.
         """
-        check_head(self.config, "classify", task=True)
+        check_head(self.config, self.params, "classify", task=True)
         ids = [self.encode(prompt) for prompt in as_list(prompts)]
         with mesh_scope(self.mesh):
             return classify(self.config, self.params, ids, self.g_lm, batch_size)
@@ -206,7 +206,7 @@ class LanguageModel:
           cut_left: a prompt that is too long keeps its end, so that `max_new_tokens` fit, or half
             of the model's context where they alone would fill it.
         """
-        check_head(self.config, "generate")
+        check_head(self.config, self.params, "generate")
         context = self.config.context_length
         try:
             if sampling.stop and self.tokenizer is None:
@@ -242,7 +242,7 @@ class LanguageModel:
           g_lm: one G_LM for every request, [L,N,H,J]; None takes what each prompt gives.
           overrides: fields of `DecodeOptions`.
         """
-        check_head(self.config, "generate")
+        check_head(self.config, self.params, "generate")
         (options,) = override(renamed(overrides), options or DecodeOptions())
         if isinstance(requests, Sequence):
             context = self.config.context_length
@@ -289,7 +289,7 @@ class LanguageModel:
         if intervention is not None:
             changed = self.intervened(intervention, g_lm)
             return changed.score(contexts, continuations, mode, None, batch_size, rows)
-        check_head(self.config, "score")
+        check_head(self.config, self.params, "score")
         before, after = as_list(contexts), as_list(continuations)
         if len(before) != len(after):
             raise ConfigError(

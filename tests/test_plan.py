@@ -14,14 +14,17 @@ from pldr_jax.config import (
     ConfigError,
     DataConfig,
     ExperimentConfig,
+    LoraConfig,
     MeshConfig,
     ModelConfig,
+    TaskConfig,
     TrainingConfig,
 )
 from pldr_jax.config.load import load_config
 from pldr_jax.data.rows import row_shape
 from pldr_jax.model.counts.flops import forward_flops, repeated_flops, training_flops
 from pldr_jax.model.decoder import init_params
+from pldr_jax.model.lora import count_adapter_params
 from pldr_jax.partition import build_mesh
 from pldr_jax.training import loop
 from pldr_jax.training.plan import compile as plans
@@ -50,6 +53,7 @@ PLAN = plans.Plan(
     mesh={"data": 1, "fsdp": 8, "tensor": 1},
     compiler="",
     state_bytes=15 * 10**8,
+    trained_bytes=5 * 10**8,
     step_bytes=10**10,
     saved_bytes=5 * 10**9,
     model_flops=1e14,
@@ -106,6 +110,30 @@ def test_bytes_are_those_of_the_state_and_of_the_compiled_step() -> None:
     assert made.device_flops * 8 == pytest.approx(made.model_flops + repeated)
     # The logits of a device's 2 rows, of half of the vocabulary, and their gradient.
     assert made.step_bytes > 2 * 2 * 16 * 32 * 4
+
+
+def test_a_plan_of_adapters_and_of_a_head() -> None:
+    """Of the optimiser's state, only that of adapters, and of the head of a task, is there."""
+    mesh = build_mesh(CONFIG.mesh)
+    task = TaskConfig(kind="sequence", labels=("a", "b"))
+    config = dataclasses.replace(CONFIG, lora=LoraConfig(rank=2), task=task)
+    made = plans.make_plan(config, mesh, "")
+    params = nn.unbox(init_params(config.model, jax.random.key(0)))
+    state = create_state(config, mesh, None, params)
+    sizes = [
+        sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+        for tree in (state, state.params)
+    ]
+    assert [made.state_bytes, made.trained_bytes] == sizes
+    assert 3 * sizes[1] < sizes[0] and 0 < made.saved_bytes
+    assert made.sample_bytes == 0 and made.evaluation_bytes > 0
+    count = count_adapter_params(config.model, config.lora)
+    assert (
+        f"and {count:,} in adapters" in planning.plan_lines(config, made, None, None)["parameters"]
+    )
+    with pytest.raises(ConfigError, match=r"^Task.labels = \(\): a plan reads no text"):
+        unnamed = dataclasses.replace(CONFIG, task=TaskConfig(kind="token"))
+        plans.make_plan(unnamed, mesh, "")
 
 
 def test_a_plan_of_rows_of_any_packing() -> None:

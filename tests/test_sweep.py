@@ -384,3 +384,18 @@ def test_a_sweep_of_real_runs(
     before = contents(good)
     status, out, _ = run_here(capsys, train_main, *given, "--sweep_index=0/2")
     assert status == 0 and "finished before, skipped" in out and contents(good) == before
+
+
+def test_labels_and_the_base_of_adapters_are_what_the_runs_have_found(tmp_path: Path) -> None:
+    """A config leaves them open; a folder whose run has other ones that were stated is refused."""
+    task = ["Task.kind=sequence", "Lora.rank=2"]
+    sweep = SweepConfig(sweep=(f"{RATE}=1e-3,2e-3",))
+    (run, _) = runs_here(tmp_path, *sweep.sweep, overrides=task)
+    found = load_config([], [*task, *run.overrides, "Task.labels=('a','b','c')", "Lora.base=x"])
+    run.folder.mkdir()
+    (run.folder / "config.gin").write_text(dump_config(found))
+    command = Command(overrides=task)
+    assert [one.status for one in list_runs(sweep, tmp_path, command)] == ["unfinished"] * 2
+    for other in (["Task.labels=('a','b')"], ["Task.dropout=0.1"], ["Lora.alpha=3"]):
+        with pytest.raises(ConfigError, match="holds a run of another config .*(Task|Lora)"):
+            list_runs(sweep, tmp_path, Command(overrides=[*task, *other]))

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDENS
@@ -11,10 +13,13 @@ from helpers import assert_same_bits
 from safetensors.numpy import load_file, save_file
 
 import pldr_jax
-from pldr_jax.config import ConfigError, ModelConfig
+from pldr_jax.config import ConfigError, ExperimentConfig, ModelConfig, TaskConfig
 from pldr_jax.interop.convert import export_run, import_checkpoint
 from pldr_jax.interop.weights import open_checkpoint
 from pldr_jax.model.counts.shapes import count_params
+from pldr_jax.model.decoder import ModelOutputs
+from pldr_jax.model.deductive import DeductiveOutputs
+from pldr_jax.training.laws.targets import target_draws, with_dropout
 
 HEADS = load_file(GOLDENS / "heads" / "golden.safetensors")
 LABELS = {"sequence": 3, "token": 5, "question": 2}
@@ -40,6 +45,19 @@ def task_folder(folder: Path, task: str, **fields: Any) -> Path:
     config |= {"architectures": [CLASSES[task]], **fields}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def backbone_of(folder: Path, output: Path) -> Path:
+    """What transformers saves of a checkpoint's backbone, `PldrllmModel`."""
+    output.mkdir()
+    tensors = load_file(folder / "model.safetensors")
+    bare = {n.removeprefix("decoder."): x for n, x in tensors.items() if n.startswith("decoder.")}
+    save_file(bare, output / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["PldrllmModel"]}
+    (output / "config.json").write_text(json.dumps(config))
+    for path in folder.glob("tokenizer.model"):
+        (output / path.name).write_bytes(path.read_bytes())
+    return output
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +189,47 @@ def test_what_needs_a_language_model_says_so(folders: dict[str, Path]) -> None:
     """Freezing, analysis and the like read checkpoints by this function."""
     with pytest.raises(ConfigError, match="has a question head; this needs a language model$"):
         open_checkpoint(folders["question"])
+
+
+def test_a_backbone_has_all_but_logits(tmp_path: Path) -> None:
+    lm = pldr_jax.load(backbone_of(GOLDENS / "tiny", tmp_path / "bare"))
+    rows = load_file(GOLDENS / "tiny" / "golden.safetensors")
+    out = lm(rows["tokens"][:, :-1])
+    assert out.logits is None
+    close(np.asarray(out.hidden), rows["hidden"])
+    close(np.asarray(out.deductive.G_LM), rows["G_LM"])
+    for call in (
+        lambda: lm.generate([5, 6], 2),
+        lambda: lm.classify([5]),
+        lambda: lm.score([5], [6]),
+    ):
+        with pytest.raises(ConfigError, match=r"^\w+: this is a backbone without a head \(Pldrllm"):
+            call()
+    with pytest.raises(ConfigError, match="is a PldrllmModel, without a head; this needs a lang"):
+        open_checkpoint(tmp_path / "bare")
+    with pytest.raises(ConfigError, match=r"config.json: a PldrllmModel has no head, and a run"):
+        import_checkpoint(tmp_path / "bare", tmp_path / "run", **QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def test_dropout_is_of_the_hidden_states_of_training() -> None:
+    task = TaskConfig(kind="token", labels=("a", "b"), dropout=0.25)
+    config = ExperimentConfig(model=ModelConfig(num_heads=2, head_dim=8), task=task)
+    hidden = jnp.ones((64, 9, 16))
+    outputs = ModelOutputs(hidden[..., :2], DeductiveOutputs(), hidden, None)  # type: ignore[arg-type]
+    params = {"head": {"kernel": jnp.eye(16)[:, :2], "bias": jnp.zeros(2)}}
+    draws = target_draws(config, 64, 3)
+    made = with_dropout(config, params, outputs, draws)
+    kept = np.asarray(made.hidden)
+    assert set(np.unique(kept)) == {0, np.float32(1 / 0.75)}
+    assert abs((kept == 0).mean() - 0.25) < 0.02
+    assert (np.asarray(made.logits) == kept[..., :2]).all()
+    assert len({row.tobytes() for row in kept}) == 64
+    again = with_dropout(config, params, outputs, target_draws(config, 64, 4))
+    assert (np.asarray(again.hidden) != kept).any()
+    # A row is dropped alike whatever stands beside it, as in a microbatch.
+    part = jax.tree.map(lambda x: x[7:9], outputs)
+    np.testing.assert_array_equal(with_dropout(config, params, part, draws[7:9]).hidden, kept[7:9])
+    assert with_dropout(config, params, outputs, None) is outputs
+    with pytest.raises(ConfigError, match=r"Task.dropout = 0.1: the head of a question has none"):
+        TaskConfig(kind="question", dropout=0.1)

@@ -7,19 +7,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import helpers
 import numpy as np
 import pytest
-from helpers import WORDS, assert_equal_runs, assert_same_bits, rows_of
+from flax.traverse_util import flatten_dict
+from helpers import WORDS, assert_equal_runs, assert_same_bits, record_batches, rows_of
+from safetensors.numpy import load_file, save_file
+from test_task_heads import backbone_of
 
 import pldr_jax
+from pldr_jax.cli.convert import convert_main
 from pldr_jax.cli.training.train import train_main
-from pldr_jax.config import ConfigError, ExperimentConfig, ModelConfig
-from pldr_jax.config.load import config_to_dict
+from pldr_jax.config import ConfigError, ExperimentConfig, MeshConfig, ModelConfig
+from pldr_jax.config.load import config_to_dict, load_config
 from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.interop.convert import export_run, import_checkpoint
+from pldr_jax.interop.peft import ADAPTER
 from pldr_jax.model.decoder import init_params
+from pldr_jax.partition import build_mesh
+from pldr_jax.runs.checkpoint import read_weights
 from pldr_jax.runs.folder import write_run
 from pldr_jax.training import loop
+from pldr_jax.training.finetune.begin import start_from
 
 GOOD, BAD = "good nice fine".split(), "bad poor dull".split()
 
@@ -63,10 +72,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tune(base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
     """Fine-tunes as `train.py` does, on one device."""
-    from helpers import one_device_mesh
 
     def run(kind: str, steps: int = 30, run_dir: str = "run", *flags: str) -> Path:
-        monkeypatch.setattr(loop, "build_mesh", one_device_mesh)
+        monkeypatch.setattr(loop, "build_mesh", helpers.one_device_mesh)
         fields = {
             "Task.kind": kind, "Data.source": base / f"{kind}.jsonl", "Data.batch_size": 16,
             "Data.validation_fraction": 0.3, "Optimizer.learning_rate": 3e-2,
@@ -147,3 +155,96 @@ def test_what_cannot_be_tuned_is_one_line(
         assert not (tmp_path / "none").exists()
     with pytest.raises(ConfigError, match=r"another model.*num_labels|Task.labels"):
         tune("sequence", 3, "run", "--gin.Task.labels=('pos','neg')")
+
+
+def test_on_a_mesh_it_learns_the_same(
+    tune: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows over data, the head's logits over tensor, parameters over fsdp; it goes on there too."""
+    kind, flags = "sequence", ("--gin.Training.log_every=1", "--gin.Lora.rank=2")
+    one = tune(kind, 3, "one", *flags)
+    small = MeshConfig(2, 2, 2)
+    monkeypatch.setattr(helpers, "one_device_mesh", lambda config: build_mesh(small))
+    tune(kind, 2, "mesh", *flags)
+    other = tune(kind, 3, "mesh", *flags)
+    losses = [
+        [row["train/loss"] for row in rows_of(run) if "train/loss" in row] for run in (one, other)
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+    np.testing.assert_allclose(last(one)["eval/loss"], last(other)["eval/loss"], rtol=1e-2)
+    prompts = ["def model good", "tokens", "range poor in else"]
+    alone = pldr_jax.load(other).classify(prompts)
+    spread = pldr_jax.load(other, mesh=small)
+    kernel = spread.params["head"]["kernel"]
+    assert not kernel.sharding.is_fully_replicated
+    for x, y in zip(alone, spread.classify(prompts), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_adapters_beside_a_head(tune: Callable[..., Path], base: Path, tmp_path: Path) -> None:
+    """The head is trained whole, the rest by adapters; they go on bit for bit, are merged, and go
+    to PEFT's layout and back.
+    """
+    lora = "--gin.Lora.rank=4", "--gin.Lora.targets=('q','v','w[123]')"
+    run = tune("sequence", 30, "run", *lora)
+    assert last(run)["eval/accuracy"] > 0.9
+    tune("sequence", 10, "other", *lora)
+    assert_equal_runs(run, tune("sequence", 30, "other", *lora))
+    kept = read_weights(run).params
+    assert set(kept["head"]) == {"kernel"} and kept["head"]["kernel"].shape == (16, 2)
+    assert {path[-1] for path in flatten_dict(kept["layers"])} == {"a", "b"}
+    lm, plain = pldr_jax.load(run), pldr_jax.load(base / "lm")
+    assert_same_bits(lm.params["embedding"], plain.params["embedding"])
+    assert_same_bits(lm.params["head"], kept["head"])
+    prompts = ["def model good", "tokens range poor"]
+    expected = lm.classify(prompts)
+    assert [int(x.argmax()) for x in expected] == [1, 0]
+
+    def convert(*arguments: object) -> None:
+        convert_main([str(argument) for argument in arguments])
+
+    convert("merge", run, tmp_path / "merged")
+    convert("export", run, tmp_path / "peft", "--adapter")
+    convert("import", tmp_path / "peft", tmp_path / "back", f"--base={base / 'lm'}")
+    settings = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (settings["task_type"], settings["modules_to_save"]) == ("SEQ_CLS", ["score"])
+    assert load_config([str(tmp_path / "back" / "config.gin")]).task.labels == ("neg", "pos")
+    for folder in (tmp_path / "merged", tmp_path / "back"):
+        assert_same_bits(pldr_jax.load(folder).classify(prompts), expected)
+    convert("export", tmp_path / "back", tmp_path / "peft2", "--adapter")
+    for file in (tmp_path / "peft").iterdir():
+        assert (tmp_path / "peft2" / file.name).read_bytes() == file.read_bytes()
+    # A head that is there goes on with adapters; one that has none of the tensors is refused.
+    more = tune("sequence", 1, "more", *lora, f"--init_from={tmp_path / 'merged'}")
+    assert last(more)["eval/accuracy"] > 0.9
+    with pytest.raises(ConfigError, match=r"'head' is the head of a sequence task, which is tr"):
+        tune("sequence", 1, "none", lora[0], "--gin.Lora.targets=('q','head')")
+    settings["task_type"] = "TOKEN_CLS"
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=r"base_model.model.score.bias' is missing$"):
+        convert("import", tmp_path / "peft", tmp_path / "no", f"--base={base / 'lm'}")
+    save_file(load_file(tmp_path / "peft" / ADAPTER), tmp_path / "peft" / ADAPTER)
+    with pytest.raises(ConfigError, match=r"is for a token model, --base has a sequence$"):
+        convert("import", tmp_path / "peft", tmp_path / "no", f"--base={tmp_path / 'merged'}")
+
+
+def test_texts_in_a_stated_order(
+    tune: Callable[..., Path], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And from a backbone without a head, with dropout before the new one."""
+    np.save(tmp_path / "order.npy", np.arange(32)[::-1])
+    batches = record_batches(monkeypatch)
+    export_run(base / "lm", tmp_path / "lm", log=lambda line: None)
+    flags = (
+        f"--init_from={backbone_of(tmp_path / 'lm', tmp_path / 'bare')}",
+        f"--gin.Task.held_out={base / 'sequence.jsonl'}",
+        f"--gin.Data.order={tmp_path / 'order.npy'}",
+        "--gin.Task.dropout=0.1",
+    )
+    run = tune("sequence", 2, "run", *flags)
+    with pytest.raises(ConfigError, match="adapters train no head, and a PldrllmModel has none"):
+        start_from(tmp_path / "bare", tmp_path / "no", [], ["Lora.rank=2"])
+    lines = [json.loads(line)["text"] for line in (base / "sequence.jsonl").open()][:32][::-1]
+    tokenizer = Tokenizer.load(run / "tokenizer.model")
+    rows = [row[0][row[2] > 0].tolist() for batch in batches for row in batch]
+    assert rows == [tokenizer.encode(line) for line in lines]

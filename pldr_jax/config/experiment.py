@@ -110,10 +110,6 @@ class ExperimentConfig:
             self.data.fail(name, "a task has a text a row, of Data.source; leave it out")
         data = dataclasses.replace(self.data, packing="document")
         object.__setattr__(self, "data", data)
-        if self.data.order is not None:
-            self.data.fail("order", "the texts of a task are shuffled; take None")
-        if self.lora.rank:
-            self.lora.fail("rank", "adapters leave the head as it is, a task trains it; take 0")
         if self.loss.g_from != "row":
             self.loss.fail("g_from", "a task's labels are not in the text; take 'row'")
         if self.loss.targets != "all":

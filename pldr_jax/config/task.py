@@ -31,6 +31,13 @@ class TaskConfig(Validated):
     label: str | None = field(
         None, "column of the label; None is label, for tokens labels, for a question answers"
     )
+    dropout: float = field(
+        0.0,
+        "share of the hidden states before the head that each step of training sets to 0; 0.1 is "
+        "what the transformers port does where each token has a label",
+        low=0,
+        high=0.9,
+    )
     held_out: str | None = field(
         None,
         "JSONL to evaluate on; None holds out Data.validation_fraction of Data.source",
@@ -43,6 +50,8 @@ class TaskConfig(Validated):
             self.fail("labels", "names a label twice")
         if self.kind == "question" and self.labels:
             self.fail("labels", "a question has none; leave it out")
+        if self.kind == "question" and self.dropout:
+            self.fail("dropout", "the head of a question has none; take 0")
         counts = {"sequence": (1, 2), "token": (1,), "question": (2,)}
         if self.kind and self.text and len(self.text) not in counts[self.kind]:
             self.fail("text", f"must be {' or '.join(map(str, counts[self.kind]))} columns")

@@ -50,6 +50,9 @@ ARCHITECTURES = {
 }
 """Task -> their class."""
 
+BACKBONE = "PldrllmModel"
+"""Their class without a head."""
+
 CODE_REPOSITORY = "fromthesky/PLDR-LLM-v51-SOC-110M-1"
 """Of the hub; has the authors' code for transformers."""
 
@@ -97,10 +100,12 @@ def model_from_json(raw: Mapping[str, Any], where: str | Path) -> ModelConfig:
 
 def _task(raw: Mapping[str, Any], where: str | Path) -> str | None:
     stated = raw.get("architectures") or [ARCHITECTURES[None]]
+    if stated == [BACKBONE]:
+        return None
     for task, architecture in ARCHITECTURES.items():
         if stated == [architecture]:
             return task
-    known = ", ".join(map(repr, ARCHITECTURES.values()))
+    known = ", ".join(map(repr, (*ARCHITECTURES.values(), BACKBONE)))
     raise ConfigError(f"{where}: architectures = {stated!r}: only one of {known} is supported")
 
 

@@ -24,6 +24,7 @@ from pldr_jax.files import (
 from pldr_jax.interop import card, native
 from pldr_jax.interop.check import LogitCheck, check_logits
 from pldr_jax.interop.config_json import (
+    BACKBONE,
     CODE_REPOSITORY,
     PieceIds,
     config_json,
@@ -86,6 +87,11 @@ def import_checkpoint(
         if gin_files or overrides:
             raise ConfigError(f"--gin: {path / CONFIG} says what the model is; leave it out")
         opened = open_transformers(path, mesh_of_all_devices())
+        if "head" not in opened.params:
+            raise ConfigError(
+                f"{path / CONFIG}: a {BACKBONE} has no head, and a run folder needs one; begin a "
+                "run with it: train.py --init_from"
+            )
     elif path.suffix in (".pth", ".pt"):
         opened = _open_pth(path, gin_files, overrides)
     else:

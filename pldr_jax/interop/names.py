@@ -41,6 +41,7 @@ def from_tensors(
     tensors: Mapping[str, Any],
     where: str = "checkpoint",
     mesh: Mesh | None = None,
+    head: bool = True,
 ) -> Params:
     """Parameters from tensors by their names in the transformers layout.
 
@@ -48,26 +49,28 @@ def from_tensors(
       tensors: arrays, or `StoredTensor`s, of which no more is read than a device takes.
       where: named in errors.
       mesh: that the parameters come to, each in its parts; None is the default device.
+      head: whether there is one; else the parameters have none.
 
     Raises:
       ConfigError: naming the first tensor that is missing, left over, wrongly shaped, or not exact
         in float32.
     """
-    for entry in _table(config):  # first: a config may claim sizes of which no model can be made
+    table = [entry for entry in _table(config) if head or entry.ours[0] != "head"]
+    for entry in table:  # first: a config may claim sizes of which no model can be made
         if entry.theirs not in tensors:
             raise ConfigError(f"{where}: the tensor {entry.theirs!r} is missing")
     shapes = param_shapes(config)
-    _check_shapes(config, shapes, tensors, where)
+    _check_shapes(config, table, shapes, tensors, where)
     entries: dict[tuple[str, ...], list[_Entry]] = {}
-    for entry in _table(config):
+    for entry in table:
         entries.setdefault(entry.ours, []).append(entry)
     places: dict[tuple[str, ...], Any] = {}
     if mesh is not None:
         leaves = jax.tree_util.tree_leaves_with_path(param_shardings(config, mesh))
         places = {tuple(key.key for key in path): place for path, place in leaves}
     params: dict[str, Any] = {}
-    for path, shape in shapes.items():
-        node = params
+    for path in entries:
+        shape, node = shapes[path], params
         for name in path[:-1]:
             node = node.setdefault(name, {})
         read = functools.partial(_part, config, tensors, entries[path], shape, where)
@@ -134,13 +137,14 @@ def _flat(shape: tuple[int, ...], bounds: Bounds) -> slice:
 
 def _check_shapes(
     config: ModelConfig,
+    table: list[_Entry],
     shapes: Mapping[tuple[str, ...], tuple[int, ...]],
     tensors: Mapping[str, Any],
     where: str,
 ) -> None:
     """ConfigError, naming the first tensor that is misshaped or left over."""
     known = set()
-    for entry in _table(config):
+    for entry in table:
         shape = tensors[entry.theirs].shape
         needed = _their_shape(config, entry, shapes[entry.ours][len(entry.slot) :])
         if shape != needed:

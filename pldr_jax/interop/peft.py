@@ -1,8 +1,9 @@
 """Adapters: merged into their base, and in the layout of the PEFT library, out and in.
 
 A folder of that layout has `adapter_config.json` and `adapter_model.safetensors`, with lora_A
-[rank, in] and lora_B [out, rank] of every linear map under its name in the transformers layout. The
-metadata of the second hold the SHA-256 of the base, where the adapters were exported here.
+[rank, in] and lora_B [out, rank] of every linear map under its name in the transformers layout, and
+the head of a task whole, as one of PEFT's `modules_to_save`. The metadata of the second hold the
+SHA-256 of the base and the names of labels, where the adapters were exported here.
 """
 
 import dataclasses
@@ -16,11 +17,11 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from pldr_jax.config import ConfigError, ExperimentConfig, LoraConfig, ModelConfig
+from pldr_jax.config import ConfigError, ExperimentConfig, LoraConfig, ModelConfig, TaskConfig
 from pldr_jax.config.load import config_from_dict, config_to_dict, dump_config
 from pldr_jax.files import TOKENIZER, check_output, new_folder, user_path
 from pldr_jax.interop.folder import read_json
-from pldr_jax.interop.names import as_float32, linear_names
+from pldr_jax.interop.names import HEADS, as_float32, linear_names
 from pldr_jax.interop.record import inherited_files
 from pldr_jax.interop.tensors import read_safetensors
 from pldr_jax.interop.weights import Checkpoint, check_base, open_checkpoint
@@ -32,8 +33,16 @@ from pldr_jax.terminal import print_line
 
 ADAPTER, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX, _DIGEST = "base_model.model.", "base_sha256"
-_UNKNOWN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
+_LABELS = "labels"
+_UNKNOWN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
 """What an `adapter_config.json` may ask for and is not done here."""
+_TASK_TYPES = {
+    None: "CAUSAL_LM",
+    "sequence": "SEQ_CLS",
+    "token": "TOKEN_CLS",
+    "question": "QUESTION_ANS",
+}
+"""Task -> PEFT's name of it."""
 
 Log = Callable[[str], None]
 
@@ -51,7 +60,7 @@ def merge_run(run: str | Path, output: str | Path, step: int | None, log: Log = 
     """
     check_output(output, "OUT")
     weights, lora = _read_adapters(run, step, "there is nothing to merge")
-    opened = open_checkpoint(run, weights.step)
+    opened = open_checkpoint(run, weights.step, tasks=True)
     stored, files = config_to_dict(opened.config), _files(opened, opened.config)
     write_run(output, weights.step, opened.params, opened.g_lm, stored, files)
     log(f"merged the adapters of step {weights.step} into {lora.base}: {output}")
@@ -70,7 +79,8 @@ def export_adapter(
     check_output(output, "OUT")
     weights, lora = _read_adapters(run, step, "leave out --adapter")
     flat, tensors = flatten_dict(weights.params), {}
-    model = config_from_dict(weights.config_dict, str(run)).model
+    config = config_from_dict(weights.config_dict, str(run))
+    model, head = config.model, HEADS[config.model.task]
     for name, (path, slot) in linear_names(model).items():
         if (*path, "a") in flat:
             for letter in "ab":
@@ -78,9 +88,14 @@ def export_adapter(
                 key = f"{_PREFIX}{name}.lora_{letter.upper()}.weight"
                 tensors[key] = np.ascontiguousarray(matrix.T)
     modules = sorted({key.removeprefix(_PREFIX).rpartition(".lora_")[0] for key in tensors})
+    if model.task is not None:
+        for name, leaf in {"weight": "kernel", "bias": "bias"}.items():
+            if ("head", leaf) in flat:
+                matrix = np.ascontiguousarray(np.asarray(flat["head", leaf]).T)
+                tensors[f"{_PREFIX}{head}.{name}"] = matrix
     settings = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": _TASK_TYPES[model.task],
         "base_model_name_or_path": lora.base,
         "r": lora.rank,
         "lora_alpha": lora.scale * lora.rank,
@@ -89,9 +104,11 @@ def export_adapter(
         "fan_in_fan_out": False,
         "inference_mode": True,
         "target_modules": modules,
+        "modules_to_save": None if model.task is None else [head],
     }
+    metadata = {_DIGEST: str(lora.base_digest), _LABELS: json.dumps(config.task.labels)}
     with new_folder(output, "OUT") as folder:
-        save_file(tensors, folder / ADAPTER, {_DIGEST: str(lora.base_digest)})
+        save_file(tensors, folder / ADAPTER, metadata)
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
     log(f"exported the adapters of step {weights.step}, {len(tensors)} tensors: {output}")
 
@@ -109,7 +126,7 @@ def import_adapter(
     """
     check_output(output, "OUT")
     folder = user_path(path, "PATH")
-    opened = open_checkpoint(base, flag="--base")
+    opened = open_checkpoint(base, flag="--base", tasks=True)
     settings = read_json(folder / SETTINGS)
     tensors, metadata = read_safetensors(folder / ADAPTER)
     where = str(folder / ADAPTER)
@@ -120,11 +137,15 @@ def import_adapter(
         base_digest=metadata.get(_DIGEST),
     )
     if lora.base_digest is not None:
-        check_base(lora, opened, f"--base={base}", folder)
+        stated = dataclasses.replace(lora, base=settings.get("base_model_name_or_path"))
+        check_base(stated, opened, f"--base={base}", folder)
     else:
         lora = dataclasses.replace(lora, base_digest=digest_of(opened.params, opened.g_lm))
-    adapters, targets = _adapters(opened.config.model, lora, tensors, where)
-    config = dataclasses.replace(opened.config, lora=dataclasses.replace(lora, targets=targets))
+    config, head = _with_head(opened.config, settings, tensors, metadata, where)
+    linear = {key: tensor for key, tensor in tensors.items() if ".lora_" in key}
+    adapters, targets = _adapters(config.model, lora, linear, where)
+    config = dataclasses.replace(config, lora=dataclasses.replace(lora, targets=targets))
+    adapters = {**adapters, **head}
     files = _files(opened, config)
     write_run(output, 0, adapters, opened.g_lm, config_to_dict(config), files)
     log(f"imported {len(tensors)} tensors of adapters of rank {lora.rank}: {output}")
@@ -138,6 +159,52 @@ def _read_adapters(run: str | Path, step: int | None, remedy: str) -> tuple[Weig
     if not lora.rank:
         raise ConfigError(f"{run}: has no adapters; {remedy}")
     return weights, lora
+
+
+def _with_head(
+    config: ExperimentConfig,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str],
+    where: str,
+) -> tuple[ExperimentConfig, Params]:
+    """The config with the task that the adapters are for, and `{"head": ...}` of it; the config of
+    the base and {} where they are for a language model.
+
+    Raises:
+      ConfigError: another task or other labels than the base has, or a tensor that does not fit.
+    """
+    base = config.model
+    named: dict[Any, Any] = {name: task for task, name in _TASK_TYPES.items()}
+    task = named.get(settings.get("task_type"), base.task)
+    whole = {
+        key.removeprefix(_PREFIX): as_float32(tensor, f"{where}: {key!r}")
+        for key, tensor in tensors.items()
+        if ".lora_" not in key
+    }
+    if task != base.task and base.task is not None:
+        raise ConfigError(f"{where}: is for a {task or 'language'} model, --base has a {base.task}")
+    name = HEADS[task]
+    needed = [f"{name}.weight", *([] if task == "sequence" else [f"{name}.bias"])]
+    needed = [] if task is None else needed
+    if odd := sorted(set(whole) ^ set(needed)):
+        there = "has no place in the model" if odd[0] in whole else "is missing"
+        raise ConfigError(f"{where}: {_PREFIX + odd[0]!r} {there}")
+    if task is None:
+        return config, {}
+    count, labels = len(whole[needed[0]]), tuple(json.loads(metadata.get(_LABELS, "[]")))
+    labels = config.task.labels or labels or tuple(f"LABEL_{i}" for i in range(count))
+    labels = () if task == "question" else labels
+    for key, shape in zip(needed, ((count, base.model_dim), (count,)), strict=False):
+        if whole[key].shape != shape or count != (2 if task == "question" else len(labels)):
+            raise ConfigError(
+                f"{where}: {_PREFIX + key!r} has the shape {whole[key].shape}, which does not fit "
+                f"a {task} head of {len(labels) or 2} labels on a width of {base.model_dim}"
+            )
+    model = dataclasses.replace(base, task=task, num_labels=count)
+    leaves = zip(("kernel", "bias"), needed, strict=False)
+    head = {leaf: jax.numpy.asarray(whole[key].T) for leaf, key in leaves}
+    return ExperimentConfig(model=model, task=TaskConfig(labels=labels)), {"head": head}
 
 
 def _files(opened: Checkpoint, config: ExperimentConfig) -> dict[str, bytes]:
@@ -154,6 +221,8 @@ def _files(opened: Checkpoint, config: ExperimentConfig) -> dict[str, bytes]:
 def _read_settings(settings: Mapping[str, Any], where: str) -> LoraConfig:
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     unsupported = [name for name in _UNKNOWN if settings.get(name)]
+    if not set(settings.get("modules_to_save") or ()) <= {*HEADS.values(), "classifier"}:
+        unsupported.append("modules_to_save")
     if settings.get("peft_type") != "LORA" or unsupported or settings.get("bias", "none") != "none":
         what = ", ".join(unsupported) or "what is not plain LoRA"
         raise ConfigError(f"{where}: asks for {what}, which is not done here")

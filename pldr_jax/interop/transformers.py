@@ -2,7 +2,8 @@
 
 The weights are `model.safetensors`, or several files with an index. A model whose G_LM is not
 learned has it as `decoder.past_G_values` [L,3,1,N,H,J]: A, A_LM (both unused) and G_LM, and beside
-it `decoder.past_G_values_status` [L].
+it `decoder.past_G_values_status` [L]. A backbone without a head has the same names without
+`decoder.`.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pldr_jax.config import ConfigError, ModelConfig
-from pldr_jax.interop.config_json import label_names, model_from_json
+from pldr_jax.interop.config_json import BACKBONE, label_names, model_from_json
 from pldr_jax.interop.folder import read_json
 from pldr_jax.interop.names import HEADS, as_float32, from_tensors, to_tensors
 from pldr_jax.interop.tensors import TensorFiles, read_folder
@@ -25,6 +26,7 @@ from pldr_jax.partition import on_every_device
 
 CONFIG = "config.json"
 G_VALUES, G_STATUS = "decoder.past_G_values", "decoder.past_G_values_status"
+_DECODER = "decoder."
 _PLANES = 3
 _G_LM = 2
 
@@ -35,7 +37,7 @@ class TransformersCheckpoint:
 
     Attributes:
       config: its model.
-      params: its parameters, float32.
+      params: its parameters, float32; without `head` of a backbone.
       g_lm: predefined G_LM [L,1,N,H,J]; None where it is learned or the identity.
       source: its tensors as they were.
       labels: names of a task's labels; () where it has none.
@@ -73,14 +75,22 @@ def open_transformers(
         if stated is None and head is not None and len(head.shape) == 2 and head.shape[0]:
             config = dataclasses.replace(config, num_labels=head.shape[0])
         labels = stated or tuple(f"LABEL_{i}" for i in range(config.num_labels))
-    opened = from_source(config, source, str(folder / next(iter(source.files))), mesh)
+    has_head = raw.get("architectures") != [BACKBONE]
+    if not has_head:
+        named = {f"{_DECODER}{n.removeprefix(_DECODER)}": x for n, x in source.tensors.items()}
+        source = dataclasses.replace(source, tensors=named)
+    opened = from_source(config, source, str(folder / next(iter(source.files))), mesh, has_head)
     return dataclasses.replace(opened, labels=labels)
 
 
 def from_source(
-    config: ModelConfig, source: TensorFiles, where: str, mesh: Mesh | None = None
+    config: ModelConfig,
+    source: TensorFiles,
+    where: str,
+    mesh: Mesh | None = None,
+    head: bool = True,
 ) -> TransformersCheckpoint:
-    """Gives every tensor its place; `mesh` as in `open_transformers`.
+    """Gives every tensor its place; `mesh` as in `open_transformers`, `head` as in `from_tensors`.
 
     Raises:
       ConfigError: as `open_transformers`.
@@ -90,7 +100,7 @@ def from_source(
     if config.g_source != "learned":
         g_lm = _take_g_lm(config, tensors, where)
         g_lm = None if g_lm is None else on_every_device(g_lm, mesh)
-    params = from_tensors(config, tensors, where, mesh)
+    params = from_tensors(config, tensors, where, mesh, head)
     return TransformersCheckpoint(config, params, g_lm, source)
 
 

@@ -15,7 +15,7 @@ from pldr_jax.data.mixture import TrainingText, open_training_text
 from pldr_jax.data.text.chat import template_in
 from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.files import TOKENIZER, bucket_url, fetch_folder
-from pldr_jax.interop.config_json import end_ids
+from pldr_jax.interop.config_json import BACKBONE, end_ids
 from pldr_jax.interop.folder import parse_json, read_json
 from pldr_jax.interop.pth import refuse_distributed
 from pldr_jax.interop.record import read_record
@@ -82,6 +82,8 @@ def open_checkpoint(
     opened = dataclasses.replace(_read(source.folder, step, flag, mesh), origin=source.origin)
     if not tasks and (task := opened.config.model.task) is not None:
         raise ConfigError(f"{path}: has a {task} head; this needs a language model")
+    if not tasks and "head" not in opened.params:
+        raise ConfigError(f"{path}: is a {BACKBONE}, without a head; this needs a language model")
     return opened
 
 
@@ -135,7 +137,7 @@ def open_base(lora: LoraConfig, folder: Path, mesh: Mesh | None = None) -> Check
             f"{folder}: its adapters belong to {lora.base}, which is not there; put that, or a "
             f"link to it, at {folder / BASE}"
         )
-    opened = open_checkpoint(path, lora.base_step, mesh=mesh)
+    opened = open_checkpoint(path, lora.base_step, tasks=True, mesh=mesh)
     check_base(lora, opened, str(path), folder)
     return opened
 

@@ -44,7 +44,7 @@ class ModelOutputs(flax.struct.PyTreeNode):
     """What a forward pass returns.
 
     Attributes:
-      logits: inductive output [B,T,V], float32.
+      logits: inductive output [B,T,V], float32; None where the parameters have no `head`.
       deductive: A, A_LM, A_P, G_LM, [L,B,N,H,J] each; of rows with segments [L,B * K,N,H,J].
       hidden: states before the head [B,T,D].
       layers: keys and values [L,B,T,N,H], from which a cache is built.
@@ -165,7 +165,9 @@ class Decoder(nn.Module):
           ValueError: the model has a random or external G_LM and none was given.
         """
         hidden_BTD, layers = self.hidden(tokens_BT, g_lm_LBNHJ, length_B, segments, g_length_B)
-        return ModelOutputs(self.logits(hidden_BTD), layers.deductive, hidden_BTD, layers)
+        has_head = self.is_initializing() or "head" in self.variables["params"]
+        logits: Any = self.logits(hidden_BTD) if has_head else None
+        return ModelOutputs(logits, layers.deductive, hidden_BTD, layers)
 
     def hidden(
         self,

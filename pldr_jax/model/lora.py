@@ -2,8 +2,9 @@
 
 Adapters are a tree beside the parameters of the model. Their product is added to the kernels before
 these are used, which leaves every module, kernel and cache as it is; the gradient then stops at A
-and B. A kernel is a matrix here, [fan_in, fan_out], with a leading axis for the decoder layers (and
-one for the residual layers of the metric learner).
+and B. A task's head is trained whole, and its parameters are in that tree as they are. A kernel is
+a matrix here, [fan_in, fan_out], with a leading axis for the decoder layers (and one for the
+residual layers of the metric learner).
 """
 
 import hashlib
@@ -42,7 +43,7 @@ def target_shapes(config: ModelConfig, lora: LoraConfig) -> dict[Path, tuple[int
     kernels = {
         path[:-1]: (shape, fan_in(config, path))
         for path, shape in param_shapes(config).items()
-        if path[-1] == "kernel"
+        if path[-1] == "kernel" and not (config.task and path[0] == "head")
     }
     targets: dict[Path, tuple[int, ...]] = {}
     for target in lora.targets:
@@ -54,7 +55,10 @@ def target_shapes(config: ModelConfig, lora: LoraConfig) -> dict[Path, tuple[int
         ]
         if not found:
             names = ", ".join(sorted(".".join(path) for path in kernels if "plga" not in path))
-            lora.fail("targets", f"{target!r} is no linear map; there are {names}, and plga's")
+            why = "is no linear map"
+            if config.task and pattern.fullmatch("head"):
+                why = f"is the head of a {config.task} task, which is trained whole"
+            lora.fail("targets", f"{target!r} {why}; there are {names}, and plga's")
         for path in found:
             shape, inputs = kernels[path]
             stacked = shape[: 2 if "residual" in path else 1 if path[0] == "layers" else 0]
@@ -81,8 +85,11 @@ def init_adapters(config: ModelConfig, lora: LoraConfig, key: jax.Array) -> Para
 
 
 def merge_adapters(lora: LoraConfig, base: Params, adapters: Params) -> Params:
-    """The parameters of `base` with the adapters added; those without one are the same arrays."""
-    flat, parts = flatten_dict(base), flatten_dict(adapters)
+    """The parameters of `base` with the adapters added, and with the head of a task where they have
+    one; the other parameters are the same arrays.
+    """
+    head = {"head": adapters["head"]} if "kernel" in adapters.get("head", {}) else {}
+    flat, parts = flatten_dict({**base, **head}), flatten_dict(adapters)
     for path, a in parts.items():
         if path[-1] == "a":
             kernel = (*path[:-1], "kernel")
@@ -91,8 +98,13 @@ def merge_adapters(lora: LoraConfig, base: Params, adapters: Params) -> Params:
     return unflatten_dict(flat)
 
 
+def without_head(config: ModelConfig, base: Params) -> Params:
+    """The parameters that adapters are added to: all but the head of a task."""
+    return {name: tree for name, tree in base.items() if not (config.task and name == "head")}
+
+
 def count_adapter_params(config: ModelConfig, lora: LoraConfig) -> int:
-    """Trained parameters of the adapters."""
+    """Trained parameters of the adapters, without the head of a task."""
     return sum(
         math.prod(stacked) * lora.rank * (inputs + outputs)
         for *stacked, inputs, outputs in target_shapes(config, lora).values()

@@ -212,7 +212,9 @@ class Trainer:
         verb = f"continuing at step {start}" if start else "training"
         count = f"{count_params(config.model):,} parameters"
         if config.lora.rank:
-            count = f"{count_adapter_params(config.model, config.lora):,} in adapters of {count}"
+            head = " and a head" if config.model.task is not None else ""
+            adapters = count_adapter_params(config.model, config.lora)
+            count = f"{adapters:,} in adapters{head} of {count}"
         return (
             f"{verb}: {count}, {config.training.steps:,} steps "
             f"of {config.data.batch_size} x {config.model.context_length} tokens, on "

@@ -14,11 +14,16 @@ from pldr_jax.config import ExperimentConfig
 from pldr_jax.data.rows import row_shape
 from pldr_jax.model.counts.shapes import place_params
 from pldr_jax.model.decoder import Params, init_params
-from pldr_jax.model.lora import init_adapters, merge_adapters
+from pldr_jax.model.lora import init_adapters, merge_adapters, without_head
 from pldr_jax.partition import batch_sharding, constrain, shardings
 from pldr_jax.training.causal import forward_neighbour, prefix_lengths, scored_share
 from pldr_jax.training.laws.groups import without_frozen
-from pldr_jax.training.laws.targets import at_chosen_targets, count_targets, target_draws
+from pldr_jax.training.laws.targets import (
+    at_chosen_targets,
+    count_targets,
+    target_draws,
+    with_dropout,
+)
 from pldr_jax.training.losses import (
     TokenLoss,
     dag_losses,
@@ -69,10 +74,16 @@ def _new_state(config: ExperimentConfig, params: Params, g_lm: jax.Array | None)
     return TrainState(jnp.zeros((), jnp.int32), params, initial_state(config, params), g_lm)
 
 
-def _random_state(config: ExperimentConfig, key: jax.Array, g_lm: jax.Array | None) -> TrainState:
-    if config.lora.rank:
-        return _new_state(config, init_adapters(config.model, config.lora, key), g_lm)
-    return _new_state(config, init_params(config.model, key), g_lm)
+def _random_state(
+    config: ExperimentConfig, key: jax.Array, g_lm: jax.Array | None, head: Params | None = None
+) -> TrainState:
+    """`head`: that of a task, trained whole beside adapters; None draws it."""
+    if not config.lora.rank:
+        return _new_state(config, init_params(config.model, key), g_lm)
+    params = init_adapters(config.model, config.lora, key)
+    if config.model.task is not None:
+        params["head"] = init_params(config.model, key)["head"] if head is None else head
+    return _new_state(config, params, g_lm)
 
 
 def abstract_state(
@@ -101,15 +112,16 @@ def create_state(
     Args:
       g_lm: predefined G_LM.
       params: to begin with; None draws them with `Training.seed`. With `Lora.rank`, the base of
-        the adapters, which are drawn.
+        the adapters, which are drawn, and the head of a task.
     """
     target = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh, g_lm))
     if params is not None and not config.lora.rank:
         params = jax.device_put(params, target.params)
         return jax.jit(functools.partial(_new_state, config), out_shardings=target)(params, g_lm)
     init = functools.partial(_random_state, config)
-    draw = jax.jit(lambda key, g_lm: nn.unbox(init(key, g_lm)), out_shardings=target)
-    state = draw(jax.random.key(config.training.seed), g_lm)
+    draw = jax.jit(lambda *given: nn.unbox(init(*given)), out_shardings=target)
+    head = None if params is None or config.model.task is None else params["head"]
+    state = draw(jax.random.key(config.training.seed), g_lm, head)
     return with_base(config, mesh, state, params)
 
 
@@ -125,6 +137,7 @@ def with_base(
         return state
     if base is None:
         config.lora.fail("rank", "adapters need the weights that they belong to: --init_from=DIR")
+    base = without_head(config.model, base)
     return state.replace(base=place_params(config.model, base, mesh))
 
 
@@ -151,7 +164,7 @@ def loss_fn(
       rows_BC: rows of any packing, [B,C] or [B,3,T].
       g_length_B: tokens at the start of each row that G_LM is computed from, `prefix_lengths`.
       dag_scale: factor of the DAG coefficients, `dag_schedule`.
-      draw_B: what a random target of each row follows from, `target_draws`.
+      draw_B: what a random target of each row, or its dropout, follows from, `target_draws`.
 
     Returns:
       The scalar that is minimised, and (cross-entropy and accuracy, DAG losses where they are
@@ -164,6 +177,7 @@ def loss_fn(
             config.model, params, rows_BC, config.data.segments_per_row, g_lm, g_length_B
         )
     outputs, targets_BT = at_chosen_targets(config, params, outputs, targets_BT, draw_B)
+    outputs = with_dropout(config, params, outputs, draw_B)
     tokens = batch_loss(config, params, outputs, targets_BT)
     weights = (config.loss.dag_a_lm, config.loss.dag_a_p, config.loss.dag_g_lm)
     # Their matrix exponentials cost time.

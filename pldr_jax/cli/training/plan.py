@@ -34,8 +34,6 @@ def plan(options: Options, config: ExperimentConfig) -> None:
       ConfigError: what training refuses, or there is no room for it.
     """
     settings = check(options)
-    if config.lora.rank:
-        config.lora.fail("rank", "a plan is of the training of all weights; leave it at 0")
     from pldr_jax.training.plan.plan import plan_run
 
     plan_run(config, settings, options.init_from is not None)

@@ -17,10 +17,16 @@ from pldr_jax.inference.request import BROKEN, bucket
 from pldr_jax.model.decoder import Params, forward
 
 
-def check_head(config: ModelConfig, function: str, task: bool = False) -> None:
+def check_head(config: ModelConfig, params: Params, function: str, task: bool = False) -> None:
     """ConfigError where the head is not the one that a function of a model needs, a task's or that
     of a language model.
     """
+    if "head" not in params:
+        raise ConfigError(
+            f"{function}: this is a backbone without a head (PldrllmModel), which makes hidden "
+            "states and deductive outputs; for logits, begin a run with it (train.py --init_from), "
+            "or open a checkpoint with a head"
+        )
     if task and config.task is None:
         raise ConfigError(
             f"{function}: this is a language model; fine-tune it with --gin.Task.kind=..."

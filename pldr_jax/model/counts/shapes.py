@@ -35,5 +35,8 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> Any:
 
 
 def place_params(config: ModelConfig, params: Params, mesh: Mesh) -> Params:
-    """The parameters on a mesh; those that lie there already are not copied."""
-    return jax.device_put(params, param_shardings(config, mesh))
+    """The parameters on a mesh, of all of the model or of some of its modules; those that lie there
+    already are not copied.
+    """
+    places = param_shardings(config, mesh)
+    return jax.device_put(params, {name: places[name] for name in params})

@@ -16,7 +16,7 @@ from pldr_jax.config import (
 from pldr_jax.config.load import config_from_dict, load_config
 from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.files import TOKENIZER
-from pldr_jax.interop.config_json import model_from_json
+from pldr_jax.interop.config_json import BACKBONE, model_from_json
 from pldr_jax.interop.folder import read_json
 from pldr_jax.interop.record import inherited_files
 from pldr_jax.interop.transformers import CONFIG
@@ -68,7 +68,7 @@ def start_from(
         config = load_config(gin_files, overrides, _base(saved))
         config = _with_tokenizer(config, saved.data.tokenizer, run_dir / TOKENIZER)
         if saved.lora.rank and config.lora.rank:  # its checkpoints do not hold the base
-            opened = open_checkpoint(init_from, saved.lora.base_step, "--init_from")
+            opened = open_checkpoint(init_from, saved.lora.base_step, "--init_from", tasks=True)
             check_base(saved.lora, opened, f"--init_from={init_from}", run_dir)
             return _with_base(config, opened), InitialWeights(opened.params, opened.g_lm)
         print_line(
@@ -96,6 +96,10 @@ def start_from(
         f"weights of {init_from} ({layout}): {count_params(config.model):,} parameters, G_LM "
         f"{config.model.g_source}; optimiser, schedule and data begin anew"
     )
+    if "head" not in opened.params:
+        print_line(f"{init_from} is a {BACKBONE}, without a head: a new one is drawn")
+        if config.lora.rank and config.task.kind is None:
+            config.lora.fail("rank", f"adapters train no head, and a {BACKBONE} has none; take 0")
     if config.lora.rank:
         config = _with_base(config, opened)
     files = inherited_files(opened.folder, opened.origin)

@@ -1,4 +1,6 @@
-"""The targets of a training row that the loss is over (`Loss.targets`)."""
+"""What the loss of a training row is over: its targets (`Loss.targets`), and the hidden states that
+dropout leaves (`Task.dropout`).
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,15 +9,16 @@ from pldr_jax.config import ExperimentConfig
 from pldr_jax.model.decoder import Decoder, ModelOutputs, Params, apply
 from pldr_jax.training.losses import PAD_ID
 
-_STREAM = 0x7461
-"""Keeps the keys of the draws apart from those of the initial parameters and of prefixes."""
+_STREAM, _DROPOUT = 0x7461, 0x6472
+"""Keep the keys of the draws apart from those of the initial parameters and of prefixes."""
 
 
 def target_draws(config: ExperimentConfig, batch: int, step: jax.Array | int) -> jax.Array | None:
-    """A number of [0, 1) for each row [B] that a random target follows from; None where none is
-    random. It follows from `Training.seed`, the step and the row's place in the batch alone.
+    """A number of [0, 1) for each row [B] that a random target, or what dropout leaves out, follows
+    from; None where nothing is random. It follows from `Training.seed`, the step and the row's
+    place in the batch alone.
     """
-    if config.loss.targets != "random_one":
+    if config.loss.targets != "random_one" and not config.task.dropout:
         return None
     key = jax.random.fold_in(jax.random.key(config.training.seed), _STREAM)
     return jax.random.uniform(jax.random.fold_in(key, step), (batch,))
@@ -68,3 +71,25 @@ def at_chosen_targets(
     head = {"head": params["head"]}
     logits_BTV = apply(Decoder(config.model), head, Decoder.logits, hidden_BTD)
     return outputs.replace(hidden=hidden_BTD, logits=logits_BTV), targets_BT
+
+
+def with_dropout(
+    config: ExperimentConfig, params: Params, outputs: ModelOutputs, draw_B: jax.Array | None
+) -> ModelOutputs:
+    """Outputs of which the head has read only some of the hidden states, the others as 0 and these
+    scaled up; the outputs themselves without `Task.dropout` or without draws.
+    """
+    rate = config.task.dropout
+    if not rate or draw_B is None:
+        return outputs
+    key = jax.random.fold_in(jax.random.key(config.training.seed), _DROPOUT)
+    shape = outputs.hidden.shape[1:]
+
+    def kept(draw: jax.Array) -> jax.Array:
+        number = jax.lax.bitcast_convert_type(draw, jnp.uint32)
+        return jax.random.bernoulli(jax.random.fold_in(key, number), 1 - rate, shape)
+
+    kept_BTD = jax.vmap(kept)(draw_B.astype(jnp.float32))
+    hidden_BTD = jnp.where(kept_BTD, outputs.hidden / (1 - rate), 0).astype(outputs.hidden.dtype)
+    logits = apply(Decoder(config.model), {"head": params["head"]}, Decoder.logits, hidden_BTD)
+    return outputs.replace(hidden=hidden_BTD, logits=logits)

@@ -26,12 +26,15 @@ from pldr_jax.model.counts.flops import BACKWARD, forward_flops, repeated_flops,
 from pldr_jax.model.counts.shapes import count_params
 from pldr_jax.model.decoder import unstack_layers
 from pldr_jax.model.deductive import g_lm_shape
+from pldr_jax.model.lora import without_head
 from pldr_jax.partition import batch_sharding, build_mesh
 from pldr_jax.training.evaluate import Evaluator
 from pldr_jax.training.plan.chips import Chip
 from pldr_jax.training.plan.settings import MOST_DEVICES
 from pldr_jax.training.start import check_batch_size
-from pldr_jax.training.step import TrainState, abstract_state, jit_train_step, loss_fn
+from pldr_jax.training.step import abstract_state, jit_train_step, loss_fn
+from pldr_jax.training.task.data import HeldOutExamples
+from pldr_jax.training.task.evaluate import TaskEvaluator
 
 REMEDY = (
     "raise Mesh.fsdp, Mesh.tensor or Training.grad_accumulation, lower Data.batch_size, or set "
@@ -50,6 +53,7 @@ class Plan:
       mesh: devices along each mesh axis.
       compiler: who has compiled the step.
       state_bytes: parameters and optimiser state.
+      trained_bytes: of them, parameters that are trained: all, or adapters.
       step_bytes: activations and temporaries of a training step.
       evaluation_bytes: the same of an evaluation.
       sample_bytes: of the text that an evaluation shows: weights as decode steps read them, the
@@ -65,6 +69,7 @@ class Plan:
     mesh: dict[str, int]
     compiler: str
     state_bytes: int
+    trained_bytes: int
     step_bytes: int
     saved_bytes: int
     model_flops: float
@@ -127,27 +132,33 @@ def make_plan(config: ExperimentConfig, mesh: Mesh, compiler: str) -> Plan:
     segments = config.data.segments_per_row
     predefined = model.g_source in ("random", "external")
     g_lm: Any = jax.ShapeDtypeStruct(g_lm_shape(model), "float32") if predefined else None
+    if config.task.kind is not None and model.task is None:
+        config.task.fail("labels", "a plan reads no text, from which they would follow; name them")
+    # The whole model, also where adapters alone are trained.
+    model_config = dataclasses.replace(config, lora=LoraConfig())
+    params = abstract_state(model_config, mesh, g_lm).params
     state, batch = abstract_state(config, mesh, g_lm), _batch(config, mesh, rows)
+    if config.lora.rank:
+        state = state.replace(base=without_head(model, params))
     simulated = mesh.devices.flat[0].platform == "cpu"
     with jax.set_mesh(mesh):
         step_fn: Any = jit_train_step(config, mesh, state)
         options = QUICK if simulated else None
         memory = _compiled(step_fn.lower(state, batch), options).memory_analysis()
-        # Of the whole model, also where adapters alone are trained.
-        model_config = dataclasses.replace(config, lora=LoraConfig())
-        params = abstract_state(model_config, mesh, g_lm).params
         evaluation = _evaluation_bytes(config, mesh, params, g_lm, options)
-        sample = _sample_bytes(model, params, g_lm, options) if config.training.sample_prompt else 0
+        samples = config.training.sample_prompt and model.task is None
+        sample = _sample_bytes(model, params, g_lm, options) if samples else 0
     cpu_mesh = mesh if simulated else build_mesh(config.mesh, jax.devices()[: mesh.size])
     with jax.set_mesh(cpu_mesh):
         microbatch = _batch(config, cpu_mesh, rows // config.training.grad_accumulation)
-        passed = _forward(config, abstract_state(config, cpu_mesh, g_lm), microbatch)
+        passed = _forward(config, abstract_state(model_config, cpu_mesh, g_lm), microbatch)
         saved = _compiled(passed, QUICK).memory_analysis()
     return Plan(
         parameters=count_params(model),
         mesh={name: int(size) for name, size in mesh.shape.items()},
         compiler=compiler,
         state_bytes=_bytes(state),
+        trained_bytes=_bytes(state.params),
         step_bytes=int(memory.temp_size_in_bytes),
         saved_bytes=int(saved.output_size_in_bytes),
         model_flops=training_flops(model, rows, length, segments),
@@ -164,7 +175,9 @@ def _evaluation_bytes(
     """Temporaries of a microbatch of held-out rows."""
     shape = row_shape(config.data.packing, config.model.context_length)
     rows = blank_rows(config.data.batch_size, shape)
-    evaluator = Evaluator(config, mesh, ValidationRows(rows, rows[:1]), 1.0)
+    evaluator: Any = Evaluator(config, mesh, ValidationRows(rows, rows[:1]), 1.0)
+    if config.model.task is not None:
+        evaluator = TaskEvaluator(config, mesh, HeldOutExamples(rows, rows[:1]))
     lowered = evaluator.lower(params, g_lm)
     return int(_compiled(lowered, options, "evaluation").memory_analysis().temp_size_in_bytes)
 
@@ -194,7 +207,7 @@ def _batch(config: ExperimentConfig, mesh: Mesh, rows: int) -> jax.ShapeDtypeStr
     return jax.ShapeDtypeStruct(shape, "int32", sharding=batch_sharding(mesh, shape))
 
 
-def _forward(config: ExperimentConfig, state: TrainState, batch: Any) -> Any:
+def _forward(config: ExperimentConfig, state: Any, batch: Any) -> Any:
     """The forward pass, with what it saves for the backward pass as its result."""
 
     def residuals(params: Any, g_lm: Any, rows_BC: jax.Array) -> Any:

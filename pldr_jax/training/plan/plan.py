@@ -10,6 +10,7 @@ from pldr_jax.data.mixture import open_training_text
 from pldr_jax.data.segment_count import with_segment_count
 from pldr_jax.model.counts.flops import row_flops
 from pldr_jax.model.deductive import predefined_g_lm
+from pldr_jax.model.lora import count_adapter_params
 from pldr_jax.runs.curves import summary_table
 from pldr_jax.terminal import print_line
 from pldr_jax.training.plan.chips import CHIPS, USABLE, Chip
@@ -82,8 +83,11 @@ def plan_lines(
     side_by_side = f", {segments} documents in each at most" if segments > 1 else ""
     parts = config.training.grad_accumulation
     in_parts = f", in {parts} microbatches" if parts > 1 else ""
+    adapters = ""
+    if config.lora.rank:
+        adapters = f", and {count_adapter_params(config.model, config.lora):,} in adapters"
     lines = {
-        "parameters": f"{plan.parameters:,}",
+        "parameters": f"{plan.parameters:,}{adapters}",
         "mesh": f"{mesh} = {math.prod(plan.mesh.values())} devices",
         "batch": f"{rows} rows of {config.model.context_length} tokens, {rows // shards} a device"
         f"{in_parts}{side_by_side}",

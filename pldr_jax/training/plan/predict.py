@@ -40,7 +40,7 @@ def predict(config: ExperimentConfig, plan: Plan, chip: Chip) -> Prediction:
     rows = config.data.batch_size / (data * fsdp)
     tokens = rows * (model.context_length - 1)
     width = 2 if model.dtype == "bfloat16" else 4
-    shard = plan.state_bytes / 3  # parameters and two moments
+    shard = plan.trained_bytes
     whole = 4 * plan.parameters / tensor
     passes = 2 if model.remat == "none" else 3
     parts = config.training.grad_accumulation

@@ -24,7 +24,7 @@ from pldr_jax.training.sweep.runs import Outcome, execute, outcome
 from pldr_jax.training.sweep.settings import Command, CriticalConfig, SweepConfig
 from pldr_jax.training.sweep.table import table_text, write_table
 
-_COMPARED = ("Model", "Loss", "Optimizer", "Data", "Training")
+_COMPARED = ("Model", "Loss", "Optimizer", "Lora", "Data", "Training", "Task")
 _CONFIG = "config.gin"
 
 
@@ -168,7 +168,13 @@ def _check_same_configs(runs: Sequence[SweepRun], command: Command) -> None:
             data = dataclasses.replace(data, max_segments=saved.data.max_segments)
         if command.init_from is not None and data.tokenizer is None:
             data = dataclasses.replace(data, tokenizer=saved.data.tokenizer)
-        planned = dataclasses.replace(run.config, data=data)
+        task, lora = run.config.task, run.config.lora
+        if not task.labels:
+            task = dataclasses.replace(task, kind=saved.task.kind, labels=saved.task.labels)
+        if lora.rank:
+            names = ("base", "base_step", "base_digest")
+            lora = dataclasses.replace(lora, **{name: getattr(saved.lora, name) for name in names})
+        planned = dataclasses.replace(run.config, data=data, task=task, lora=lora)
         if changed := describe_differences(saved, planned, _COMPARED):
             raise ConfigError(
                 f"{run.folder}: holds a run of another config ({'; '.join(changed)}); take the old "

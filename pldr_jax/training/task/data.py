@@ -82,6 +82,7 @@ def open_task_data(
         epochs=data.epochs,
         digest=digest(lines),
         workers=data.workers,
+        order=data.order,
     )
     mean = float(np.mean([len(example.tokens) for example in examples]))
     held = HeldOutExamples(stacked, stacked[:1], others)

@@ -52,6 +52,12 @@ class TaskEvaluator:
         measured = {"loss": loss_sum / max(count, 1), **results}
         return {f"eval/{name}": float(value) for name, value in measured.items()}
 
+    def lower(self, params: Params, g_lm: jax.Array | None = None) -> Any:
+        """The evaluation of one microbatch, lowered; for what it would need."""
+        shape = (self._at_once, *self._held_out.rows_BC.shape[1:])
+        rows = jax.ShapeDtypeStruct(shape, "int32", sharding=self._sharding)
+        return self._score.lower(params, rows, g_lm)  # type: ignore[attr-defined]
+
     def _scored(
         self, params: Params, rows: jax.Array, g_lm: jax.Array | None
     ) -> tuple[TokenLoss, jax.Array]:
