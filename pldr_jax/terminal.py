@@ -7,8 +7,9 @@ import errno
 import os
 import re
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Self, TextIO, cast
 
 from rich.console import Console
@@ -107,6 +108,7 @@ class LiveBar:
         self._display = display or Display()
         self._unit, self._total, self._completed = unit, total, completed
         self._printed = self._started = self._display.clock()
+        self._shown = 0.0
         self._bar: Progress | None = None
         terminal = self._display.terminal
         if not self._display.enabled:
@@ -140,7 +142,7 @@ class LiveBar:
           now: prints the plain line whether it is due or not.
         """
         assert self._display is not None
-        self._completed = completed
+        self._completed, self._shown = completed, self.seconds
         self._total = self._total if total is None else total
         if not self._display.enabled:
             return
@@ -152,6 +154,37 @@ class LiveBar:
             of = "" if self._total is None else f"/{self._total}"
             numbers = f"{self._unit} {completed}{of}  " if self._unit else ""
             print_line(numbers + text, self._display.to_stderr)
+
+    @contextlib.contextmanager
+    def waiting(self, text: str, at_once: bool = False) -> Iterator[None]:
+        """Says while the block runs what is waited for and for how long so far: of what shows no
+        progress itself, such as a compilation.
+
+        Args:
+          at_once: says it at the start too, and not only when the first interval is over.
+        """
+        if self._display is None or not self._display.enabled:
+            yield
+            return
+        over, begun = threading.Event(), self.seconds
+        interval = 1.0 if self._bar is not None else self._display.interval
+
+        def tell() -> None:
+            while not over.wait(interval):
+                # Else the block shows progress itself.
+                if self.seconds - self._shown >= 0.9 * interval:
+                    so_far = f"{text}: {self.seconds - begun:.0f} s so far"
+                    self.show(so_far, self._completed, now=True)
+
+        if at_once:
+            self.show(text, self._completed, now=True)
+        thread = threading.Thread(target=tell, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def print(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""

@@ -28,14 +28,17 @@ from pldr_jax.api import load
 from pldr_jax.cli.convert import convert_main
 from pldr_jax.cli.infer import infer_main
 from pldr_jax.cli.training.train import train_main
-from pldr_jax.config import ConfigError, ExperimentConfig, LoraConfig, MeshConfig
+from pldr_jax.config import ConfigError, ExperimentConfig, LoraConfig, MeshConfig, TaskConfig
 from pldr_jax.config.load import config_to_dict, load_config
+from pldr_jax.interop.names import to_tensors
+from pldr_jax.interop.peft import export_adapter, merge_run
 from pldr_jax.interop.tensors import read_safetensors
 from pldr_jax.interop.weights import open_checkpoint
 from pldr_jax.model.decoder import init_params
 from pldr_jax.model.lora import (
     count_adapter_params,
     digest_of,
+    init_adapters,
     target_shapes,
 )
 from pldr_jax.partition import build_mesh
@@ -306,3 +309,61 @@ def test_peft_reads_the_layout(adapted, tmp_path, capsys) -> None:
     assert run_here(capsys, convert_main, "export", adapted, tmp_path / "peft", "--adapter")[0] == 0
     config = peft.PeftConfig.from_pretrained(tmp_path / "peft")
     assert (config.r, config.lora_alpha) == (2, 4.0)
+
+
+@pytest.mark.parametrize("task", [None, "token"])
+def test_peft_merges_to_the_same_weights(task: Any, tmp_path: Path) -> None:
+    """PEFT itself loads what was exported into torch modules of the published names."""
+    peft = pytest.importorskip("peft", reason="merges the adapters as others do")
+    torch = pytest.importorskip("torch", reason="PEFT needs it")
+    lora = LoraConfig(rank=2, alpha=6.0, targets=("q", "w1"), base=str(tmp_path / "base"))
+    config = config_of()
+    params = nn.unbox(jax.jit(init_params, static_argnums=0)(config.model, jax.random.key(1)))
+    write_run(tmp_path / "base", 0, params, None, config_to_dict(config), {})
+    lora = dataclasses.replace(lora, base_step=0, base_digest=digest_of(params, None))
+    labels = ("a", "b", "c")
+    model = dataclasses.replace(config.model, task=task, num_labels=3 if task else 0)
+    data = dataclasses.replace(config.data, packing="document" if task else "concat")
+    named = TaskConfig(labels=labels if task else ())
+    config = dataclasses.replace(config, model=model, lora=lora, task=named, data=data)
+    adapters = init_adapters(model, lora, jax.random.key(2))
+    noise = jax.random.key(3)
+    adapters = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(noise, x.shape), adapters)
+    if task:
+        adapters["head"] = {
+            "kernel": params["head"]["kernel"][:, :3],
+            "bias": np.arange(3.0, dtype="f"),
+        }
+    write_run(tmp_path / "run", 0, adapters, None, config_to_dict(config), {})
+    export_adapter(tmp_path / "run", tmp_path / "peft", None)
+    merge_run(tmp_path / "run", tmp_path / "merged", None)
+    ours = to_tensors(model, open_checkpoint(tmp_path / "merged", tasks=True).params)
+
+    module, before = (
+        torch.nn.Module(),
+        to_tensors(model, {**params, "head": adapters.get("head", params["head"])}),
+    )
+    for name, tensor in before.items():
+        *parents, leaf = name.split(".")
+        place = module
+        for parent in parents[:-1]:
+            if not hasattr(place, parent):
+                place.add_module(parent, torch.nn.Module())
+            place = getattr(place, parent)
+        if leaf == "weight" and tensor.ndim == 2 and "embedding" not in name:
+            linear = torch.nn.Linear(*tensor.shape[::-1], bias=f"{name[:-6]}bias" in before)
+            place.add_module(parents[-1], linear)
+            linear.weight.data = torch.tensor(0 * tensor if "score" in name else tensor)
+    settings = peft.LoraConfig.from_pretrained(tmp_path / "peft")
+    assert settings.modules_to_save == (["score"] if task else None)
+    theirs = peft.PeftModel(module, settings)
+    weights = peft.utils.load_peft_weights(tmp_path / "peft")
+    result = peft.set_peft_model_state_dict(theirs, weights)
+    assert not result.unexpected_keys
+    merged = {k: v.numpy() for k, v in theirs.merge_and_unload().state_dict().items()}
+    moved = [name for name in before if name in merged and (before[name] != ours[name]).any()]
+    assert len(moved) == 4  # the w1 of the metric learner too
+    for name in merged:
+        if name.endswith("weight"):
+            np.testing.assert_allclose(merged[name], ours[name], atol=1e-6, err_msg=name)
+    assert task is None or (merged["score.bias"] == [0, 1, 2]).all()

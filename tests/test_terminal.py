@@ -1,8 +1,11 @@
 """What programs show: no stream, however broken, ends a program, and nothing steers a terminal."""
 
 import io
+import re
 import subprocess
 import sys
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -93,3 +96,30 @@ def test_plain_lines_come_at_intervals(capsys: Any) -> None:
         now[0] += 20.0
         bar.show("a text alone", 1)
     assert capsys.readouterr().err == "a text alone\n"
+
+
+def test_what_shows_no_progress_is_known_to_go_on(capsys: Any) -> None:
+    """In a log and on a terminal; nothing more is said where the block shows progress itself."""
+    threads = threading.active_count()
+    with LiveBar("step", 9, 3, Display(terminal=False, interval=0.05)) as bar:
+        with bar.waiting("compiling the step", at_once=True):
+            time.sleep(0.3)
+        bar.show("loss 1", 4, now=True)
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[0] == "step 3/9  compiling the step"
+        assert len(lines) >= 3 and lines[-1] == "step 4/9  loss 1"
+        assert all(
+            re.fullmatch(r"step 3/9  compiling the step: \d+ s so far", x) for x in lines[1:-1]
+        )
+        with bar.waiting("nothing that takes long"):
+            pass
+        with pytest.raises(ValueError), bar.waiting("what fails"):
+            raise ValueError
+        assert capsys.readouterr().err == "" and threading.active_count() == threads
+        with bar.waiting("computing"):
+            for k in range(40):
+                bar.show("moving", k)
+                time.sleep(0.005)
+        assert "computing" not in capsys.readouterr().err
+    with LiveBar(display=Display(enabled=False)) as bar, bar.waiting("a", at_once=True):
+        assert threading.active_count() == threads

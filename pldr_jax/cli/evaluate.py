@@ -1,7 +1,6 @@
 """`pldr-eval`: a checkpoint on tasks of lm-evaluation-harness."""
 
-import sys
-from collections.abc import Callable
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from pldr_jax.config import CALIBRATION_ROWS, ConfigError
 from pldr_jax.config.load import load_config
 from pldr_jax.files import TOKENIZER
 from pldr_jax.inference.given.modes import SCORE_MODES
+from pldr_jax.terminal import LiveBar
 
 if TYPE_CHECKING:
     from pldr_jax.api import LanguageModel
@@ -88,6 +88,8 @@ def evaluate_main(argv: list[str]) -> None:
     learned = lm.config.g_source == "learned"
     modes = modes or (["full", "causal"] if learned else ["frozen"])
     given = _given_g_lm(options, lm, source.folder) if "frozen" in modes else None
+    # On stderr; the harness's own bars are caught.
+    bars = {mode: LiveBar(f"{mode}: texts", 0) for mode in modes}
     scorers = {
         mode: TextScorer(
             lm,
@@ -95,11 +97,14 @@ def evaluate_main(argv: list[str]) -> None:
             options.rows,
             given if mode == "frozen" else None,
             options.overlap,
-            _progress(mode),
+            functools.partial(_count, bars[mode]),
         )
         for mode in modes
     }
-    results = {mode: tasks.evaluate(scorer) for mode, scorer in scorers.items()}
+    results = {}
+    for mode, scorer in scorers.items():
+        with bars[mode], bars[mode].waiting("computing (compiled the first time)"):
+            results[mode] = tasks.evaluate(scorer)
     head = {
         "checkpoint": str(options.run),
         **source.origin,
@@ -122,17 +127,9 @@ def evaluate_main(argv: list[str]) -> None:
     print(f"{table}results: {output / RESULTS}")
 
 
-def _progress(mode: str) -> Callable[[int, int], None]:
-    """One line on a terminal that counts the texts of the current kind of requests."""
-    terminal = sys.stderr  # the harness's own bars are caught
-
-    def show(done: int, total: int) -> None:
-        if terminal.isatty():
-            print(f"\r{mode}: {done:,} of {total:,} texts", end="", file=terminal, flush=True)
-            if done == total:
-                print(file=terminal)
-
-    return show
+def _count(bar: LiveBar, done: int, total: int) -> None:
+    """Texts of the current kind of requests."""
+    bar.show("", done, total)
 
 
 def _modes(options: Options) -> list[Any]:

@@ -189,7 +189,7 @@ def run_batch(
         options = dataclasses.replace(options, batch_size=several)
     # One prompt needs no cache of the whole context.
     queue = list(requests()) if output.stream == "text" else requests()
-    for index, result in lm.run(queue, options, g_lm):
+    for index, result in output.progress.first_of(lm.run(queue, options, g_lm)):
         output.grow(running[index], result)
         if result.finish_reason is not None:
             ended = running.pop(index)

@@ -1,6 +1,12 @@
 """Progress of a batch job on stderr."""
 
+import itertools
+from collections.abc import Iterator
+from typing import TypeVar
+
 from pldr_jax.terminal import Display, LiveBar
+
+T = TypeVar("T")
 
 
 class JobProgress(LiveBar):
@@ -17,6 +23,12 @@ class JobProgress(LiveBar):
         super().__init__("prompts", total, finished, display)
         self.prompts = self.tokens = self.failures = 0
         self._before = finished
+
+    def first_of(self, results: Iterator[T]) -> Iterator[T]:
+        """The results as they are; what is waited for before the first one is shown meanwhile."""
+        with self.waiting("loading the prompts and compiling, usually 5 to 30 s"):
+            first = list(itertools.islice(results, 1))
+        yield from itertools.chain(first, results)
 
     def add_tokens(self, count: int) -> None:
         """Counts new tokens."""

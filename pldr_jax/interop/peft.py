@@ -9,7 +9,7 @@ SHA-256 of the base and the names of labels, where the adapters were exported he
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from pldr_jax.config import ConfigError, ExperimentConfig, LoraConfig, ModelConfig, TaskConfig
 from pldr_jax.config.load import config_from_dict, config_to_dict, dump_config
 from pldr_jax.files import TOKENIZER, check_output, new_folder, user_path
-from pldr_jax.interop.folder import read_json
+from pldr_jax.interop.folder import parse_json, read_json
 from pldr_jax.interop.names import HEADS, as_float32, linear_names
 from pldr_jax.interop.record import inherited_files
 from pldr_jax.interop.tensors import read_safetensors
@@ -32,8 +32,7 @@ from pldr_jax.runs.folder import write_run
 from pldr_jax.terminal import print_line
 
 ADAPTER, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
-_PREFIX, _DIGEST = "base_model.model.", "base_sha256"
-_LABELS = "labels"
+_PREFIX, _OURS = "base_model.model.", "pldr_jax"
 _UNKNOWN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
 """What an `adapter_config.json` may ask for and is not done here."""
 _TASK_TYPES = {
@@ -106,9 +105,9 @@ def export_adapter(
         "target_modules": modules,
         "modules_to_save": None if model.task is None else [head],
     }
-    metadata = {_DIGEST: str(lora.base_digest), _LABELS: json.dumps(config.task.labels)}
+    ours = {"base_sha256": lora.base_digest, "labels": config.task.labels}
     with new_folder(output, "OUT") as folder:
-        save_file(tensors, folder / ADAPTER, metadata)
+        save_file(tensors, folder / ADAPTER, {_OURS: json.dumps(ours)})
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
     log(f"exported the adapters of step {weights.step}, {len(tensors)} tensors: {output}")
 
@@ -130,18 +129,19 @@ def import_adapter(
     settings = read_json(folder / SETTINGS)
     tensors, metadata = read_safetensors(folder / ADAPTER)
     where = str(folder / ADAPTER)
+    ours = parse_json(metadata.get(_OURS, "{}").encode(), where)
     lora = dataclasses.replace(
         _read_settings(settings, f"{folder / SETTINGS}"),
         base=str(opened.folder.resolve()),
         base_step=opened.step,
-        base_digest=metadata.get(_DIGEST),
+        base_digest=ours.get("base_sha256"),
     )
     if lora.base_digest is not None:
         stated = dataclasses.replace(lora, base=settings.get("base_model_name_or_path"))
         check_base(stated, opened, f"--base={base}", folder)
     else:
         lora = dataclasses.replace(lora, base_digest=digest_of(opened.params, opened.g_lm))
-    config, head = _with_head(opened.config, settings, tensors, metadata, where)
+    config, head = _with_head(opened.config, settings, tensors, ours.get("labels", ()), where)
     linear = {key: tensor for key, tensor in tensors.items() if ".lora_" in key}
     adapters, targets = _adapters(config.model, lora, linear, where)
     config = dataclasses.replace(config, lora=dataclasses.replace(lora, targets=targets))
@@ -165,7 +165,7 @@ def _with_head(
     config: ExperimentConfig,
     settings: Mapping[str, Any],
     tensors: Mapping[str, np.ndarray],
-    metadata: Mapping[str, str],
+    labels: Sequence[str],
     where: str,
 ) -> tuple[ExperimentConfig, Params]:
     """The config with the task that the adapters are for, and `{"head": ...}` of it; the config of
@@ -192,8 +192,8 @@ def _with_head(
         raise ConfigError(f"{where}: {_PREFIX + odd[0]!r} {there}")
     if task is None:
         return config, {}
-    count, labels = len(whole[needed[0]]), tuple(json.loads(metadata.get(_LABELS, "[]")))
-    labels = config.task.labels or labels or tuple(f"LABEL_{i}" for i in range(count))
+    count = len(whole[needed[0]])
+    labels = config.task.labels or tuple(labels) or tuple(f"LABEL_{i}" for i in range(count))
     labels = () if task == "question" else labels
     for key, shape in zip(needed, ((count, base.model_dim), (count,)), strict=False):
         if whole[key].shape != shape or count != (2 if task == "question" else len(labels)):

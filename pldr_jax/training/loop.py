@@ -13,6 +13,7 @@ What a run folder holds:
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message is one line, and what was saved before stays."""
 
 
+COMPILING = "compiling the training step, usually 10 to 60 s, longer for large models"
 TaskMetrics = Callable[[ModelConfig, Params, jax.Array | None, Tokenizer, Mesh], dict[str, float]]
 """Measures a model (config, parameters, predefined G_LM, tokenizer, mesh) on tasks."""
 
@@ -178,7 +180,9 @@ class Trainer:
         evaluation: dict[str, float] = {}
         for step in range(start + 1, total + 1):
             profiler.before(step)
-            state, metrics = step_fn(state, self._next_batch())
+            first = step == start + 1
+            with self._record.waiting(COMPILING, at_once=True) if first else nullcontext():
+                state, metrics = step_fn(state, self._next_batch())
             if profiler.after(step, metrics):
                 self._record.print(f"trace: {profiler.folder}")
             # Reading the metrics of the step before leaves the device one step of work: it never
@@ -268,6 +272,13 @@ class Trainer:
         )
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
+        with self._record.waiting("evaluating (compiled the first time)"):
+            evaluation, sample = self._evaluated(state)
+        self._record.evaluation(step, evaluation, sample)
+        return evaluation
+
+    def _evaluated(self, state: TrainState) -> tuple[dict[str, float], str]:
+        """Metrics of the parameters, of their moving average and of tasks; and a sample."""
         params = model_params(self._config, state)
         evaluation = self._evaluator(params, state.g_lm)
         if isinstance(state.opt_state, Averaged):
@@ -280,8 +291,7 @@ class Trainer:
             evaluation |= self._task_metrics(
                 self._config.model, params, state.g_lm, self._tokenizer, self._mesh
             )
-        self._record.evaluation(step, evaluation, self._sample(params, state.g_lm))
-        return evaluation
+        return evaluation, self._sample(params, state.g_lm)
 
     def _is_best(self, evaluation: Mapping[str, float]) -> bool:
         """Whether it is to be saved as the best one so far."""

@@ -1,6 +1,7 @@
 """What a run says of its steps and evaluations: metrics, progress, samples, curves."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Self
 
@@ -57,6 +58,10 @@ class Record:
     def print(self, text: str) -> None:
         """Prints lines, above the bar where there is one."""
         self._progress.print(text)
+
+    def waiting(self, text: str, at_once: bool = False) -> AbstractContextManager[None]:
+        """Shows what is waited for while the block runs, as `LiveBar.waiting`."""
+        return self._progress.waiting(text, at_once)
 
     def step(self, step: int, metrics: Mapping[str, jax.Array], batch: int) -> str | None:
         """Writes and shows the metrics of a step; waits for the device.

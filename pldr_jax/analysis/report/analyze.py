@@ -160,9 +160,10 @@ class _RunAnalysis:
         rendered = []
         for section in chosen_sections(options.sections):
             self._progress.start(f"{self._label}: {section.key}", len(rows_RC))
-            rendered.append(
-                attempt(section, lambda s=section: s.measure(self._model, rows_RC, settings))
-            )
+            with self._progress.waiting(f"{self._label}: {section.key}, computed or compiled"):
+                rendered.append(
+                    attempt(section, lambda s=section: s.measure(self._model, rows_RC, settings))
+                )
         needs_g_lm = options.tensors or len(options.runs) > 1
         g_lm = mean_g_lm(self._model, rows_RC, options.batch_size) if needs_g_lm else None
         if steps:
