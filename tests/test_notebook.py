@@ -1,9 +1,10 @@
-"""The notebook runs from its first cell to its last, with few steps, in an empty folder."""
+"""The notebook runs from its first cell to its last, small and with few steps, in an empty
+folder."""
 
 from pathlib import Path
 
 import pytest
-from helpers import REPOSITORY
+from helpers import REPOSITORY, TINY, make_corpus
 
 nbformat = pytest.importorskip("nbformat", reason="pip install nbclient ipykernel")
 nbclient = pytest.importorskip("nbclient", reason="pip install nbclient ipykernel")
@@ -12,7 +13,10 @@ pytestmark = pytest.mark.slow
 
 
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {name: value for name, value in TINY.items() if name.startswith("Model.")}
+    fields = {"Data.source": make_corpus(tmp_path / "text"), **sizes, "Training.eval_rows": 12}
     monkeypatch.setenv("PLDR_STEPS", "20")
+    monkeypatch.setenv("PLDR_FIELDS", " ".join(f"{k}={v}" for k, v in fields.items()))
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     notebook = nbformat.read(REPOSITORY / "notebooks" / "nano.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)  # it is kept without them
