@@ -36,13 +36,13 @@ OPTIMISED = ("test_parity", "test_convert", "test_model", "test_task_data")
 SLOW_FILES = (
     "test_analyze", "test_audits", "test_causal_training", "test_chat_data", "test_collectives",
     "test_convert_faults", "test_engine", "test_evaluation", "test_finetune", "test_freeze",
-    "test_given_g", "test_gpu", "test_gpu_benchmark", "test_hosts", "test_hub", "test_infer",
-    "test_invariance", "test_job_results", "test_jobs", "test_kills", "test_laws", "test_lora",
-    "test_low_rank", "test_mixture", "test_partition", "test_plan", "test_resume", "test_run",
-    "test_segment_count", "test_segments", "test_serve", "test_serve_faults", "test_serve_page",
-    "test_structure_of_g", "test_sweep", "test_task_data", "test_task_training",
-    "test_prefix", "test_serve_chat", "test_serve_deductive", "test_serve_errors",
-    "test_serve_models", "test_serve_slots",
+    "test_given_g", "test_gpu", "test_gpu_benchmark", "test_harness", "test_hosts", "test_hub",
+    "test_infer", "test_invariance", "test_job_results", "test_jobs", "test_kills", "test_laws",
+    "test_lora", "test_low_rank", "test_mixture", "test_partition", "test_plan", "test_prefix",
+    "test_resume", "test_run", "test_segment_count", "test_segments", "test_serve",
+    "test_serve_chat", "test_serve_deductive", "test_serve_errors", "test_serve_faults",
+    "test_serve_models", "test_serve_page", "test_serve_slots", "test_structure_of_g", "test_sweep",
+    "test_task_data", "test_task_training",
 )  # fmt: skip
 """Test files that run whole programs, or compile many: `pytest -m slow` runs them."""
 
