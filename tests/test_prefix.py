@@ -70,7 +70,7 @@ def test_every_kind_of_cache_and_of_shared_g(lm: pldr_jax.LanguageModel, kind: s
     if kind == "low rank in bfloat16":
         arguments = {"rank_budget": 1e-2, "cache_dtype": "bfloat16"}
     elif kind == "mesh":
-        arguments = {"mesh": build_mesh(MeshConfig(data=2, fsdp=2, tensor=2))}
+        arguments = {"mesh": build_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])}
     model = frozen(lm, **arguments)
     if kind == "identity":
         config = dataclasses.replace(lm.config, g_source="identity")
@@ -112,9 +112,12 @@ def test_where_there_is_nothing_to_share(lm: pldr_jax.LanguageModel) -> None:
         DecodeOptions(prefix_cache_mb=3, kv_cache=False)
     with pytest.raises(ConfigError, match=r"^Generation.prefix_cache_mb = 3: "):
         GenerationConfig(prefix_cache_mb=3, g_mode="recompute")
-    first = lm.generate(["abc", "abd"], 4, share_first_g=True, prefix_cache_mb=3)
-    plain = lm.generate(["abc", "abd"], 4, share_first_g=True)
-    assert [one.tokens for one in first] == [one.tokens for one in plain]
+    queue = [Request(prompt, SamplingConfig(6, stop_ids=())) for prompt in PROMPTS[:2]]
+    options = DecodeOptions(2, steps=3, share_first_g=True, prefix_cache_mb=1)
+    first = lm.engine.generate(queue, options)
+    assert lm.engine.prefixes.tokens_saved == SAVED[1] * CHUNK
+    told = lm.engine.generate(queue, options, lm([PROMPTS[0]]).deductive.G_LM)
+    assert [one.tokens for one in first] == [one.tokens for one in told]
     model = frozen(lm)
     own = Request((5,), SamplingConfig(2), g_lm=np.asarray(model.g_lm))
     (made,) = model.engine.generate([own], DecodeOptions(prefix_cache_mb=1))

@@ -3,6 +3,7 @@
 `PLDR_FUZZ=10000 pytest -m slow tests/test_serve_faults.py` sends more than the suite does.
 """
 
+import contextlib
 import json
 import random
 import signal
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 from fuzz import CASES
 from helpers import REPOSITORY, run_here, untrained_run
-from serving import client, metric, post, serving, small_model, wait_for_idle
+from serving import client, get, metric, post, serving, small_model, wait_for_idle
 
 import pldr_jax
 from pldr_jax.cli.serve import serve_main
@@ -82,12 +83,14 @@ def send(server: Server, rng: random.Random) -> int | None:
     head += f"Content-Length: {length}\r\nConnection: close\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as link:
         try:
-            link.sendall(head.encode())
-            if rng.random() < 0.1:  # half of a body, and away
-                link.sendall(data[: len(data) // 2])
+            sent, body_from = head.encode() + data, len(head)
+            if rng.random() < 0.1:  # half of a head or of a body, and away
+                link.sendall(sent[: rng.choice([body_from // 2, body_from + len(data) // 2])])
                 return None
-            for start in range(0, len(data), step := rng.choice([10**6, max(len(data) // 3, 1)])):
-                link.sendall(data[start : start + step])
+            step, slow = rng.choice([10**6, len(sent) // 3]), rng.random() < 0.05
+            for start in range(0, len(sent), step):
+                link.sendall(sent[start : start + step])
+                time.sleep(0.02 * slow)
             if length > len(data):
                 return None
             answer = link.recv(1 << 16)
@@ -160,6 +163,20 @@ def test_a_late_body_is_not_cut_with_its_head(
         time.sleep(0.5)
         link.sendall(body[5:])
         assert link.recv(1000).startswith(b"HTTP/1.1 200")
+
+
+def test_an_answer_must_be_read_in_time(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "READ_SECONDS", 0.3)
+    count, size = 2000, len(get(server, "/")[1])
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as link:
+        link.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * count)
+        time.sleep(2)
+        read = 0
+        with contextlib.suppress(ConnectionError):
+            while data := link.recv(1 << 20):
+                read += len(data)
+    assert read < count * size
+    assert get(server, "/health")[0] == 200
 
 
 def test_an_error_of_the_engine_is_one_line_and_ends_the_server(

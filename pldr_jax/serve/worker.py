@@ -58,19 +58,38 @@ class Call:
         self.waiting = collections.deque(enumerate(requests))
         self.cancelled = False
         self.begun = time.monotonic()
-        self._updates: asyncio.Queue[Update] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
-
-    def send(self, update: Update) -> None:
-        """From the engine's thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._updates.put_nowait, update)
-        except RuntimeError:  # the server has ended
-            self.cancelled = True
+        self.updates: asyncio.Queue[Update] = asyncio.Queue()
 
     async def next(self) -> Update:
         """The next update."""
-        return await self._updates.get()
+        return await self.updates.get()
+
+
+class Mail:
+    """Updates on their way from the engine's thread to the event loop, which is woken once for as
+    many as have come until it wakes: each wake-up lets the engine wait for the interpreter's lock.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._sent: collections.deque[tuple[Call, Update]] = collections.deque()
+        self._woken = False
+
+    def send(self, call: Call, update: Update) -> None:
+        """From the engine's thread."""
+        self._sent.append((call, update))
+        if not self._woken:
+            self._woken = True
+            try:
+                self._loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:  # the server has ended
+                call.cancelled = True
+
+    def _deliver(self) -> None:
+        self._woken = False  # before anything is taken: what is sent from now on wakes it again
+        while self._sent:
+            call, update = self._sent.popleft()
+            call.updates.put_nowait(update)
 
 
 @dataclasses.dataclass
@@ -108,7 +127,7 @@ class Worker:
         self._lm, self._options, self._g_lm = lm, options, g_lm
         self.max_waiting = max_waiting
         self.error: BaseException | None = None
-        self._metrics, self._failed = metrics, failed
+        self._metrics, self._failed, self._mail = metrics, failed, Mail()
         self._changed = threading.Condition()
         self._calls: collections.deque[Call] = collections.deque()
         self._jobs: collections.deque[Callable[[bool], None]] = collections.deque()
@@ -202,8 +221,9 @@ class Worker:
                 calls = {*self._calls, *(r.call for r in self._running.values())}
             while self._jobs:
                 self._jobs.popleft()(True)
+            last = Update(0, [], [], [], "error", "the engine has failed; see its log")
             for call in calls:
-                call.send(Update(0, [], [], [], "error", "the engine has failed; see its log"))
+                self._mail.send(call, last)
             self._failed(error)
 
     def _requests(self) -> Iterator[Request | None]:
@@ -251,13 +271,14 @@ class Worker:
         ended = completion.finish_reason is not None
         if completion.tokens and not sent:
             self._metrics.first_token.observe(time.monotonic() - call.begun)
+            self._metrics.count_prefixes()
         self._metrics.new_tokens.inc(len(completion.tokens) - sent)
-        self._metrics.count_prefixes()
         running.sent = len(completion.tokens)
         if not call.cancelled and (ended or call.grows):
             start = sent if call.grows else 0
             new = (completion.tokens[start:], completion.logprobs[start:], completion.top[start:])
-            call.send(Update(running.index, *new, completion.finish_reason, completion.error))
+            update = Update(running.index, *new, completion.finish_reason, completion.error)
+            self._mail.send(call, update)
         if ended:
             with self._changed:
                 del self._running[completion.index]
