@@ -10,6 +10,7 @@ from helpers import frozen, untrained_run
 
 import pldr_jax
 from pldr_jax.config import ConfigError, GenerationConfig, MeshConfig, SamplingConfig
+from pldr_jax.inference.batch import decode_options
 from pldr_jax.inference.prefix import chunk_of
 from pldr_jax.inference.request import DecodeOptions, Request
 from pldr_jax.partition import build_mesh
@@ -110,6 +111,7 @@ def test_where_there_is_nothing_to_share(lm: pldr_jax.LanguageModel) -> None:
         lm.generate("a", prefix_cache_mb=3)
     with pytest.raises(ConfigError, match=r"^prefix_cache_mb = 3: .*key-value"):
         DecodeOptions(prefix_cache_mb=3, kv_cache=False)
+    assert decode_options(GenerationConfig(prefix_cache_mb=3)).prefix_cache_mb == 3
     with pytest.raises(ConfigError, match=r"^Generation.prefix_cache_mb = 3: "):
         GenerationConfig(prefix_cache_mb=3, g_mode="recompute")
     queue = [Request(prompt, SamplingConfig(6, stop_ids=())) for prompt in PROMPTS[:2]]
