@@ -21,7 +21,6 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
-SLOTS = 32
 HEAD = """\
 | | first token, ms | later token, ms | tokens/s | of generate | its cost, us a token | whole |
 |---|---|---|---|---|---|---|"""
@@ -111,8 +110,8 @@ async def poisson(port: int, cases: list[Case], rate: float) -> list[Any]:
 
 
 async def beside_long_ones(port: int, context: int) -> tuple[float, float]:
-    """Seconds that a short request takes alone, and in the middle of 256 long ones, of which all
-    but 32 have to wait: as one call of many texts.
+    """Seconds that a short request takes alone, and in the middle of 256 long ones, of which most
+    have to wait: one call of many texts.
     """
     short: Case = ([20, 21, 22], 1, 0)
     alone = min([(await one(port, short))["seconds"] for _ in range(5)])
@@ -180,10 +179,10 @@ def soak(port: int, pid: int, cases: list[Case]) -> None:
 
 
 @contextlib.contextmanager
-def generating(run: str, steps: int) -> Iterator[Callable[[list[Case]], float]]:
+def generating(run: str, slots: int, steps: int) -> Iterator[Callable[[list[Case]], float]]:
     """`lm.generate` in a process of its own: requests to tokens a second."""
     process = subprocess.Popen(
-        [sys.executable, "-c", GENERATE, run, str(SLOTS), str(steps)],
+        [sys.executable, "-c", GENERATE, run, str(slots), str(steps)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     source, sink = process.stdin, process.stdout
@@ -202,17 +201,17 @@ def generating(run: str, steps: int) -> Iterator[Callable[[list[Case]], float]]:
 def load(port: int, context: int, options: argparse.Namespace) -> None:
     """Clients, arrivals, and a short request beside long ones."""
     cases = cases_of(options.requests, context, random.Random(0))
-    with generating(options.run, options.steps) as alone:
+    with generating(options.run, options.batch_size, options.steps) as alone:
         alone(cases)  # compiles
         print(HEAD)
         for number in (1, 8, 32):
             some = cases[: max(8, options.requests * number // 32)]
-            for _ in range(options.rounds if number == SLOTS else 1):
+            for _ in range(options.rounds if number == 32 else 1):
                 before = alone(some)
                 begin = time.perf_counter()
                 results = asyncio.run(clients(port, some, number))
                 seconds = time.perf_counter() - begin
-                speed = (before + alone(some)) / 2 if number == SLOTS else None
+                speed = (before + alone(some)) / 2 if number == 32 else None
                 report(f"{number} clients", results, seconds, speed)
         begin = time.perf_counter()
         results = asyncio.run(poisson(port, cases, options.rate))
@@ -230,11 +229,12 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=128, help="of 32 clients")
     parser.add_argument("--rounds", type=int, default=3, help="of 32 clients")
     parser.add_argument("--rate", type=float, default=8.0, help="arrivals a second")
+    parser.add_argument("--batch_size", type=int, default=8, help="slots")
     parser.add_argument("--steps", type=int, default=4, help="of a call")
     parser.add_argument("--soak", type=int, default=0, help="only so many requests")
     options = parser.parse_args()
     command = [sys.executable, "-m", "pldr_jax.serve", options.run, "--port", "0"]
-    command += ["--batch_size", str(SLOTS), "--steps", str(options.steps)]
+    command += ["--batch_size", str(options.batch_size), "--steps", str(options.steps)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:

@@ -13,6 +13,7 @@ from pldr_jax.config import SamplingConfig
 from pldr_jax.inference.intervention import Intervention
 from pldr_jax.inference.request import DecodeOptions, Request
 from pldr_jax.model.deductive import identity_g_lm
+from pldr_jax.serve import completions
 from pldr_jax.serve.server import Server
 
 pytest_plugins = ("serving",)
@@ -194,6 +195,18 @@ def test_a_stream_is_the_whole_in_pieces(api: openai.OpenAI) -> None:
         assert tokens[choice.index] == choice.logprobs.tokens
         assert reasons[choice.index] == choice.finish_reason
     assert usage == whole.usage
+
+
+def test_a_stream_without_news_says_so(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(completions, "PING_SECONDS", 1e-4)
+    for path, prompt in (
+        ("/v1/completions", {"prompt": PROMPT, "logit_bias": {"3": -100}}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+    ):
+        body = {**prompt, "max_tokens": 9, "stream": True, "seed": 1}
+        status, data, _ = post(server, path, body)
+        assert status == 200 and b": waiting\n\n" in data and data.endswith(b"data: [DONE]\n\n")
+        assert post(server, path, {**body, "stream": False})[0] == 200
 
 
 def test_stop_strings_end_a_text_and_never_show(

@@ -75,12 +75,12 @@ class ChatAnswer(Answer):
         begun: set[int] = set()
         async with contextlib.aclosing(super().pieces(grows)) as pieces:
             async for piece in pieces:
-                for choice in piece["choices"]:
+                for choice in piece.get("choices", ()):
                     role = {} if choice["index"] in begun else {"role": "assistant"}
                     begun.add(choice["index"])
                     choice["delta"] = {**role, "content": choice.pop("text")}
                     choice["logprobs"] = self._of_chat(choice["logprobs"])
-                yield {**piece, "object": "chat.completion.chunk"}
+                yield piece and {**piece, "object": "chat.completion.chunk"}
 
     async def whole(self) -> dict[str, Any]:
         """All of it in one object."""

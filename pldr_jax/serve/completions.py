@@ -88,8 +88,11 @@ class Choice:
         return text, False
 
 
-async def updates_of(served: Served, asked: Asked, grows: bool) -> AsyncGenerator[Update, None]:
-    """What the texts of a request become. Closing it frees their slots.
+async def updates_of(
+    served: Served, asked: Asked, grows: bool
+) -> AsyncGenerator[Update | None, None]:
+    """What the texts of a request become; None where nothing came for a while. Closing it frees
+    their slots.
 
     Raises:
       ApiError: the time is over.
@@ -101,11 +104,13 @@ async def updates_of(served: Served, asked: Asked, grows: bool) -> AsyncGenerato
     served.worker.submit(call)
     try:
         while left:
-            update = await asyncio.wait_for(call.next(), max(deadline - time.monotonic(), 0.0))
-            left -= update.finish_reason is not None
+            rest = deadline - time.monotonic()
+            if rest <= 0:
+                timeout = served.settings.timeout
+                raise ApiError(504, f"it took more than {timeout:g} seconds")
+            update = await call.next(min(rest, PING_SECONDS))
+            left -= update is not None and update.finish_reason is not None
             yield update
-    except TimeoutError:
-        raise ApiError(504, f"it took more than {served.settings.timeout:g} seconds") from None
     finally:
         served.worker.cancel(call)
 
@@ -166,7 +171,9 @@ class Answer:
         self._new_tokens = 0
 
     async def pieces(self, grows: bool = True) -> AsyncGenerator[dict[str, Any], None]:
-        """The objects of a stream; without `grows` a text comes when it has ended."""
+        """The objects of a stream, an empty one where nothing came for a while; without `grows` a
+        text comes when it has ended.
+        """
         body, requests = self._asked.body, self._asked.requests
         tokenizer = self._served.lm.tokenizer
         offsets = [0] * len(requests)
@@ -187,6 +194,9 @@ class Answer:
             updates = updates_of(self._served, self._asked, grows)
             async with contextlib.aclosing(updates):
                 async for update in updates:
+                    if update is None:
+                        yield {}
+                        continue
                     choice = choices[update.index]
                     self._new_tokens += len(update.tokens)
                     text, logprobs = choice.add(update)
@@ -203,7 +213,7 @@ class Answer:
         choices: list[dict[str, Any]] = [{} for _ in self._asked.requests]
         async with contextlib.aclosing(parts) as pieces:
             async for piece in pieces:
-                for new in piece["choices"]:
+                for new in piece.get("choices", ()):
                     old = choices[new["index"]]
                     if old:
                         new["text"] = old["text"] + new["text"]
@@ -271,23 +281,15 @@ async def _events(
     first: dict[str, Any] | None, events: AsyncGenerator[dict[str, Any], None]
 ) -> AsyncIterator[bytes]:
     """Server-sent events of the objects; an error is the last one."""
-    waiting: asyncio.Task[Any] | None = None
     try:
         value = first
         while value is not None:
-            yield _event(value)
-            waiting = asyncio.ensure_future(anext(events, None))
-            while not (await asyncio.wait([waiting], timeout=PING_SECONDS))[0]:
-                yield b": waiting\n\n"
-            value = waiting.result()
+            yield _event(value) if value else b": waiting\n\n"
+            value = await anext(events, None)
         yield b"data: [DONE]\n\n"
     except Exception as error:
         yield _event(as_api_error(error).body())
     finally:
-        if waiting is not None:
-            waiting.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await waiting
         await events.aclose()
 
 

@@ -182,8 +182,10 @@ class Served:
     async def _decoded(self, request: Request) -> None:
         texts = Call([request], grows=False)
         self.worker.submit(texts)
-        if error := (await texts.next()).error:
-            raise ConfigError(error)
+        update = await texts.next()
+        assert update is not None
+        if update.error:
+            raise ConfigError(update.error)
 
 
 _OF_PROMPTS = ("prompt", "identity")

@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import threading
 import time
@@ -60,9 +61,14 @@ class Call:
         self.begun = time.monotonic()
         self.updates: asyncio.Queue[Update] = asyncio.Queue()
 
-    async def next(self) -> Update:
-        """The next update."""
-        return await self.updates.get()
+    async def next(self, seconds: float | None = None) -> Update | None:
+        """The next update; None where there is none for some seconds."""
+        if not self.updates.empty():
+            return self.updates.get_nowait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                return await self.updates.get()
+        return None
 
 
 class Mail:
