@@ -78,6 +78,8 @@ class SamplingConfig(Keywords):
 
     def of_prompt(self, index: int) -> Self:
         """The settings of one of several prompts: its seed is `seed + index`, modulo 2**32."""
+        if index == 0:
+            return self
         return dataclasses.replace(self, seed=(self.seed + index) % (SEED_LIMIT + 1))
 
 

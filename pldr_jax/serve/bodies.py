@@ -94,6 +94,9 @@ class CompletionBody(Body):
         return list(self.prompt) if several else [self.prompt]
 
 
+_DEFAULTS = CompletionBody()  # made once, since making one checks every field
+
+
 @dataclasses.dataclass(frozen=True)
 class Asked:
     """A request of the API, checked.
@@ -118,7 +121,7 @@ class Asked:
 
 
 def read_body(
-    values: Mapping[str, Any], served: Served, kind: type[Body]
+    values: Mapping[str, Any], served: Served, defaults: Body
 ) -> tuple[Any, dict[str, Any]]:
     """The plain fields of a request, and those that are objects.
 
@@ -131,7 +134,7 @@ def read_body(
         if name in plain:
             raise ApiError(400, f"{name}: is not supported by this server", name, "unsupported")
     try:
-        (body,) = override(plain, kind())
+        (body,) = override(plain, defaults)
     except ConfigError as error:
         raise ApiError.of(error) from None
     if body.model not in (None, served.name):
@@ -152,7 +155,7 @@ def ask(values: Mapping[str, Any], served: Served) -> Asked:
     """
     if "prompt" not in values:
         raise ApiError(400, "prompt: is missing", "prompt")
-    body, objects = read_body(values, served, CompletionBody)
+    body, objects = read_body(values, served, _DEFAULTS)
     for prompt in body.prompts:
         if isinstance(prompt, str):
             checked_text(prompt, "prompt")

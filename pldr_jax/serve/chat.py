@@ -36,6 +36,9 @@ class ChatBody(Body):
             self.fail("top_logprobs", "needs logprobs = true")
 
 
+_DEFAULTS = ChatBody()
+
+
 def ask_chat(values: Mapping[str, Any], served: Served) -> Asked:
     """What a body asks for.
 
@@ -47,7 +50,7 @@ def ask_chat(values: Mapping[str, Any], served: Served) -> Asked:
     tokenizer = served.lm.tokenizer
     if tokenizer is None or tokenizer.chat_template is None:
         raise ApiError(404, "this checkpoint has no chat template; use /v1/completions")
-    body, objects = read_body(plain, served, ChatBody)
+    body, objects = read_body(plain, served, _DEFAULTS)
     listed = messages if isinstance(messages, list) else []
     for message in listed:
         for name in message if isinstance(message, dict) else ():
