@@ -2,8 +2,8 @@
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache, partial
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from pldr_jax.inference.request import (
 )
 from pldr_jax.inference.text import find_stop, text_of
 from pldr_jax.model.counts.shapes import place_params
-from pldr_jax.model.decoder import ModelOutputs, Params, forward
+from pldr_jax.model.decoder import ModelOutputs, Params, compiled_forward
 from pldr_jax.model.deductive import given_g_lm
 from pldr_jax.model.low_rank import LowRankG, check_budget, factorize
 from pldr_jax.partition import build_mesh, mesh_scope, on_every_device
@@ -52,6 +52,13 @@ class LanguageModel:
       mesh: that the parameters are split over; None is a single device.
       engine: what decodes.
       low_rank: the factors of `g_lm` with which keys are cached; None without a `rank_budget`.
+
+    Examples:
+      >>> lm = pldr_jax.load("runs/nano")
+      >>> [len(one.tokens) for one in lm.generate(["def ", "class "], 4, stop_ids=())]
+      [4, 4]
+      >>> lm([[5, 6, 7]]).deductive.G_LM.ndim  # [L,B,N,H,J]
+      5
     """
 
     def __init__(
@@ -84,7 +91,7 @@ class LanguageModel:
         self._decoding = (cache_dtype, mesh, rank_budget)
         self._intervened: dict[Intervention, LanguageModel] = {}
         self.engine = Engine(config, self.params, own, cache_dtype, mesh, rank_budget, pieces)
-        self._forward = _compiled_forward(config, mesh)
+        self._forward = compiled_forward(config, mesh)
 
     def __call__(
         self,
@@ -305,9 +312,7 @@ class LanguageModel:
         self, intervention: Intervention, g_lm: jax.Array | np.ndarray | None = None
     ) -> "LanguageModel":
         """The model under an intervention, a model like any other; kept for the next call.
-
-        Raises:
-          ConfigError: the model has not what would be changed, or a `g_lm` is given besides.
+        ConfigError where it has not what would be changed, or a `g_lm` is given besides.
         """
         if g_lm is not None:
             raise ConfigError("g_lm: cannot be given together with intervention; choose one")
@@ -332,11 +337,8 @@ class LanguageModel:
         return alone, self.encode(context + continuation)[len(alone) :]
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt.
-
-        Raises:
-          ConfigError: neither a string nor token ids; or a string, and the checkpoint has no
-            tokenizer.
+        """Token ids of a prompt; ConfigError where it is neither a string nor token ids, or is a
+        string and the checkpoint has no tokenizer.
         """
         return token_ids(prompt, self.tokenizer)
 
@@ -349,12 +351,6 @@ class LanguageModel:
             logprobs=list(completion.logprobs),
             error=completion.error,
         )
-
-
-@lru_cache(maxsize=8)
-def _compiled_forward(config: ModelConfig, mesh: Mesh | None) -> Callable[..., ModelOutputs]:
-    """Shared by all models of a config, so that new parameters compile nothing again."""
-    return jax.jit(partial(forward, config))
 
 
 def load(
@@ -381,6 +377,10 @@ def load(
 
     Raises:
       ConfigError, CheckpointError: one line, saying what the folder lacks.
+
+    Examples:
+      >>> pldr_jax.load("runs/nano").task is None  # a language model
+      True
     """
     from pldr_jax.interop.weights import open_checkpoint
 

@@ -358,6 +358,10 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (("export", tmp_path / "run", tmp_path / "x", "--gin.Model.num_layers=2"), "--gin: "),
         (("convert",), "must be 'import PATH OUT', 'export RUN OUT', "),
         ((), "must be 'import PATH OUT'"),
+        (
+            ("import", tmp_path, tmp_path / "x"),
+            "has none; give a folder in the transformers layout",
+        ),
     ):
         status, _, error = run_here(capsys, convert_main, *arguments)
         assert status != 0 and message in error and error.count("\n") == 1, error

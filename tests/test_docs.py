@@ -1,5 +1,6 @@
 """README and guides are true: their Python runs, their links lead somewhere, the site lists all."""
 
+import doctest
 import re
 from pathlib import Path
 from typing import Any
@@ -76,3 +77,20 @@ def test_the_python_of_the_guides_runs(nano: Path, page: str) -> None:
     if page == "low_rank":
         freeze(nano, nano.parent / "nano_frozen", FreezeConfig(rows=4, eval_rows=4))
     run_blocks(f"docs/{page}.md", names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", pldr_jax.__all__)
+def test_the_examples_of_docstrings_run(nano: Path, name: str) -> None:
+    names = {"pldr_jax": pldr_jax}
+    finder, runner = doctest.DocTestFinder(exclude_empty=True), doctest.DocTestRunner()
+    found = finder.find(getattr(pldr_jax, name), name, module=False, globs=names)  # type: ignore[arg-type]
+    assert any(test.examples for test in found)
+    for test in found:
+        assert runner.run(test).failed == 0, test.name
+
+
+def test_the_gallery_shows_every_picture() -> None:
+    gallery = (REPOSITORY / "docs" / "gallery.md").read_text()
+    pictures = sorted(path.name for path in (REPOSITORY / "docs" / "images").iterdir())
+    assert [name for name in pictures if f"(images/{name})" not in gallery] == []

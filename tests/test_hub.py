@@ -186,6 +186,8 @@ def test_what_the_hub_refuses_is_one_line(hub: Hub, monkeypatch: pytest.MonkeyPa
     refused("the hub's repository has no revision 'v9'$", revision="v9")
     refused("names one already$", f"{NAME}@v1", revision="v9")
     refused("^'a/b/c': no such folder; give a run folder", "a/b/c")
+    Path("runs/nano").mkdir(parents=True)
+    refused(r"^'runs/nan': no such folder \(runs holds nano\), and the hub has no such", "runs/nan")
     hub.status, hub.code = 403, "GatedRepo"
     refused("the hub's repository is gated: accept its terms")
     hub.status, hub.damaged = 200, "model.safetensors"

@@ -83,8 +83,8 @@ def convert_main(argv: list[str]) -> None:
     """Parses the command line and converts."""
     what, rest = (argv[0], argv[1:]) if argv else ("", [])
     if what in ("-h", "--help"):
-        listed = _USAGE.replace(" or ", ", ").replace(", ", " | ")
-        print_line(f"usage: pldr-convert {listed}; each has --help")
+        listed = "".join(f"\n\n  {name}\n    {DESCRIPTIONS[name]}" for name in OPTIONS)
+        print_line(f"usage: pldr-convert COMMAND\n\n{_USAGE}; each has --help{listed}")
         return
     if what not in OPTIONS:
         raise ConfigError(f"{what!r}: must be {_USAGE}")

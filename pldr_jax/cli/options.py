@@ -147,10 +147,10 @@ def parse_args(
     if unknown:
         flag = unknown[0].partition("=")[0]
         if not flag.startswith("-"):
-            parser.error(f"{flag!r} follows no flag")
+            parser.error(f"{flag!r} follows no flag; --help lists them")
         known = ["--help", *(f"--{option.name}" for option in options)]
         near = suggest(flag, [*known, "--gin_file"] if fields else known)
-        parser.error(f"{flag}: no such flag{near}")
+        parser.error(f"{flag}: no such flag{near or '; --help lists them'}")
     for option in options:
         if (option.place or option.required) and getattr(namespace, option.name) in (None, []):
             name = option.metavar or option.name if option.place else f"--{option.name}"

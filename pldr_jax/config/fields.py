@@ -21,6 +21,12 @@ _INT_LIMIT = 2**31 - 1
 class ConfigError(ValueError):
     """A configuration value that cannot be used; the message is one line naming field, value and
     remedy.
+
+    Examples:
+      >>> pldr_jax.SamplingConfig(temperature=-1.0)
+      Traceback (most recent call last):
+      ...
+      pldr_jax.config.fields.ConfigError: temperature = -1.0: must be at least 0
     """
 
 

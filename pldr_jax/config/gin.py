@@ -132,7 +132,15 @@ def read_file(
             twice.
     """
     name = str(path)
-    return list(_Reader(problem).read(_find(name, _home(name, shorten(name))), (), ""))
+    found = _find(name, _home(name, shorten(name)))
+    try:
+        os.lstat(found)
+    except FileNotFoundError:
+        if os.path.basename(name) == name:
+            raise ConfigError(f"{shorten(name)}: no such file{_packaged(name)}") from None
+    except (OSError, ValueError):
+        pass  # said by what reads it
+    return list(_Reader(problem).read(found, (), ""))
 
 
 class _Reader:
@@ -187,6 +195,13 @@ class _Reader:
             return Binding(key, parse_value(text), where)
         except ValueError:
             raise ConfigError(f"{where}: {shorten(key)}: cannot read the value") from None
+
+
+def _packaged(name: str) -> str:
+    """What the package has instead of a config of that name."""
+    known = sorted(config.stem for config in PACKAGED.glob("*.gin"))
+    near = suggest(name.removesuffix(".gin"), known).replace("?", ".gin?")
+    return f", here or in the package{near or '; it has ' + ', '.join(known)}"
 
 
 def _find(name: str, path: str) -> str:

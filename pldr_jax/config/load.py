@@ -75,7 +75,9 @@ def unknown_field(key: str) -> str | None:
     if group not in GROUPS:
         hint = suggest(group, list(GROUPS)) or f"; the groups are {', '.join(GROUPS)}"
         return f"no such group{hint}"
-    return f"no such field{_same_field(name) or suggest(key, _in_group(group))}"
+    names = [key.partition(".")[2] for key in _in_group(group)]
+    near = _same_field(name) or _initials(group, name) or suggest(name, names, f"{group}.")
+    return f"no such field{near or f'; --help lists those of {group}'}"
 
 
 def _in_group(group: str) -> list[str]:
@@ -86,6 +88,14 @@ def _same_field(name: str) -> str:
     """The suggestion of a field `name` of any group; empty where there is none."""
     same = [key for key in FIELDS if key.endswith(f".{name}")]
     return f"; did you mean {same[0]}?" if same else ""
+
+
+def _initials(group: str, name: str) -> str:
+    """The suggestion of the field that a short name such as `lr` stands for; empty without one."""
+    for key in _in_group(group):
+        if "".join(word[0] for word in key.partition(".")[2].split("_")) == name:
+            return f"; did you mean {key}?"
+    return ""
 
 
 def load_config(

@@ -25,6 +25,12 @@ class SamplingConfig(Keywords):
 
     A number that is added here is an array of the decoding batch (`inference/sampling.py`), a flag,
     a config field, a key of JSONL and a keyword of the API without further ado.
+
+    Examples:
+      >>> warm = pldr_jax.SamplingConfig(max_new_tokens=4, temperature=0.7, top_p=0.9, seed=1)
+      >>> one, again = (pldr_jax.load("runs/nano").generate("def ", warm)[0] for _ in range(2))
+      >>> one.tokens == again.tokens
+      True
     """
 
     max_new_tokens: int = field(128, "new tokens for each prompt", low=1)

@@ -26,6 +26,11 @@ class Intervention:
       gain: factor of G_LM: one number, or eta[layer][head] (nested sequences or an array).
       text: token ids of another text, whose A and G_LM replace those of every text; None takes each
         text's own. The other changes act on it too.
+
+    Examples:
+      >>> without = pldr_jax.Intervention(gain=0)
+      >>> bool(pldr_jax.load("runs/nano")([[5, 6]], intervention=without).deductive.G_LM.any())
+      False
     """
 
     centroid: bool = False

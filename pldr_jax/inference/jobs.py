@@ -102,7 +102,10 @@ def _open(source: str) -> BinaryIO:
     try:
         return open(source, "rb")
     except OSError as error:
-        raise ConfigError(f"--prompt_file {source!r}: {error.strerror or error}") from None
+        reason = error.strerror or error
+        raise ConfigError(
+            f"--prompt_file {source!r}: {reason}; name a file of prompts, or - for stdin"
+        ) from None
 
 
 def _lines(file: BinaryIO, source: str) -> Iterator[bytes]:

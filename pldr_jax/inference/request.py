@@ -135,6 +135,11 @@ class Generation:
       finish_reason: "stop", "length", "context" or "error"; None while it is being decoded.
       logprobs: log-probability of each new token in the model's own distribution.
       error: one line, where the finish reason is "error".
+
+    Examples:
+      >>> (one,) = pldr_jax.load("runs/nano").generate("def ", 4, stop_ids=())
+      >>> one.finish_reason, len(one.logprobs)
+      ('length', 4)
     """
 
     prompt_tokens: list[int]

@@ -86,6 +86,12 @@ def import_checkpoint(
         refuse_distributed(path)
         if gin_files or overrides:
             raise ConfigError(f"--gin: {path / CONFIG} says what the model is; leave it out")
+        if not (path / CONFIG).exists():
+            kind = "is a run folder already" if (path / "checkpoints").is_dir() else "has none"
+            raise ConfigError(
+                f"{path / CONFIG}: cannot be read: {path} {kind}; give a folder in the "
+                "transformers layout, a native .pth, or OWNER/NAME of the hub"
+            )
         opened = open_transformers(path, mesh_of_all_devices())
         if "head" not in opened.params:
             raise ConfigError(

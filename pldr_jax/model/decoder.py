@@ -9,6 +9,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from pldr_jax.config import ModelConfig
 from pldr_jax.model.attention import Attention, AttentionInputs, join_projections
@@ -292,6 +293,14 @@ def forward(
         segments,
         g_length_B,
     )
+
+
+@functools.lru_cache(maxsize=8)
+def compiled_forward(config: ModelConfig, mesh: Mesh | None) -> Callable[..., ModelOutputs]:
+    """`forward` for a mesh, compiled; shared by all models of a config, so that new parameters
+    compile nothing again.
+    """
+    return jax.jit(functools.partial(forward, config))
 
 
 def unstack_layers(config: ModelConfig, params: Params) -> Params:

@@ -126,8 +126,7 @@ def newest_whole(
     steps = complete_steps(folder)
     if not steps:
         raise CheckpointError(
-            f"{folder}: no complete checkpoint;"
-            " train in this folder first, or give another --run_dir"
+            f"{folder}: no complete checkpoint; train in this folder first, or name another one"
         )
     if step is not None and step not in steps:
         raise CheckpointError(

@@ -103,8 +103,16 @@ def _fetch(shown: str, repository: str, revision: str | None) -> Path:
         )
     except Exception as error:
         raise ConfigError(
-            f"{shown}: no such folder, and {_reason(hub.errors, error, revision)}"
+            f"{shown}: no such folder{_beside(repository)}, and "
+            f"{_reason(hub.errors, error, revision)}"
         ) from None
+
+
+def _beside(name: str) -> str:
+    """What there is in the folder that a path would lie in, where it is one."""
+    here = Path(name).parent
+    folders = sorted(path.name for path in here.iterdir() if path.is_dir()) if here.is_dir() else []
+    return f" ({here} holds {shorten(', '.join(folders))})" if folders else ""
 
 
 def _reason(errors: Any, error: Exception, revision: str | None) -> str:
