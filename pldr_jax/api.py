@@ -35,6 +35,7 @@ from pldr_jax.model.counts.shapes import place_params
 from pldr_jax.model.decoder import ModelOutputs, Params, compiled_forward
 from pldr_jax.model.deductive import given_g_lm
 from pldr_jax.model.low_rank import LowRankG, check_budget, factorize
+from pldr_jax.model.weights import WeightsDtype, check_weights, has_scales, rounded
 from pldr_jax.partition import build_mesh, mesh_scope, on_every_device
 
 
@@ -73,7 +74,8 @@ class LanguageModel:
         end_ids: Sequence[int] = (),
     ) -> None:
         self.config = config
-        self.params = params if mesh is None else place_params(config, params, mesh)
+        there = mesh is None or has_scales(params)  # what is rounded lies where it lay before
+        self.params = params if there or mesh is None else place_params(config, params, mesh)
         self.tokenizer = tokenizer
         end = -1 if tokenizer is None else tokenizer.eos_id
         self.end_ids = tuple(end_ids) or ((end,) if end >= 0 else ())
@@ -360,6 +362,7 @@ def load(
     mesh: Mesh | MeshConfig | None = None,
     rank_budget: float | None = None,
     revision: str | None = None,
+    weights: WeightsDtype = "float32",
 ) -> LanguageModel:
     """Opens a run folder, a folder in the transformers layout (`config.json`, and
     `model.safetensors` or several files with an index), or a repository of the hub with these.
@@ -374,6 +377,8 @@ def load(
         caches keys in fewer numbers (docs/low_rank.md), such as 1e-3; for a frozen checkpoint, or
         a G_LM that all prompts share. None caches them whole.
       revision: branch, tag or commit on the hub; None is the newest.
+      weights: "bfloat16" or "int8" holds kernels outside PLGA in fewer bytes, for everything that
+        the model computes (docs/decoding.md); "float32" is as trained.
 
     Raises:
       ConfigError, CheckpointError: one line, saying what the folder lacks.
@@ -386,10 +391,11 @@ def load(
 
     if isinstance(mesh, MeshConfig):
         mesh = build_mesh(mesh)
+    check_weights(weights)
     opened = open_checkpoint(path, step, tasks=True, revision=revision, mesh=mesh)
     return LanguageModel(
         opened.config.model,
-        opened.params,
+        rounded(opened.params, weights),
         opened.g_lm,
         opened.tokenizer,
         cache_dtype,

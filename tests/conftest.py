@@ -43,6 +43,7 @@ SLOW_FILES = (
     "test_serve_chat", "test_serve_deductive", "test_serve_errors", "test_serve_faults",
     "test_serve_harness", "test_serve_models", "test_serve_page", "test_serve_slots",
     "test_structure_of_g", "test_sweep", "test_task_data", "test_task_training",
+    "test_weights",
 )  # fmt: skip
 """Test files that run whole programs, or compile many: `pytest -m slow` runs them."""
 

@@ -89,7 +89,8 @@ def open_model(options: Options, config: ExperimentConfig) -> "LanguageModel":
     settings = config.generation
     dtype = None if settings.cache_dtype == "auto" else settings.cache_dtype
     mesh = config.mesh if jax.device_count() > 1 else None
-    return load(options.checkpoint, options.step, dtype, mesh, settings.rank_budget)
+    budget, weights = settings.rank_budget, settings.weights
+    return load(options.checkpoint, options.step, dtype, mesh, budget, weights=weights)
 
 
 def keep_compiled_programs(cache_dir: str | None) -> None:

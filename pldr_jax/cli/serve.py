@@ -22,7 +22,7 @@ OPTIONS = (
 )  # fmt: skip
 SETTABLE = tuple(
     f"Generation.{name}="
-    for name in ("g_mode", "g_file", "cache_dtype", "rank_budget", "prefix_cache_mb")
+    for name in ("g_mode", "g_file", "cache_dtype", "weights", "rank_budget", "prefix_cache_mb")
 ) + ("Mesh.", "Data.cache_dir=")
 """Config fields that this program reads: the others are the checkpoint's, or a request's."""
 
@@ -34,7 +34,8 @@ def serve_main(argv: list[str]) -> None:
         if not override.startswith(SETTABLE):
             raise ConfigError(
                 f"--gin.{override}: is the checkpoint's or a request's; Mesh, Data.cache_dir and "
-                "Generation.g_mode, g_file, cache_dtype, rank_budget, prefix_cache_mb can be set"
+                "Generation.g_mode, g_file, cache_dtype, weights, rank_budget, prefix_cache_mb can "
+                "be set"
             )
     settings = settings_of(ServeConfig, options)
     config = load_config(options.gin_files, options.overrides)
@@ -55,7 +56,8 @@ def serve_main(argv: list[str]) -> None:
     generation = config.generation
     dtype = None if generation.cache_dtype == "auto" else generation.cache_dtype
     mesh = config.mesh if jax.device_count() > 1 else None
-    lm = load(options.run, options.step, dtype, mesh, generation.rank_budget)
+    budget, weights = generation.rank_budget, generation.weights
+    lm = load(options.run, options.step, dtype, mesh, budget, weights=weights)
     name = settings.model_name or Path(options.run).resolve().name
     Server(lm, name, settings, generation, listener).run()
 

@@ -114,6 +114,11 @@ class GenerationConfig(SamplingConfig):
     cache_dtype: Literal["auto", "float32", "bfloat16"] = field(
         "auto", "dtype of cached keys and values; auto is Model.dtype"
     )
+    weights: Literal["float32", "bfloat16", "int8"] = field(
+        "float32",
+        "dtype in which the kernels of attention, feed-forward and head are held, PLGA's never; "
+        "float32 is as trained, int8 has a scale for each output channel",
+    )
     rank_budget: float | None = field(
         None,
         "relative error of a G_LM shared by all prompts (g_mode 'first' or 'frozen') for which "

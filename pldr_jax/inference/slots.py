@@ -29,6 +29,7 @@ from pldr_jax.model.cache import Cache, empty_cache, write_rows
 from pldr_jax.model.decoder import Params, unstack_layers
 from pldr_jax.model.layers import on_gpu
 from pldr_jax.model.low_rank import LowRankG
+from pldr_jax.model.weights import read_in_loop
 from pldr_jax.partition import constrain, mesh_scope
 
 MAX_TOP_LOGPROBS = 20
@@ -252,7 +253,7 @@ def decode_slots(
 
     def step(state: tuple[jax.Array, Slots, Emitted]) -> tuple[jax.Array, Slots, Emitted]:
         i, slots, emitted = state
-        slots, made = _step(config, unstacked, slots, pieces)
+        slots, made = _step(config, read_in_loop(unstacked, i), slots, pieces)
         return i + 1, slots, jax.tree.map(lambda all_, one: all_.at[i].set(one), emitted, made)
 
     def some_steps(state: tuple[jax.Array, Slots, Emitted]) -> tuple[jax.Array, Slots, Emitted]:

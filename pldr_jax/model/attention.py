@@ -145,8 +145,7 @@ def join_projections(attention: dict[str, Any]) -> dict[str, Any]:
     """Parameters of `Attention` as `Attention.decode` reads them: q, k and v side by side."""
     q, k, v = (attention[name] for name in ("q", "k", "v"))
     joined = {
-        "kernel": jnp.stack([x["kernel"] for x in (q, k, v)], axis=1),
-        "bias": jnp.stack([x["bias"] for x in (q, k, v)]),
+        name: jnp.stack([x[name] for x in (q, k, v)], axis=int(name == "kernel")) for name in q
     }
     rest = {name: tree for name, tree in attention.items() if name not in ("q", "k", "v")}
     return {**rest, "qkv": joined}

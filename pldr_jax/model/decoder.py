@@ -239,14 +239,20 @@ def _metric_learner_in_use(config: ModelConfig, variables: Any) -> Any:
     layers: inside, and in the loop over residual layers there, many gathers would travel alone.
     """
 
-    def gather(path: Any, parameter: jax.Array, names: Names) -> jax.Array:
+    def gather(path: Any, names: Names, parameter: jax.Array) -> jax.Array:
         if "metric_in" not in names:
             return parameter
         linear = path[-1].key in ("kernel", "bias")
         return in_use(parameter, names, jnp.dtype(config.dtype) if linear else parameter.dtype)
 
-    names = _axis_names(config)["layers"]
-    return {"params": jax.tree.map_with_path(gather, variables["params"], names)}
+    layers = variables["params"]
+    attention, names = layers["attention"], _axis_names(config)["layers"]["attention"]
+    if "plga" in names:
+        plga = jax.tree.map_with_path(
+            gather, names["plga"], attention["plga"], is_leaf=lambda x: isinstance(x, tuple)
+        )
+        attention = {**attention, "plga": plga}
+    return {"params": {**layers, "attention": attention}}
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
@@ -306,12 +312,14 @@ def compiled_forward(config: ModelConfig, mesh: Mesh | None) -> Callable[..., Mo
 def unstack_layers(config: ModelConfig, params: Params) -> Params:
     """Parameters as `decode_step` reads them: `layers` a tuple of one tree a layer, which needs no
     slicing; kernels in the compute dtype, so that no step converts them; those that read the same
-    state side by side, since a step of few rows costs what its products cost to start.
+    state side by side, since a step of few rows costs what its products cost to start. Those that
+    `weights.rounded` has made smaller stay so.
     """
     dtype = jnp.dtype(config.dtype)
 
     def converted(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        return leaf.astype(dtype) if path[-1].key == "kernel" else leaf
+        larger = path[-1].key == "kernel" and leaf.dtype.itemsize > dtype.itemsize
+        return leaf.astype(dtype) if larger else leaf
 
     def layer(i: int) -> Params:
         one = jax.tree.map_with_path(lambda path, leaf: converted(path, leaf[i]), params["layers"])
@@ -319,8 +327,7 @@ def unstack_layers(config: ModelConfig, params: Params) -> Params:
         return {**one, "attention": attention, "ffn": ffn}
 
     layers = tuple(map(layer, range(config.num_layers)))
-    head = {**params["head"], "kernel": params["head"]["kernel"].astype(dtype)}
-    return {**params, "layers": layers, "head": head}
+    return {**params, "layers": layers, "head": jax.tree.map_with_path(converted, params["head"])}
 
 
 def decode_step(

@@ -54,8 +54,8 @@ def uniform(limit: float) -> Initializer:
     return init
 
 
-Weights: TypeAlias = tuple[jax.Array, jax.Array]
-"""Kernel and bias."""
+Weights: TypeAlias = tuple[jax.Array, jax.Array, jax.Array | None]
+"""Kernel, bias, and the scale of each output of an int8 kernel (`weights.rounded`)."""
 
 
 class Linear(nn.Module):
@@ -85,6 +85,7 @@ class Linear(nn.Module):
             logical(init, *self.in_axes, *self.out_axes),
             (*self.in_shape, *self.out_shape),
         )
+        self.kernel_scale: jax.Array | None = self.get_variable("params", "kernel_scale")
         if not self.use_bias:
             self.bias = jnp.zeros(self.out_shape)
             return
@@ -92,9 +93,9 @@ class Linear(nn.Module):
         self.bias = self.param("bias", logical(nn.initializers.zeros, *bias_axes), self.out_shape)
 
     def weights(self) -> Weights:
-        """Kernel and bias as the product takes them."""
+        """Kernel, bias and scale as the product takes them."""
         kernel = in_use(self.kernel, (*self.in_axes, *self.out_axes), self.dtype)
-        return kernel, self.bias.astype(self.dtype)
+        return kernel, self.bias.astype(self.dtype), self.kernel_scale
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., *in_shape] to [..., *out_shape]."""
@@ -103,7 +104,10 @@ class Linear(nn.Module):
 
 def linear(x: jax.Array, weights: Weights, summed: int, precision: str | None) -> jax.Array:
     """`x W + b`, summed over the last `summed` axes of x."""
-    kernel, bias = weights
+    kernel, bias, scale = weights
+    if scale is not None:
+        y = linear(x, (kernel, jnp.zeros_like(bias), None), summed, precision)
+        return (y * scale).astype(y.dtype) + bias
     rows = x.shape[: x.ndim - summed]
     if len(rows) > 2:  # heads among them, which a mesh may divide
         contract = (tuple(range(x.ndim - summed, x.ndim)), tuple(range(summed)))
@@ -179,10 +183,11 @@ class GLU(nn.Module):
         if on_gpu() and not divided(self.axes[1], self.hidden):
             parts = {"w1": self.w1, "w2": self.w2, "w3": self.w3}
             trees = {
-                name: dict(zip(NAMES, part.weights(), strict=True)) for name, part in parts.items()
+                name: {k: w for k, w in zip(NAMES, part.weights(), strict=True) if w is not None}
+                for name, part in parts.items()
             }
             tree = join_gate(trees, self.axes[1])
-            both, last = (tuple(tree[name].values()) for name in ("w12", "w3_aligned"))
+            both, last = (tuple(map(tree[name].get, NAMES)) for name in ("w12", "w3_aligned"))
             return self._joined(x, both, last)
         return self.w3(nn.silu(self.w1(x)) * self.w2(x))
 
@@ -195,7 +200,7 @@ class GLU(nn.Module):
         return linear(nn.silu(y[..., 0, :]) * y[..., 1, :], last, 1, self.precision)
 
 
-NAMES = ("kernel", "bias")
+NAMES = ("kernel", "bias", "kernel_scale")
 """Parameters of `Linear`."""
 
 
@@ -212,8 +217,8 @@ def join_gate(glu: dict[str, Any], axis: str) -> dict[str, Any]:
     def wider(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, more),))
 
-    w12 = {name: jnp.stack([wider(glu[w][name]) for w in ("w1", "w2")], axis=-2) for name in NAMES}
-    last = {"kernel": jnp.pad(glu["w3"]["kernel"], ((0, more), (0, 0))), "bias": glu["w3"]["bias"]}
+    w12 = {k: jnp.stack([wider(glu[w][k]) for w in ("w1", "w2")], axis=-2) for k in glu["w1"]}
+    last = {**glu["w3"], "kernel": jnp.pad(glu["w3"]["kernel"], ((0, more), (0, 0)))}
     return {"w12": w12, "w3_aligned": last}
 
 
