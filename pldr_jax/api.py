@@ -393,13 +393,5 @@ def load(
         mesh = build_mesh(mesh)
     check_weights(weights)
     opened = open_checkpoint(path, step, tasks=True, revision=revision, mesh=mesh)
-    return LanguageModel(
-        opened.config.model,
-        rounded(opened.params, weights),
-        opened.g_lm,
-        opened.tokenizer,
-        cache_dtype,
-        mesh,
-        rank_budget,
-        opened.end_ids,
-    )
+    own = opened.g_lm, opened.tokenizer, cache_dtype, mesh, rank_budget, opened.end_ids
+    return LanguageModel(opened.config.model, rounded(opened.params, weights), *own)
