@@ -6,16 +6,14 @@ The only place that renames temporary files: what a killed process leaves is nev
 import contextlib
 import errno
 import fcntl
-import hashlib
-import json
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO, TextIO
 
+from pldr_jax.bucket import Bucket, bucket_url
 from pldr_jax.config import ConfigError, expand_home
 
 LOCK = ".lock"
@@ -31,8 +29,11 @@ def user_path(path: str | Path, field: str) -> Path:
     """A path that a user gave for `field`, with `~` for the home folder.
 
     Raises:
-      ConfigError: no file can have this name, or there is no home folder for its `~`.
+      ConfigError: no file can have this name, there is no home folder for its `~`, or it names a
+        bucket, which has no path; see `pldr_jax/copies.py`.
     """
+    if bucket_url(path):
+        raise ConfigError(f"{field} = {str(path)!r}: has to be a local path; copy it there")
     try:
         return Path(expand_home(str(path)))
     except ValueError as error:
@@ -50,59 +51,6 @@ def cache_folder(cache_dir: str | None) -> Path:
     if base := os.environ.get("XDG_CACHE_HOME"):
         return Path(base) / "pldr_jax"
     return user_path("~/.cache/pldr_jax", "Data.cache_dir")
-
-
-def bucket_url(path: str | Path) -> str | None:
-    """`gs://...` or `s3://...`, also of a path that has lost a slash; None of any other path."""
-    found = re.fullmatch(r"(gs|s3):/{1,2}([^/].*?)/*", str(path))
-    return f"{found[1]}://{found[2]}" if found else None
-
-
-def fetch_folder(url: str, flag: str, choose: Callable[[Iterable[str]], Iterable[str]]) -> Path:
-    """A copy of a folder of a bucket, in the cache folder: all of it, or none.
-
-    A folder whose files have not changed is copied once.
-
-    Args:
-      url: as `bucket_url` gives it.
-      flag: that named it, for errors.
-      choose: the names to copy, from those of all files, relative to the folder.
-
-    Raises:
-      ConfigError: there is no such folder, it cannot be read, or an extra is missing.
-    """
-    extra = {"gs": "gcs", "s3": "s3"}[url[:2]]
-    try:
-        import fsspec
-
-        files, root = fsspec.url_to_fs(url)
-        found = files.find(root, detail=True)
-        infos = {name[len(root) + 1 :]: info for name, info in found.items()}
-        names = sorted(choose(infos))
-        if any(".." in name.split("/") or name.startswith("/") for name in names):
-            raise OSError("it has a file whose name leads elsewhere")
-        facts = [[url], *([n, *(str(infos[n].get(k)) for k in _VERSION)] for n in names)]
-        key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-        copies = cache_folder(None) / "buckets"
-        if not names:
-            raise FileNotFoundError("no such folder")
-        with locked(copies / f".{key}", flag, wait=True):
-            if not (copies / key).is_dir():
-                with new_folder(copies / key, flag) as folder:
-                    for name in names:
-                        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                        files.get_file(f"{root}/{name}", str(folder / name))
-    except ImportError:
-        raise ConfigError(f"{flag}={url}: needs pip install 'pldr_jax[{extra}]'") from None
-    except ConfigError:
-        raise
-    except Exception as error:  # each kind of bucket has errors of its own
-        raise ConfigError(f"{flag}={url}: cannot be read ({one_line(error)})") from None
-    return copies / key
-
-
-_VERSION = ("size", "ETag", "md5Hash", "mtime")
-"""What buckets say of a file, of which some changes with its content."""
 
 
 def read_regular_file(path: Path) -> bytes:
@@ -190,6 +138,11 @@ def check_output(output: str | Path, flag: str = OUTPUT, replaces: str | None = 
       ConfigError: names the `flag`.
     """
     folder = Path(output)
+    if url := bucket_url(output):
+        names = Bucket(url, flag).objects()
+        if names and replaces not in names:
+            raise ConfigError(f"{flag}={url}: is there already; name another one")
+        return
     if replaces is not None and (folder / replaces).is_file():
         return
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -203,6 +156,7 @@ def new_folder(
     """A temporary folder, which becomes `output` if nothing is raised in it, and else vanishes.
 
     Args:
+      output: a local path, or a folder of a bucket, whose objects appear when all are written.
       replaces: a folder that holds a file of this name gives way to the new one; None refuses
         every folder that is not empty.
 
@@ -210,6 +164,11 @@ def new_folder(
       ConfigError: `output` is there already, or cannot be written.
     """
     check_output(output, flag, replaces)
+    if url := bucket_url(output):
+        with tempfile.TemporaryDirectory(prefix="pldr_jax-") as local:
+            yield Path(local)
+            _upload(Path(local), Bucket(url, flag), replaces)
+        return
     # A relative name without a parent, "." and links have one only when resolved.
     folder = Path(output).resolve()
     try:
@@ -225,6 +184,17 @@ def new_folder(
         raise ConfigError(
             f"{flag}={output}: cannot be written to ({error.strerror}); name another folder"
         ) from None
+
+
+def _upload(folder: Path, bucket: Bucket, last: str | None) -> None:
+    """All files, that of the name `last` at the end; what else the bucket's folder held goes."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    former = set(bucket.objects())
+    bucket.remove(name for name in former if name == last)
+    for name in sorted(names, key=lambda name: (name == last, name)):
+        bucket.put(names[name], name)
+    bucket.remove(former - set(names))
 
 
 def move_into_place(new: Path, folder: Path) -> None:

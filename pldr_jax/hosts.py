@@ -6,18 +6,22 @@ environment variables say where they are.
 
 import contextlib
 import hashlib
+import ipaddress
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax._src import distributed
 
 from pldr_jax.config import ConfigError
 from pldr_jax.files import one_line
@@ -31,7 +35,7 @@ ENVIRONMENT = {
 WAIT_SECONDS = 300
 """For all processes of a run to start."""
 REMIND_SECONDS = 30.0
-"""After which a process says that it waits."""
+"""Between lines that say that a process waits."""
 SILENT_SECONDS = 30
 """After which a process that says nothing is lost."""
 
@@ -117,7 +121,7 @@ def _initialize(places: dict[str, Any], who: str) -> None:
       ConfigError: they cannot be joined.
     """
     _shorten_fatal_errors()
-    with _reminding(f"{who} waits for the others, for {WAIT_SECONDS} s at most"):
+    with _reminding(who):
         try:
             jax.distributed.initialize(
                 **places,
@@ -167,15 +171,60 @@ def ending_with_the_others() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _reminding(line: str) -> Iterator[None]:
-    """Prints a line if what is done takes long."""
-    timer = threading.Timer(REMIND_SECONDS, print_line, (line,), {"to_stderr": True})
-    timer.daemon = True
-    timer.start()
+def _reminding(who: str) -> Iterator[None]:
+    """Says at intervals that a process waits for others, and who is there."""
+    joined = threading.Event()
+
+    def remind() -> None:
+        while not joined.wait(REMIND_SECONDS):
+            line = f"{who} waits for the others, for {WAIT_SECONDS} s at most{_who_is_there()}"
+            print_line(line, to_stderr=True)
+
+    thread = threading.Thread(target=remind, daemon=True)
+    thread.start()
     try:
         yield
     finally:
-        timer.cancel()
+        joined.set()
+        thread.join()
+
+
+def _who_is_there() -> str:
+    """What this process knows of the others: the first one, who has connected to it; another one,
+    whether the first one answers. "" where nothing is known.
+    """
+    state = distributed.global_state
+    host, _, port = (state.coordinator_address or "").rpartition(":")
+    if not port.isdigit():
+        return ""
+    if state.process_id:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except OSError as error:
+            return f"; {host}:{port}, process 0, does not answer ({error.strerror or error})"
+        return f"; process 0, at {host}:{port}, answers: another process is missing"
+    peers = Counter(host for host in connected_hosts(int(port), Path("/proc/net")))
+    listed = ", ".join(f"{count} on {host}" for host, count in sorted(peers.items()))
+    return f"; of {state.num_processes} processes {peers.total()} are here: {listed}"
+
+
+def connected_hosts(port: int, tables: Path) -> list[str]:
+    """Addresses that have a connection to a port of this machine, one for each connection.
+
+    Args:
+      tables: the folder where Linux lists connections; elsewhere nothing is known.
+    """
+    hosts = []
+    for name in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):
+            for line in (tables / name).read_text().splitlines()[1:]:
+                _, local, remote, status, *_ = line.split()
+                if status == "01" and int(local.rpartition(":")[2], 16) == port:
+                    words = bytes.fromhex(remote.partition(":")[0])
+                    address = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
+                    found = ipaddress.ip_address(address)
+                    hosts.append(str(getattr(found, "ipv4_mapped", None) or found))
+    return hosts
 
 
 def launched(environment: Mapping[str, str]) -> bool:
@@ -213,6 +262,17 @@ def any_process(flag: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def from_first(text: str) -> str:
+    """What process 0 passed, in all processes; all of them call this. At most 2,000 bytes."""
+    if jax.process_count() == 1:
+        return text
+    from jax.experimental import multihost_utils
+
+    encoded = text.encode()[:2000].ljust(2000, b"\0")
+    first = multihost_utils.broadcast_one_to_all(np.frombuffer(encoded, np.uint8))
+    return bytes(np.asarray(first)).rstrip(b"\0").decode(errors="replace")
 
 
 def code_facts() -> dict[str, str]:

@@ -34,7 +34,8 @@ OPTIMISED = ("test_parity", "test_convert", "test_model", "test_task_data")
 
 
 SLOW_FILES = (
-    "test_analyze", "test_audits", "test_causal_training", "test_chat_data", "test_collectives",
+    "test_analyze", "test_audits", "test_bucket_runs", "test_causal_training", "test_chat_data",
+    "test_collectives",
     "test_convert_faults", "test_engine", "test_evaluation", "test_finetune", "test_freeze",
     "test_given_g", "test_gpu", "test_gpu_benchmark", "test_harness", "test_hosts", "test_hub",
     "test_infer", "test_invariance", "test_job_results", "test_jobs", "test_kills", "test_laws",

@@ -1,23 +1,35 @@
 """Checkpoints in a bucket: a real S3 server on loopback, where moto and s3fs are installed."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from buckets import s3_server
+from helpers import assert_same_bits
 from test_engine import CONFIG, params_of
 
 import pldr_jax
+from pldr_jax.bucket import Bucket, bucket_url
 from pldr_jax.config import ConfigError, ExperimentConfig
 from pldr_jax.config.load import config_to_dict
-from pldr_jax.files import bucket_url
+from pldr_jax.copies import growing_file
+from pldr_jax.data.text.inputs import find_inputs
+from pldr_jax.files import new_folder
 from pldr_jax.interop.weights import open_checkpoint
+from pldr_jax.runs.checkpoint import read_weights
 from pldr_jax.runs.folder import fill_run
+from pldr_jax.runs.remote import owner
+from pldr_jax.runs.remote.mirror import Mirror
 
 INFER = Path(__file__).parents[1] / "infer.py"
 
@@ -25,28 +37,13 @@ INFER = Path(__file__).parents[1] / "infer.py"
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a bucket with a run of two steps at `run`."""
-    reason = "needs pip install 'pldr_jax[buckets-test]'"
-    server = pytest.importorskip("moto.server", reason=reason)
-    s3fs = pytest.importorskip("s3fs", reason=reason)
-    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    running.start()
-    host, port = running.get_host_and_port()
-    patch = pytest.MonkeyPatch()
-    patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    patch.setenv("AWS_ACCESS_KEY_ID", "test")
-    patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    patch.setenv("PLDR_CACHE", str(tmp_path_factory.mktemp("cache")))
     folder, config = tmp_path_factory.mktemp("run"), ExperimentConfig(model=CONFIG)
     for step, factor in ((1, 1.0), (2, 2.0)):
         params = jax.tree.map(lambda x, factor=factor: factor * x, params_of(CONFIG))
         fill_run(folder, step, params, None, config_to_dict(config), {"config.gin": b""})
-    files = s3fs.S3FileSystem()
-    files.mkdir("models")
-    files.put(f"{folder}/", "models/run/", recursive=True)
-    yield "s3://models"
-    patch.undo()
-    running.stop()
+    with s3_server(tmp_path_factory.mktemp("cache")) as files:
+        files.put(f"{folder}/", "models/run/", recursive=True)
+        yield "s3://models"
 
 
 @pytest.mark.parametrize("step", [None, 1])
@@ -66,14 +63,60 @@ def test_a_checkpoint_in_a_bucket_is_the_local_one(bucket: str, step: int | None
 
 
 def test_infer_takes_it(bucket: str, tmp_path: Path) -> None:
-    (tmp_path / "prompts.jsonl").write_text('{"tokens": [1, 2, 3]}\n')
-    command = [sys.executable, str(INFER), f"--checkpoint={bucket}/run"]
-    command += [f"--prompt_file={tmp_path}/prompts.jsonl", f"--output={tmp_path}/out.jsonl"]
-    done = subprocess.run(
-        [*command, "--max_new_tokens=4"], env=os.environ, capture_output=True, text=True
-    )
+    Bucket(bucket, "").write("prompts.jsonl", b'{"tokens": [1, 2, 3]}\n')
+    command = [sys.executable, str(INFER), f"--checkpoint={bucket}/run", "--max_new_tokens=4"]
+    command += [f"--prompt_file={bucket}/prompts.jsonl", f"--output={bucket}/out.jsonl"]
+    done = subprocess.run(command, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert '"tokens"' in (tmp_path / "out.jsonl").read_text()
+    assert b'"tokens"' in Bucket(bucket, "").read("out.jsonl")
+
+
+class Noted(Bucket):
+    """Remembers what was written, in order."""
+
+    written: list[str] = []
+
+    def put(self, path: Path, name: str) -> None:
+        super().put(path, name)
+        self.written.append(name)
+
+    def write(self, name: str, content: bytes, new: bool = False) -> bool:
+        self.written.append(name)
+        return super().write(name, content, new)
+
+
+def test_a_manifest_makes_a_checkpoint(bucket: str, tmp_path: Path) -> None:
+    """It is written last, after metrics and files; arrays then leave the local folder. What was
+    uploaded half is removed, and what someone removes locally is not.
+    """
+    run = Noted(f"{bucket}/mirrored", "--run_dir")
+    run.write("checkpoints/9/state/half", b"")
+    config = config_to_dict(ExperimentConfig(model=CONFIG))
+
+    def mirror_at(name: str) -> Mirror:
+        return Mirror(run, tmp_path / name, (0, 1), "", lambda: None)
+
+    one = mirror_at("one")
+    (one.folder / "metrics.jsonl").write_text('{"step": 1}')
+    fill_run(one.folder, 1, params_of(CONFIG), None, config, {})
+    one.wait(1)
+    assert run.written[-1] == "checkpoints/manifests/1.json" and run.written[1] == "metrics.jsonl"
+    assert not list((one.folder / "checkpoints/1/state").iterdir())
+    assert not [name for name in run.objects() if name.startswith("checkpoints/9")]
+    other = mirror_at("other")
+    assert not list((other.folder / "checkpoints/1/state").iterdir())
+    other.fetch_step(1)
+    found = read_weights(other.folder)
+    assert_same_bits(jax.device_get(found.params), jax.device_get(params_of(CONFIG)))
+    shutil.rmtree(one.folder)
+    one.retire()
+    one.close()
+    assert "checkpoints/manifests/1.json" in run.objects()
+    fill_run(other.folder, 2, params_of(CONFIG), None, config, {})
+    shutil.rmtree(other.folder / "checkpoints/1")
+    other.close()
+    left = {name.split("/")[1] for name in run.objects() if name.startswith("checkpoints/")}
+    assert left == {"2", "manifests"} and not other.folder.exists()
 
 
 @pytest.mark.parametrize("name", ["absent", "run/absent"])
@@ -96,6 +139,79 @@ def test_a_missing_extra_is_named(url: str, extra: str, monkeypatch: pytest.Monk
         monkeypatch.delitem(_registry, scheme, raising=False)
     with pytest.raises(ConfigError, match=re.escape(f"pip install 'pldr_jax[{extra}]'")):
         pldr_jax.load(url)
+
+
+@pytest.mark.parametrize(
+    ("named", "found"),
+    [
+        ("", ["a.jsonl", "a.txt", "below/b.txt"]),
+        ("/a.txt", ["a.txt"]),
+        ("/*.txt", ["a.txt"]),
+        ("/**/*.txt", ["a.txt", "below/b.txt"]),
+    ],
+)
+def test_text_in_a_bucket(bucket: str, named: str, found: list[str]) -> None:
+    """A folder, a file and globs lead to copies with the same names, in the same order."""
+    for name in ("a.txt", "a.jsonl", "below/b.txt"):
+        Bucket(f"{bucket}/text", "").write(name, name.encode())
+    pieces = find_inputs([f"{bucket}/text{named}"])
+    names = [re.sub(r".*/buckets/\w+/(text/)?", "", piece.path) for piece in pieces]
+    assert names == found
+    with pytest.raises(ConfigError, match="no such"):
+        find_inputs([f"{bucket}/text/*.parquet"])
+
+
+def test_a_report_in_a_bucket_replaces_the_one_before(bucket: str) -> None:
+    report, names = f"{bucket}/report", Bucket(f"{bucket}/report", "")
+    for content in ("1", "2"):
+        with new_folder(report, "--out", "report.json") as folder:
+            (folder / "report.json").write_text(content)
+            (folder / content).write_text("")
+    assert set(names.objects()) == {"report.json", "2"} and names.read("report.json") == b"2"
+    with pytest.raises(ConfigError, match="is there already"), new_folder(report, "--out"):
+        pass
+
+
+def test_results_are_uploaded_whatever_ends_the_job(bucket: str) -> None:
+    url = f"{bucket}/results.jsonl"
+    with pytest.raises(KeyboardInterrupt), growing_file(url, "--output") as path:
+        Path(path).write_text("one\n")
+        raise KeyboardInterrupt
+    with growing_file(url, "--output") as path:
+        assert Path(path).read_text() == "one\n"
+
+
+def test_one_process_owns_a_run(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this machine it is known whether it lives; of another one its heart is listened to."""
+    run = Bucket(f"{bucket}/owned", "--run_dir")
+    first = owner.Owner(run)
+    first.take()
+    with pytest.raises(ConfigError, match=f"in use by process {os.getpid()} on "):
+        owner.Owner(run).take()
+    facts = json.loads(run.read(owner.NAME)) | {"token": "", "pid": 2**22 + 1}
+    run.write(owner.NAME, json.dumps(facts).encode())  # it died
+    with pytest.raises(ConfigError, match="was taken over by process"):
+        first.check()
+    second = owner.Owner(run)
+    second.take()
+    first.release()  # it leaves what is another's
+    second.check()
+    second.release()
+    monkeypatch.setattr(owner, "LOST_SECONDS", 1.5)
+    for beats in (True, False):
+        elsewhere = json.dumps(facts | {"machine": "other"}).encode()
+        run.write(owner.NAME, elsewhere)
+        beat = json.dumps(facts | {"machine": "other", "time": time.time()}).encode()
+        timer = threading.Timer(0.5, run.write, (owner.NAME, beat))
+        if beats:
+            timer.start()
+            with pytest.raises(ConfigError, match="is in use by"):
+                owner.Owner(run).take()
+        else:
+            third = owner.Owner(run)
+            third.take()
+            third.release()
+    assert owner.NAME not in run.objects()
 
 
 def test_bucket_urls() -> None:

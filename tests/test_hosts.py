@@ -11,7 +11,7 @@ import pytest
 from helpers import corpus_of, finish, flags, run_program, start
 
 from pldr_jax.config import ConfigError
-from pldr_jax.hosts import join, launched
+from pldr_jax.hosts import REMIND_SECONDS, connected_hosts, join, launched
 
 # Without PLGA, whose powers amplify the rounding of sums in another order, and with an epsilon that
 # keeps the rounding of near-zero gradients from changing whole updates.
@@ -236,3 +236,48 @@ def test_a_lost_process_ends_the_others_in_one_line(
     assert "another process of the run is lost" in one_error(process.stderr)
     finish(processes[victim])
     assert any(path.name.isdigit() for path in (run_dir / "checkpoints").iterdir())
+
+
+WAITING = """
+import sys
+import pldr_jax.hosts as hosts
+hosts.REMIND_SECONDS, hosts.WAIT_SECONDS = 2.0, 60
+hosts.join(sys.argv[1], 3, int(sys.argv[2]))
+"""
+
+
+def test_a_host_that_is_missing_is_noticed() -> None:
+    """The first process says who has come, another one that the first answers, or that it does
+    not.
+    """
+    assert REMIND_SECONDS <= 60
+    with socket.socket() as free, socket.socket() as other:
+        free.bind(("localhost", 0))
+        other.bind(("localhost", 0))
+        here, nowhere = (f"localhost:{end.getsockname()[1]}" for end in (free, other))
+    places = [(here, 0), (here, 1), (nowhere, 2)]
+    waiting = [start("-c", WAITING, address, index) for address, index in places]
+    expected = [
+        "of 3 processes 2 are here: 2 on 127.0.0.1",
+        f"process 0, at {here}, answers: another process is missing",
+        f"{nowhere}, process 0, does not answer (Connection refused)",
+    ]
+    try:
+        for process, text in zip(waiting, expected, strict=True):
+            assert any(text in line for line in process.stderr)  # until it says so
+    finally:
+        for process in waiting:
+            process.kill()
+
+
+def test_connections_are_counted_by_their_hosts(tmp_path: Path) -> None:
+    """Of the port alone, and only those that stand; IPv4 in IPv6 as IPv4."""
+    head = "  sl  local_address rem_address   st\n"
+    (tmp_path / "tcp").write_text(
+        f"{head} 0: 0100007F:04D2 0200A8C0:9C40 01 x\n 1: 0100007F:04D2 0300A8C0:9C40 06 x\n"
+        f" 2: 0100007F:04D3 0400A8C0:9C40 01 x\n"
+    )
+    mapped, local = "0000000000000000FFFF00000500A8C0", "00000000000000000000000001000000"
+    (tmp_path / "tcp6").write_text(f"{head} 0: {local}:04D2 {mapped}:9C40 01 x\n")
+    assert connected_hosts(1234, tmp_path) == ["192.168.0.2", "192.168.0.5"]
+    assert connected_hosts(1234, tmp_path / "none") == []

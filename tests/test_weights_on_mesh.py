@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from helpers import assert_same_bits
 from jax.sharding import SingleDeviceSharding
 from test_engine import CONFIG, params_of
 
@@ -26,6 +27,9 @@ from pldr_jax.interop.weights import open_checkpoint
 from pldr_jax.model.counts.shapes import param_shardings
 from pldr_jax.partition import build_mesh
 from pldr_jax.runs.folder import write_run
+from pldr_jax.training.finetune.begin import start_from
+from pldr_jax.training.freeze import freeze as freezing
+from pldr_jax.training.start import first_state
 
 MODEL = dataclasses.replace(CONFIG, vocab_size=96, num_heads=8, num_layers=3, num_gated_units=2)
 MESHES = [MeshConfig(1, 4, 2), MeshConfig(2, 2, 2), MeshConfig(1, 1, 8)]
@@ -76,6 +80,20 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[jax.Array]]:
     yield seen
 
 
+def assert_no_whole_parameter(params: Any, made: list[jax.Array]) -> None:
+    """Not now, and not when something was put somewhere."""
+    large = {
+        leaf.shape for leaf in jax.tree.leaves(params) if not leaf.sharding.is_fully_replicated
+    }
+    # Some parameter has the shape of another one's part.
+    large -= {leaf.addressable_shards[0].data.shape for leaf in jax.tree.leaves(params)}
+    assert len(large) > 5
+    for array in [*made, *jax.live_arrays()]:
+        if not array.is_deleted() and array.shape in large:
+            assert not isinstance(array.sharding, SingleDeviceSharding), array.shape
+            assert not array.sharding.is_fully_replicated, array.shape
+
+
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_no_parameter_is_whole_on_a_device(
     checkpoint: Path, sizes: MeshConfig, made: list[jax.Array]
@@ -87,18 +105,48 @@ def test_no_parameter_is_whole_on_a_device(
         jax.tree.leaves(opened.params), jax.tree.leaves(host_params()), strict=True
     ):
         assert np.array_equal(one, two)
-    large = {
-        leaf.shape
-        for leaf in jax.tree.leaves(opened.params)
-        if not leaf.sharding.is_fully_replicated
-    }
-    # Some parameter has the shape of another one's part.
-    large -= {leaf.addressable_shards[0].data.shape for leaf in jax.tree.leaves(opened.params)}
-    assert len(large) > 5
-    for array in [*made, *jax.live_arrays()]:
-        if not array.is_deleted() and array.shape in large:
-            assert not isinstance(array.sharding, SingleDeviceSharding), array.shape
-            assert not array.sharding.is_fully_replicated, array.shape
+    assert_no_whole_parameter(opened.params, made)
+
+
+def test_fine_tuning_begins_on_its_mesh(
+    checkpoint: Path, tmp_path: Path, made: list[jax.Array]
+) -> None:
+    """And takes the weights over: those of the checkpoint are not held beside them."""
+    fields = ["Mesh.data=1", "Mesh.fsdp=4", "Mesh.tensor=2", "Data.tokenizer='its.model'"]
+    before = {id(array) for array in jax.live_arrays()}
+    config, initial = start_from(checkpoint, tmp_path, [], fields)
+    assert initial is not None
+    mesh = build_mesh(config.mesh)
+    state = first_state(config, mesh, initial)
+    assert jax.tree.map(lambda x: x.sharding, state.params) == param_shardings(MODEL, mesh)
+    assert_same_bits(jax.device_get(state.params), host_params())
+    assert_no_whole_parameter(state.params, made)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(initial.params))
+    # Without the views of single parts, which the assertions above have made.
+    held = sum(
+        array.nbytes
+        for array in jax.live_arrays()
+        if id(array) not in before and len(array.sharding.device_set) > 1
+    )
+    assert held < 1.01 * sum(x.nbytes for x in jax.tree.leaves(state))
+
+
+def test_freezing_begins_on_the_mesh_that_is_named(
+    checkpoint: Path, tmp_path: Path, made: list[jax.Array], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def look(opened: Any, *_: Any) -> dict[str, Any]:
+        assert jax.sharding.get_abstract_mesh().shape["fsdp"] == 4
+        seen.append(opened.params)
+        return {}
+
+    monkeypatch.setattr(freezing, "_freeze", look)
+    fields = ["Mesh.data=1", "Mesh.fsdp=4", "Mesh.tensor=2"]
+    freezing.freeze(checkpoint, tmp_path / "out", overrides=fields)
+    mesh = build_mesh(MESHES[0])
+    assert jax.tree.map(lambda x: x.sharding, seen[0]) == param_shardings(MODEL, mesh)
+    assert_no_whole_parameter(seen[0], made)
 
 
 def test_a_loaded_model_holds_no_more_than_its_share(checkpoint: Path) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from pldr_jax.config import ConfigError
+from pldr_jax.copies import readable_path
 from pldr_jax.data.rows import TokenRows, TokenStore, join_rows
 from pldr_jax.data.text.tokenizer import Tokenizer
-from pldr_jax.files import user_path
 
 FLAG = "--prompts"
 _JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
@@ -30,7 +30,7 @@ def rows_of_file(path: str | Path, tokenizer: Tokenizer, rows: int, length: int)
     """
     tokens: list[int] = []
     documents = 0
-    for text in _documents(user_path(path, FLAG)):
+    for text in _documents(readable_path(path, FLAG)):
         documents += 1
         tokens += tokenizer.encode(text)
         tokens += [tokenizer.eos_id] * (tokenizer.eos_id >= 0)

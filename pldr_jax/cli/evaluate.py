@@ -4,6 +4,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pldr_jax.bucket import Bucket, bucket_url
 from pldr_jax.cli.common import STEP, keep_compiled_programs, run
 from pldr_jax.cli.options import Option, Options, parse_args
 from pldr_jax.cli.training.tasks import open_tasks
@@ -65,9 +66,10 @@ def evaluate_main(argv: list[str]) -> None:
     options = parse_args(argv, "pldr-eval", DESCRIPTION, OPTIONS)
     config = load_config(options.gin_files, options.overrides)
     modes = _modes(options)
-    output = Path(options.output)
+    output, url = Path(options.output), bucket_url(options.output)
+    there = Bucket(url, "--output").objects() if url else [p.name for p in output.glob("*")]
     for name in (RESULTS, TABLE):
-        if (output / name).exists():
+        if name in there:
             raise ConfigError(f"--output={output}: already holds {name}; name another folder")
     if options.rows < 1:
         raise ConfigError(f"--rows={options.rows}: must be at least 1")
@@ -115,16 +117,21 @@ def evaluate_main(argv: list[str]) -> None:
         "overlap": options.overlap,
     }
     table = results_table(results)
+    files = {RESULTS: results_json(head, results).encode(), TABLE: table.encode()}
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / RESULTS).write_text(results_json(head, results), encoding="utf-8")
-        (output / TABLE).write_text(table, encoding="utf-8")
+        if not url:
+            output.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            if url:
+                Bucket(url, "--output").write(name, content)
+            else:
+                (output / name).write_bytes(content)
     except OSError as error:
         print(table, end="")
         raise ConfigError(
             f"--output={output}: cannot be written to ({error.strerror}); the table is above"
         ) from None
-    print(f"{table}results: {output / RESULTS}")
+    print(f"{table}results: {url or output}/{RESULTS}")
 
 
 def _count(bar: LiveBar, done: int, total: int) -> None:

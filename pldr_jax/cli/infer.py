@@ -8,6 +8,7 @@ from pldr_jax.cli.common import CHECKPOINT, FAILURE, STEP, keep_compiled_program
 from pldr_jax.cli.options import Option, Options, parse_args
 from pldr_jax.config import ConfigError, ExperimentConfig, SamplingConfig
 from pldr_jax.config.load import load_config
+from pldr_jax.copies import growing_file, readable_path
 from pldr_jax.inference.jobs import JsonlWriter, count_prompts, read_prompts
 from pldr_jax.inference.progress import JobProgress
 from pldr_jax.terminal import Display, is_terminal, print_line
@@ -92,7 +93,8 @@ def infer_main(argv: list[str]) -> None:
         chat(options, config)
         return
     _check(options)
-    _infer(options, config)
+    with growing_file(options.output, "--output") as output_file:
+        _infer(options, config, output_file)
 
 
 def _check(options: Options) -> None:
@@ -113,14 +115,16 @@ def _check(options: Options) -> None:
         raise ConfigError("--logprobs: are written as JSONL; add --output PATH or --format=jsonl")
 
 
-def _infer(options: Options, config: ExperimentConfig) -> None:
-    settings = config.generation
+def _infer(options: Options, config: ExperimentConfig, output_file: str | None) -> None:
+    settings, source = config.generation, options.prompt_file
     # What can be wrong with files is said before the checkpoint is loaded.
-    lines = read_prompts(options.prompt, options.prompt_file)
-    total = count_prompts(options.prompt_file) if options.prompt_file else len(options.prompt)
+    if source not in (None, "-"):
+        source = str(readable_path(source, "--prompt_file"))
+    lines = read_prompts(options.prompt, source)
+    total = count_prompts(source) if source else len(options.prompt)
     writer = None
-    if options.output is not None:
-        writer = JsonlWriter(options.output, options.resume, options.retry_failed)
+    if output_file is not None:
+        writer = JsonlWriter(output_file, options.resume, options.retry_failed)
     try:
         keep_compiled_programs(config.data.cache_dir)
         from pldr_jax.inference.batch import run_batch

@@ -3,6 +3,7 @@
 import numpy as np
 
 from pldr_jax.config import ConfigError
+from pldr_jax.copies import readable_path
 
 
 def read_order(path: str, n_rows: int, batch_size: int) -> np.ndarray:
@@ -16,7 +17,7 @@ def read_order(path: str, n_rows: int, batch_size: int) -> np.ndarray:
         return ConfigError(f"Data.order = {path!r}: {what}")
 
     try:
-        numbers = np.load(path, allow_pickle=False)
+        numbers = np.load(readable_path(path, "Data.order"), allow_pickle=False)
     except OSError as error:
         raise wrong(f"cannot be read ({error.strerror or 'no npy file'})") from None
     except (ValueError, EOFError):

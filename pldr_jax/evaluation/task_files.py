@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from pldr_jax.config import ConfigError
-from pldr_jax.files import read_regular_file, user_path
+from pldr_jax.copies import readable_path
+from pldr_jax.files import read_regular_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,7 @@ def find_tasks(names: str) -> list[Task]:
 
 
 def _find(name: str) -> Task:
-    path = user_path(name, "--tasks")
+    path = readable_path(name, "--tasks")
     if path.suffix not in (".yaml", ".yml"):
         path = task_folder() / f"{name}.yaml"
         if not path.is_file():

@@ -11,6 +11,7 @@ import numpy as np
 
 from pldr_jax.config import ConfigError, ExperimentConfig, TaskConfig
 from pldr_jax.config.load import config_to_dict, dump_config
+from pldr_jax.copies import readable_path
 from pldr_jax.data.text.chat import template_in
 from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.files import (
@@ -216,7 +217,7 @@ def convert_g_lm(
     target = user_path(output, "OUT")
     if target.suffix != ".npz" or target.exists():
         raise ConfigError(f"OUT={output}: must be a new file that ends in .npz")
-    g_lm = read_pickled_g_lm(user_path(path, "PICKLE"))
+    g_lm = read_pickled_g_lm(readable_path(path, "PICKLE"))
     try:
         with whole_file(target) as temporary:
             np.savez(temporary, G_LM=g_lm)

@@ -19,7 +19,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from pldr_jax.config import ConfigError, ExperimentConfig, LoraConfig, ModelConfig, TaskConfig
 from pldr_jax.config.load import config_from_dict, config_to_dict, dump_config
-from pldr_jax.files import TOKENIZER, check_output, new_folder, user_path
+from pldr_jax.copies import readable_path
+from pldr_jax.files import TOKENIZER, check_output, new_folder
 from pldr_jax.interop.folder import parse_json, read_json
 from pldr_jax.interop.names import HEADS, as_float32, linear_names
 from pldr_jax.interop.record import inherited_files
@@ -29,6 +30,7 @@ from pldr_jax.model.decoder import Params
 from pldr_jax.model.lora import digest_of, target_shapes
 from pldr_jax.runs.checkpoint import Weights, read_weights
 from pldr_jax.runs.folder import write_run
+from pldr_jax.runs.hub import find_checkpoint
 from pldr_jax.terminal import print_line
 
 ADAPTER, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -48,7 +50,7 @@ Log = Callable[[str], None]
 
 def is_adapter(path: str | Path) -> bool:
     """Whether a folder has PEFT's layout."""
-    return (user_path(path, "PATH") / SETTINGS).is_file()
+    return (readable_path(path, "PATH") / SETTINGS).is_file()
 
 
 def merge_run(run: str | Path, output: str | Path, step: int | None, log: Log = print_line) -> None:
@@ -124,7 +126,7 @@ def import_adapter(
       ConfigError, CheckpointError: another base, or adapters that do not fit it.
     """
     check_output(output, "OUT")
-    folder = user_path(path, "PATH")
+    folder = readable_path(path, "PATH")
     opened = open_checkpoint(base, flag="--base", tasks=True)
     settings = read_json(folder / SETTINGS)
     tensors, metadata = read_safetensors(folder / ADAPTER)
@@ -132,7 +134,7 @@ def import_adapter(
     ours = parse_json(metadata.get(_OURS, "{}").encode(), where)
     lora = dataclasses.replace(
         _read_settings(settings, f"{folder / SETTINGS}"),
-        base=str(opened.folder.resolve()),
+        base=opened.name,
         base_step=opened.step,
         base_digest=ours.get("base_sha256"),
     )
@@ -153,7 +155,7 @@ def import_adapter(
 
 def _read_adapters(run: str | Path, step: int | None, remedy: str) -> tuple[Weights, LoraConfig]:
     """A checkpoint of adapters as it is, and what they are; ConfigError where it has none."""
-    folder = user_path(run, "RUN")
+    folder = find_checkpoint(run, "RUN", step=step).folder
     weights = read_weights(folder, step)
     lora = config_from_dict(weights.config_dict, str(folder)).lora
     if not lora.rank:

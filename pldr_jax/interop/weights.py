@@ -1,25 +1,24 @@
 """Opens any checkpoint: a run folder, or a folder in the transformers layout."""
 
 import dataclasses
-import functools
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
-from jax.sharding import Mesh
 
+from pldr_jax.bucket import bucket_url
 from pldr_jax.config import ConfigError, ExperimentConfig, LoraConfig, TaskConfig
 from pldr_jax.config.load import config_from_dict
 from pldr_jax.data.mixture import TrainingText, open_training_text
 from pldr_jax.data.text.chat import template_in
 from pldr_jax.data.text.tokenizer import Tokenizer
-from pldr_jax.files import TOKENIZER, bucket_url, fetch_folder
+from pldr_jax.files import TOKENIZER
 from pldr_jax.interop.config_json import BACKBONE, end_ids
 from pldr_jax.interop.folder import parse_json, read_json
 from pldr_jax.interop.pth import refuse_distributed
 from pldr_jax.interop.record import read_record
 from pldr_jax.interop.transformers import CONFIG, open_transformers
+from pldr_jax.model.counts.shapes import MeshChoice
 from pldr_jax.model.decoder import Params
 from pldr_jax.model.lora import digest_of, merge_adapters
 from pldr_jax.runs.checkpoint import read_weights
@@ -43,6 +42,7 @@ class Checkpoint:
       tokenizer: None where the folder has none.
       end_ids: tokens that end a text: the tokenizer's end piece, or what `config.json` says.
       origin: of one of the hub, `hub.Source.origin`.
+      name: where it lies: a path, or the URL of a folder of a bucket.
     """
 
     folder: Path
@@ -53,6 +53,7 @@ class Checkpoint:
     tokenizer: Tokenizer | None
     end_ids: tuple[int, ...] = ()
     origin: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    name: str = ""
 
 
 def open_checkpoint(
@@ -61,7 +62,7 @@ def open_checkpoint(
     flag: str = "",
     tasks: bool = False,
     revision: str | None = None,
-    mesh: Mesh | None = None,
+    mesh: MeshChoice = None,
 ) -> Checkpoint:
     """Reads a checkpoint for any use: inference, fine-tuning, freezing, analysis, export.
 
@@ -71,15 +72,15 @@ def open_checkpoint(
       flag: that named the path, for errors, such as "--init_from".
       tasks: whether the head may be a task's; else it must be that of a language model.
       revision: of a name of the hub; None is the newest.
-      mesh: that the weights come to, each in its parts; None is the default device.
+      mesh: that the weights come to, each in its parts.
 
     Raises:
       ConfigError, CheckpointError: one line, saying what the folder lacks.
     """
-    if url := bucket_url(path):
-        path = fetch_folder(url, flag or "path", functools.partial(_files_of, step))
-    source = find_checkpoint(path, flag, revision)
-    opened = dataclasses.replace(_read(source.folder, step, flag, mesh), origin=source.origin)
+    source = find_checkpoint(path, flag, revision, step)
+    name = bucket_url(path) or str(source.folder.resolve())
+    opened = _read(source.folder, step, flag, mesh)
+    opened = dataclasses.replace(opened, origin=source.origin, name=name)
     if not tasks and (task := opened.config.model.task) is not None:
         raise ConfigError(f"{path}: has a {task} head; this needs a language model")
     if not tasks and "head" not in opened.params:
@@ -87,7 +88,7 @@ def open_checkpoint(
     return opened
 
 
-def _read(folder: Path, step: int | None, flag: str, mesh: Mesh | None) -> Checkpoint:
+def _read(folder: Path, step: int | None, flag: str, mesh: MeshChoice) -> Checkpoint:
     if not folder.is_dir():
         name = f"{flag}={folder}" if flag else repr(str(folder))
         raise ConfigError(f"{name}: no such folder; give a run folder, or one with {CONFIG}")
@@ -111,20 +112,7 @@ def _read(folder: Path, step: int | None, flag: str, mesh: Mesh | None) -> Check
     return Checkpoint(folder, weights.step, config, params, weights.g_lm, tokenizer, ends)
 
 
-def _files_of(step: int | None, names: Iterable[str]) -> list[str]:
-    """The files that a checkpoint needs: of a run folder, those of one step, by default the newest
-    whose manifest was written when it was complete.
-    """
-    names = list(names)
-    manifests = (re.fullmatch(r"checkpoints/manifests/(\d+)\.json", name) for name in names)
-    newest = max((int(found[1]) for found in manifests if found), default=0)
-    chosen = newest if step is None else step
-    kept = f"checkpoints/{chosen}/", f"checkpoints/manifests/{chosen}.json"
-    others = ("checkpoints/", "profile/", "tensorboard/", ".")
-    return [n for n in names if n.startswith(kept) or not n.startswith(others)]
-
-
-def open_base(lora: LoraConfig, folder: Path, mesh: Mesh | None = None) -> Checkpoint:
+def open_base(lora: LoraConfig, folder: Path, mesh: MeshChoice = None) -> Checkpoint:
     """The checkpoint that the adapters of a run folder belong to: `base` in it, a folder or a link,
     or else where it lay in training.
 
@@ -132,7 +120,7 @@ def open_base(lora: LoraConfig, folder: Path, mesh: Mesh | None = None) -> Check
       ConfigError, CheckpointError: it is not there, or its weights are others.
     """
     path = folder / BASE if (folder / BASE).is_dir() else Path(lora.base or "")
-    if lora.base is None or not path.is_dir():
+    if lora.base is None or not (path.is_dir() or bucket_url(path)):
         raise ConfigError(
             f"{folder}: its adapters belong to {lora.base}, which is not there; put that, or a "
             f"link to it, at {folder / BASE}"

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
 
 from pldr_jax.config import LoraConfig, ModelConfig
 from pldr_jax.model.counts.shapes import param_shapes
@@ -111,6 +112,13 @@ def count_adapter_params(config: ModelConfig, lora: LoraConfig) -> int:
     )
 
 
+def _whole(leaf: Any) -> Any:
+    """An array that this process can read; all processes of a run call this."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return multihost_utils.process_allgather(leaf, tiled=True)
+    return leaf
+
+
 def digest_of(params: Params, g_lm: jax.Array | None) -> str:
     """SHA-256 of parameters and predefined G_LM, by name, shape and bits: what an adapter belongs
     to.
@@ -118,7 +126,7 @@ def digest_of(params: Params, g_lm: jax.Array | None) -> str:
     digest = hashlib.sha256()
     leaves: dict[Path, Any] = flatten_dict(params) | ({} if g_lm is None else {("g_lm",): g_lm})
     for path, leaf in sorted(leaves.items()):
-        array = np.ascontiguousarray(leaf)
+        array = np.ascontiguousarray(_whole(leaf))
         digest.update(f"{'.'.join(path)} {array.dtype} {array.shape}\n".encode())
         digest.update(array.data)
     return digest.hexdigest()

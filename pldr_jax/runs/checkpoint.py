@@ -8,7 +8,6 @@ are written next to it (`pldr_jax/runs/checksums.py`); they are checked when it 
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import os
@@ -23,21 +22,25 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from pldr_jax.config import CheckpointConfig
 from pldr_jax.config.load import config_from_dict
 from pldr_jax.files import one_line
 from pldr_jax.hosts import ending_with_the_others
-from pldr_jax.model.counts.shapes import param_shardings
+from pldr_jax.model.counts.shapes import MeshChoice, chosen_mesh, param_shardings
 from pldr_jax.runs.checksums import (
+    BEST_METRIC,
     CheckpointError,
     Log,
+    check_fits,
     complete_steps,
     newest_whole,
+    readable_metrics,
     remove_orphans,
     write_manifest,
 )
+from pldr_jax.runs.remote.mirror import Mirror
 from pldr_jax.terminal import print_line
 
 _CAUSES = re.compile(
@@ -45,9 +48,6 @@ _CAUSES = re.compile(
     "Read-only file system"
 )
 """In what is else a page of paths."""
-
-BEST_METRIC = "eval/loss"
-"""The metric whose lowest value `Checkpoint.keep_best` keeps."""
 
 __all__ = ["BEST_METRIC", "CheckpointError", "Checkpointer", "Restored", "Weights", "read_weights"]
 
@@ -79,16 +79,20 @@ def _to_stderr(line: str) -> None:
 class Checkpointer:
     """Writes and reads the checkpoints of one run, under `run_dir/checkpoints`.
 
-    In a run of several processes, all of them call every method. `log` takes one line of text.
+    In a run of several processes, all of them call every method. `log` takes one line of text. With
+    a `mirror` the run is in a bucket, and each process has a `run_dir` of its own.
     """
 
     def __init__(
-        self, run_dir: str | Path, config: CheckpointConfig, log: Log = _to_stderr
+        self,
+        run_dir: str | Path,
+        config: CheckpointConfig,
+        log: Log = _to_stderr,
+        mirror: Mirror | None = None,
     ) -> None:
-        self.run_dir = Path(run_dir)
-        self.folder = self.run_dir / "checkpoints"
-        self._config = config
-        self._log = log
+        self.name = str(run_dir) if mirror is None else mirror.url
+        self.folder = Path(run_dir) / "checkpoints"
+        self._config, self._log, self._mirror = config, log, mirror
         self._manager: ocp.CheckpointManager | None = None  # from the first save on
         self._saving: int | None = None
         self._restored: int | None = None  # what is newer than this is of another history
@@ -119,7 +123,7 @@ class Checkpointer:
         """
         self.wait()
         with _quiet(), self._reporting(step):
-            if jax.process_index() == 0:
+            if self._writes:
                 _check_writable(self.folder)
             manager = self._manager or self._open()
             if step in self.all_steps():
@@ -150,7 +154,9 @@ class Checkpointer:
             self._manager.wait_until_finished()
             if step not in self.all_steps():
                 raise OSError("the step folder did not appear")
-            if jax.process_index() == 0:
+            if self._mirror is not None:
+                self._mirror.wait(step)
+            elif jax.process_index() == 0:
                 write_manifest(self.folder, step)
                 remove_orphans(self.folder)
 
@@ -168,13 +174,14 @@ class Checkpointer:
 
         def read(folder: Path) -> tuple[Any, Any, Any]:
             data_state, config = _read_json(folder / "data"), _read_json(folder / "config")
-            _check_fits(_stored_arrays(folder / "state"), abstract_state)
+            check_fits(_stored_arrays(folder / "state"), abstract_state)
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
                 args = ocp.args.StandardRestore(abstract_state)
                 return reader.restore(folder / "state", args=args), data_state, config
 
         with _quiet():
-            self._restored, parts = newest_whole(self.folder, step, read, self._log)
+            fetch = None if self._mirror is None else self._mirror.fetch_step
+            self._restored, parts = newest_whole(self.folder, step, read, self._log, fetch)
         return Restored(self._restored, *parts)
 
     def read_config(self) -> dict[str, Any] | None:
@@ -241,7 +248,7 @@ class Checkpointer:
         """The Orbax manager, on a folder that it can read; its threads are silent until `close`."""
         logging.getLogger("absl").addFilter(_not_of_orbax)
         restored, self._restored = self._restored, None
-        if jax.process_index() == 0:
+        if self._writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             for step in self.all_steps():
                 if restored is not None and step > restored:
@@ -250,9 +257,11 @@ class Checkpointer:
                         f" this run continues from step {restored}"
                     )
                     shutil.rmtree(self.folder / str(step))
-                elif not _readable_metrics(self.folder / str(step)):
+                elif not readable_metrics(self.folder / str(step)):
                     shutil.rmtree(self.folder / str(step) / "metrics")  # Orbax cannot pass over it
             remove_orphans(self.folder)
+        if self._mirror is not None:
+            self._mirror.retire()
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("pldr_jax.checkpoint.open")
         policies = ocp.checkpoint_managers
@@ -271,15 +280,30 @@ class Checkpointer:
             best_mode="min",
             cleanup_tmp_directories=True,
         )
-        self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
+        handlers: Any = None
+        if self._mirror is not None and jax.process_count() > 1:
+            alone = ocp.options.MultiprocessingOptions(primary_host=None)
+            options.multiprocessing_options = alone
+            # In this format the folder of all is the union of those of each.
+            state = ocp.StandardCheckpointHandler(use_ocdbt=False, multiprocessing_options=alone)
+            texts = (ocp.JsonCheckpointHandler(multiprocessing_options=alone) for _ in range(2))
+            handlers = dict(zip(("state", "data", "config"), (state, *texts), strict=True))
+        self._manager = ocp.CheckpointManager(
+            self.folder.absolute(), options=options, item_handlers=handlers
+        )
         return self._manager
+
+    @property
+    def _writes(self) -> bool:
+        """Whether this process makes and removes folders."""
+        return self._mirror is not None or jax.process_index() == 0
 
 
 def read_weights(
     run_dir: str | Path,
     step: int | None = None,
     log: Log = _to_stderr,
-    mesh: Mesh | None = None,
+    mesh: MeshChoice = None,
 ) -> Weights:
     """Parameters, G_LM and configuration of a run's newest whole checkpoint, or of that of `step`.
 
@@ -300,10 +324,11 @@ def read_weights(
         stored = {"params": tree["params"], "g_lm": tree["g_lm"]}
         places: Any = jax.tree.map(lambda leaf: whole, stored)
         if mesh is not None:
-            run, replicated = config_from_dict(config, ""), NamedSharding(mesh, PartitionSpec())
-            places = jax.tree.map(lambda leaf: replicated, stored)
+            run = config_from_dict(config, "")
+            on = chosen_mesh(mesh, run)
+            places = jax.tree.map(lambda leaf: NamedSharding(on, PartitionSpec()), stored)
             if not run.lora.rank:  # adapters are small
-                places["params"] = param_shardings(run.model, mesh)
+                places["params"] = param_shardings(run.model, on)
         abstract = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             stored,
@@ -337,31 +362,8 @@ def _stored_arrays(folder: Path) -> Any:
         return reader.metadata(folder).item_metadata.tree
 
 
-def _check_fits(stored_tree: Any, abstract_state: Any) -> None:
-    """ValueError where names, shapes or dtypes differ: Orbax drops and casts without a word."""
-    stored = {leaf.name: f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(stored_tree)}
-    wanted = {
-        jax.tree_util.keystr(path, simple=True, separator="."): f"{leaf.dtype}{list(leaf.shape)}"
-        for path, leaf in jax.tree.leaves_with_path(abstract_state)
-    }
-    for name in {**wanted, **stored}:
-        there, here = stored.get(name, "absent"), wanted.get(name, "absent")
-        if there != here:
-            raise ValueError(f"{name} is {there} in it and {here} in this run")
-
-
 def _loss(metrics: Mapping[str, float]) -> float:
     return metrics[BEST_METRIC]
-
-
-def _readable_metrics(folder: Path) -> bool:
-    """Whether the metrics are absent or can be used."""
-    try:
-        return math.isfinite(json.loads((folder / "metrics" / "metrics").read_bytes())[BEST_METRIC])
-    except FileNotFoundError:
-        return not (folder / "metrics").exists()
-    except (ValueError, KeyError, TypeError):
-        return False
 
 
 def _read_json(folder: Path) -> dict[str, Any]:

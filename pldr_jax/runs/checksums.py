@@ -7,6 +7,7 @@ the manifest was written has none: it is only checked for its structure, and tha
 
 import contextlib
 import json
+import math
 import re
 import zlib
 from collections.abc import Callable
@@ -17,10 +18,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from pldr_jax.config import ConfigError
 from pldr_jax.files import one_line, read_regular_file, write_whole
 
 ITEMS = ("state", "data", "config")
 """The folders that every step folder holds."""
+
+BEST_METRIC = "eval/loss"
+"""The metric whose lowest value `Checkpoint.keep_best` keeps."""
 
 Log = Callable[[str], None]
 """Takes one line of text."""
@@ -116,9 +121,16 @@ def _crc32(path: Path) -> int:
 
 
 def newest_whole(
-    folder: Path, step: int | None, read: Callable[[Path], Parts], log: Log
+    folder: Path,
+    step: int | None,
+    read: Callable[[Path], Parts],
+    log: Log,
+    fetch: Callable[[int], None] | None = None,
 ) -> tuple[int, Parts]:
     """The newest step whose folder is whole, or `step`, and what `read` makes of its folder.
+
+    Args:
+      fetch: puts the files of a step into the folder, which each process then has for itself.
 
     Raises:
       CheckpointError: there is none, or `read` fails although the folder is whole.
@@ -135,7 +147,14 @@ def newest_whole(
     damage = []
     for candidate in reversed(steps) if step is None else [step]:
         where = folder / str(candidate)
-        reason = find_damage(folder, candidate) if jax.process_index() == 0 else None
+        reason = None
+        try:
+            if fetch is not None:
+                fetch(candidate)
+            if fetch is not None or jax.process_index() == 0:
+                reason = find_damage(folder, candidate)
+        except ConfigError as error:
+            reason = str(error)
         whole, cause = _on_all_processes(reason is None), None
         if whole:
             try:
@@ -162,6 +181,29 @@ def newest_whole(
         f"{folder}: no checkpoint can be read ({damage[0]});"
         " put back a copy of the folder, or train anew with another --run_dir"
     )
+
+
+def check_fits(stored_tree: Any, abstract_state: Any) -> None:
+    """ValueError where names, shapes or dtypes differ: Orbax drops and casts without a word."""
+    stored = {leaf.name: f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(stored_tree)}
+    wanted = {
+        jax.tree_util.keystr(path, simple=True, separator="."): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree.leaves_with_path(abstract_state)
+    }
+    for name in {**wanted, **stored}:
+        there, here = stored.get(name, "absent"), wanted.get(name, "absent")
+        if there != here:
+            raise ValueError(f"{name} is {there} in it and {here} in this run")
+
+
+def readable_metrics(folder: Path) -> bool:
+    """Whether the metrics are absent or can be used."""
+    try:
+        return math.isfinite(json.loads((folder / "metrics" / "metrics").read_bytes())[BEST_METRIC])
+    except FileNotFoundError:
+        return not (folder / "metrics").exists()
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _on_all_processes(ok: bool) -> bool:

@@ -4,16 +4,19 @@ Weights, config and tokenizer are taken, never code, and their content is compar
 that the hub states.
 """
 
+import functools
 import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from pldr_jax.bucket import bucket_url
 from pldr_jax.config import ConfigError
 from pldr_jax.config.annotations import shorten
+from pldr_jax.copies import fetch_folder
 from pldr_jax.files import one_line, user_path
 from pldr_jax.terminal import print_line
 
@@ -22,6 +25,9 @@ _TAKEN = ("*.safetensors", "*.safetensors.index.json", "config.json", "generatio
           "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
           "chat_template.jinja")  # fmt: skip
 _BLOCK = 1 << 20
+
+StepChoice = int | Literal["all"] | None
+"""Of the checkpoints of a run: that of a step, all, or the newest complete one."""
 
 
 class Source(NamedTuple):
@@ -37,17 +43,23 @@ class Source(NamedTuple):
     origin: dict[str, str] = {}
 
 
-def find_checkpoint(path: str | Path, flag: str = "", revision: str | None = None) -> Source:
-    """The folder or file of a checkpoint that a user names: a path that exists, else OWNER/NAME of
-    the hub, or OWNER/NAME@REVISION, which is fetched into the hub's cache.
+def find_checkpoint(
+    path: str | Path, flag: str = "", revision: str | None = None, step: StepChoice = None
+) -> Source:
+    """The folder or file of a checkpoint that a user names: a folder of a bucket, which is copied
+    into the cache; a path that exists; else OWNER/NAME of the hub, or OWNER/NAME@REVISION, which is
+    fetched into the hub's cache.
 
     Args:
       flag: that named it, for errors.
       revision: branch, tag or commit of the repository; None is the newest.
+      step: what of a run in a bucket is copied.
 
     Raises:
-      ConfigError: one line, where the name is one of the hub's and cannot be fetched.
+      ConfigError: one line, where it is one of a bucket or the hub and cannot be fetched.
     """
+    if url := bucket_url(path):
+        return Source(fetch_folder(url, flag or "path", functools.partial(_files_of, step)))
     here = user_path(path, flag or "path")
     named = None if here.exists() else _NAME.fullmatch(str(path))
     if named is None:
@@ -66,6 +78,21 @@ def find_checkpoint(path: str | Path, flag: str = "", revision: str | None = Non
         _check_hash(shown, file)
     origin = {"repository": named["repository"], "revision": asked or "", "commit": folder.name}
     return Source(folder, {key: value for key, value in origin.items() if value})
+
+
+def _files_of(step: StepChoice, names: Iterable[str]) -> list[str]:
+    """The files that a checkpoint needs: of a run folder, those of one step, by default the newest
+    whose manifest was written when it was complete, and nothing that training goes on writing.
+    """
+    names = list(names)
+    manifests = (re.fullmatch(r"checkpoints/manifests/(\d+)\.json", name) for name in names)
+    complete = [int(found[1]) for found in manifests if found]
+    newest = max(complete, default=0)
+    chosen = complete if step == "all" else [newest if step is None else step]
+    kept = [f"checkpoints/{one}/" for one in chosen]
+    kept += [f"checkpoints/manifests/{one}.json" for one in chosen]
+    others = ("checkpoints/", "profile/", "tensorboard/", "analysis/", "samples.txt", "curves", ".")
+    return [n for n in names if n.startswith(tuple(kept)) or not n.startswith(others)]
 
 
 def _hub(shown: str) -> Any:

@@ -33,6 +33,7 @@ from pldr_jax.model.lora import count_adapter_params
 from pldr_jax.partition import batch_sharding, build_mesh
 from pldr_jax.runs.checkpoint import BEST_METRIC, Checkpointer
 from pldr_jax.runs.folder import check_same_run, write_run_files
+from pldr_jax.runs.remote.place import RunPlace, open_run
 from pldr_jax.terminal import print_line
 from pldr_jax.training.evaluate import Evaluator
 from pldr_jax.training.optimizer import Averaged
@@ -71,7 +72,7 @@ TaskMetrics = Callable[[ModelConfig, Params, jax.Array | None, Tokenizer, Mesh],
 @ending_with_the_others()
 def train(
     config: ExperimentConfig,
-    run_dir: str | Path,
+    run_dir: str | Path | RunPlace,
     resume: str = "auto",
     profile: str | None = None,
     initial: InitialWeights | None = None,
@@ -81,7 +82,7 @@ def train(
 
     Args:
       config: everything that defines the run.
-      run_dir: made if it does not exist.
+      run_dir: made if it does not exist; a folder, or that of a bucket.
       resume: "auto" continues a run that is there, "never" refuses to touch one, "required"
         refuses to start anew.
       profile: "STEP:COUNT" writes a trace of those steps.
@@ -94,12 +95,24 @@ def train(
       TrainingError: a loss that is not finite.
     """
     agree(code_facts())
-    run_dir, is_main = Path(run_dir), jax.process_index() == 0
+    with open_run(run_dir) as place:
+        return _train(config, place, resume, profile, initial, task_metrics)
+
+
+def _train(
+    config: ExperimentConfig,
+    place: RunPlace,
+    resume: str,
+    profile: str | None,
+    initial: InitialWeights | None,
+    task_metrics: TaskMetrics | None,
+) -> dict[str, float]:
+    run_dir, is_main = place.folder, jax.process_index() == 0
     profiler = Profiler(run_dir, profile)
-    with Checkpointer(run_dir, config.checkpoint) as checkpointer:
+    with Checkpointer(run_dir, config.checkpoint, mirror=place.mirror) as checkpointer:
         latest = checkpointer.latest_step()
         agree(config_facts(config) | {"the newest checkpoint in --run_dir": latest})
-        goes_on = check_resume(run_dir, resume, latest)
+        goes_on = check_resume(place.name, resume, latest)
         mesh = build_mesh(config.mesh)
         check_batch_size(config, mesh)
         stored = checkpointer.read_config() if goes_on else None
@@ -223,7 +236,7 @@ class Trainer:
             f"{verb}: {count}, {config.training.steps:,} steps "
             f"of {config.data.batch_size} x {config.model.context_length} tokens, on "
             f"{self._mesh.size} x {jax.devices()[0].device_kind}; "
-            f"run folder {self._checkpointer.run_dir}"
+            f"run folder {self._checkpointer.name}"
         )
 
     def _next_batch(self) -> jax.Array:
@@ -246,7 +259,7 @@ class Trainer:
         cause = self._stop.signal_name or "a signal to another process"
         self._record.print(
             f"{cause}: saved step {step} of {self._config.training.steps} in "
-            f"{self._checkpointer.run_dir}; the same command continues from here"
+            f"{self._checkpointer.name}; the same command continues from here"
         )
         return evaluation
 
@@ -262,7 +275,7 @@ class Trainer:
         self._checkpointer.wait()
         last = self._checkpointer.latest_step()
         kept = (
-            f"step {last} in {self._checkpointer.run_dir} is the last good checkpoint"
+            f"step {last} in {self._checkpointer.name} is the last good checkpoint"
             if last
             else "no checkpoint was saved yet"
         )

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,6 +18,7 @@ from pldr_jax.data.text.chat import template_file
 from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.files import TOKENIZER_CONFIG
 from pldr_jax.model.counts.flops import row_flops
+from pldr_jax.model.counts.shapes import param_shardings
 from pldr_jax.model.decoder import init_params
 from pldr_jax.model.deductive import g_lm_shape, predefined_g_lm
 from pldr_jax.partition import process_part
@@ -54,7 +54,7 @@ class RunData(NamedTuple):
     files: dict[str, bytes]
 
 
-def check_resume(run_dir: Path, resume: str, latest: int | None) -> bool:
+def check_resume(run_dir: str, resume: str, latest: int | None) -> bool:
     """Whether a run goes on, from its newest checkpoint, `latest`.
 
     Raises:
@@ -160,7 +160,10 @@ def first_state(
     if initial is not None:
         params = initial.params
         if "head" not in params:  # of another kind: a task begins with a new one
-            draw = jax.jit(lambda key: nn.unbox(init_params(config.model, key))["head"])
+            draw = jax.jit(
+                lambda key: nn.unbox(init_params(config.model, key))["head"],
+                out_shardings=param_shardings(config.model, mesh)["head"],
+            )
             params = {**params, "head": draw(jax.random.key(config.training.seed))}
         return create_state(config, mesh, initial.g_lm, params)
     return create_state(config, mesh, predefined_g_lm(config.model))

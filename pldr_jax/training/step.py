@@ -57,7 +57,7 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 class InitialWeights(NamedTuple):
-    """Weights that a run begins with.
+    """Weights that a run begins with, and takes over: their arrays are gone then.
 
     Attributes:
       params: of the model that is trained; without `head`, a new one is drawn.
@@ -111,13 +111,15 @@ def create_state(
 
     Args:
       g_lm: predefined G_LM.
-      params: to begin with; None draws them with `Training.seed`. With `Lora.rank`, the base of
-        the adapters, which are drawn, and the head of a task.
+      params: to begin with, given up: what lies on the mesh already becomes the state's. None
+        draws them with `Training.seed`. With `Lora.rank`, the base of the adapters, which are
+        drawn, and the head of a task.
     """
     target = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh, g_lm))
     if params is not None and not config.lora.rank:
         params = jax.device_put(params, target.params)
-        return jax.jit(functools.partial(_new_state, config), out_shardings=target)(params, g_lm)
+        new = functools.partial(_new_state, config)
+        return jax.jit(new, out_shardings=target, donate_argnums=0)(params, g_lm)
     init = functools.partial(_random_state, config)
     draw = jax.jit(lambda *given: nn.unbox(init(*given)), out_shardings=target)
     head = None if params is None or config.model.task is None else params["head"]

@@ -17,15 +17,17 @@ from pldr_jax.analysis.section import RenderedSection, Section, Settings
 from pldr_jax.analysis.sections import chosen_sections
 from pldr_jax.analysis.texts import rows_of_file, rows_of_stores
 from pldr_jax.api import LanguageModel
+from pldr_jax.bucket import bucket_url
 from pldr_jax.config import ConfigError, MeshConfig
 from pldr_jax.config.load import config_to_dict
+from pldr_jax.copies import readable_path
 from pldr_jax.files import new_folder, user_path
 from pldr_jax.inference.intervention import parse_intervention
 from pldr_jax.interop.weights import Checkpoint, held_out_text, open_checkpoint
 from pldr_jax.model.deductive import read_g_lm
 from pldr_jax.partition import build_mesh
 from pldr_jax.runs.checksums import complete_steps
-from pldr_jax.runs.hub import find_checkpoint
+from pldr_jax.runs.hub import StepChoice, find_checkpoint
 from pldr_jax.runs.metrics import FILE_NAME, read_metrics
 from pldr_jax.terminal import Display, LiveBar
 
@@ -76,14 +78,17 @@ class ReportOptions:
                 raise ConfigError(f"--{name}={value}: must be at least {low}")
         if self.rows == 1:
             raise ConfigError("--rows=1: texts are compared with each other; give 2 or more")
-        found = tuple(str(find_checkpoint(run, "RUN").folder) for run in self.runs)
-        if self.output is None and Path(found[0]) != user_path(self.runs[0], "RUN"):
+        kept: StepChoice = "all" if self.over_checkpoints else self.step
+        found = tuple(str(find_checkpoint(run, "RUN", step=kept).folder) for run in self.runs)
+        if self.output is None and (url := bucket_url(self.runs[0])):
+            object.__setattr__(self, "output", f"{url}/{DEFAULT_FOLDER}")
+        elif self.output is None and Path(found[0]) != user_path(self.runs[0], "RUN"):
             raise ConfigError(f"--out: {self.runs[0]} is of the hub; name a folder for the report")
         object.__setattr__(self, "runs", found)
         for folder in self.runs:
             if not Path(folder).is_dir():
                 raise ConfigError(f"{folder!r}: no such folder; give a run folder")
-        if self.prompts is not None and not user_path(self.prompts, "--prompts").is_file():
+        if self.prompts is not None and not readable_path(self.prompts, "--prompts").is_file():
             raise ConfigError(f"--prompts={self.prompts}: no such file")
         if self.over_checkpoints and self.step is not None:
             raise ConfigError(
@@ -91,7 +96,7 @@ class ReportOptions:
             )
 
 
-def analyze(options: ReportOptions) -> tuple[Path, list[RunReport]]:
+def analyze(options: ReportOptions) -> tuple[str, list[RunReport]]:
     """Measures and writes the report: all of it or nothing. A section that cannot be measured is a
     line in the report.
 
@@ -103,7 +108,9 @@ def analyze(options: ReportOptions) -> tuple[Path, list[RunReport]]:
     """
     sections = chosen_sections(options.sections)
     folders = [Path(run) for run in options.runs]
-    output = user_path(options.output or folders[0] / DEFAULT_FOLDER, "--out")
+    output = bucket_url(options.output or "")
+    if output is None:
+        output = str(user_path(options.output or folders[0] / DEFAULT_FOLDER, "--out"))
     steps = [_steps(folder) if options.over_checkpoints else [] for folder in folders]
     total = len(folders) * len(sections) + sum(map(bool, steps))
     with new_folder(output, "--out", JSON) as folder, ReportProgress(total) as progress:
@@ -115,7 +122,7 @@ def analyze(options: ReportOptions) -> tuple[Path, list[RunReport]]:
                 raise ConfigError(f"{run}: cannot be read ({error})") from None
         across = [Comparison.of_runs(runs).rendered()] if len(runs) > 1 else []
         write_report(folder, runs, across, options.tensors)
-    return output / HTML, runs
+    return f"{output}/{HTML}", runs
 
 
 class ReportProgress(LiveBar):
@@ -202,7 +209,7 @@ class _RunAnalysis:
 
     def _other_g(self) -> dict[str, Any]:
         """The G_LMs that `--other_g` names, by the names of the files and folders."""
-        paths = [user_path(path, "--other_g") for path in self._options.other_g]
+        paths = [readable_path(path, "--other_g") for path in self._options.other_g]
         labels = run_labels([*ALTERED_NAMES, *paths])[len(ALTERED_NAMES) :]
         return {
             label: _open(path, None, self._options.mesh)[1]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from pldr_jax.bucket import bucket_url
 from pldr_jax.cli.common import keep_compiled_programs, run
 from pldr_jax.cli.options import Option, Options, parse_args
 from pldr_jax.cli.training import plan as planning
@@ -9,7 +10,6 @@ from pldr_jax.cli.training import sweep as sweeping
 from pldr_jax.cli.training.tasks import task_metrics
 from pldr_jax.config import ConfigError
 from pldr_jax.config.load import load_config
-from pldr_jax.files import bucket_url
 
 DESCRIPTION = (
     "Trains a PLDR-LLM. Without --gin_file it is the small default run, a few minutes on a laptop."
@@ -60,48 +60,56 @@ def train_main(argv: list[str]) -> None:
         argv, "train.py", DESCRIPTION, (*OPTIONS, *sweeping.OPTIONS, *planning.OPTIONS)
     )
     name = Path(options.gin_files[-1]).stem if options.gin_files else "nano"
-    if options.run_dir and bucket_url(options.run_dir):
-        raise ConfigError(
-            f"--run_dir={options.run_dir}: a run is written to a folder; name one, and copy it to "
-            "the bucket (gcloud storage rsync, aws s3 sync)"
-        )
     planning.check(options)
     several = options.sweep or options.critical is not None
     if several and options.plan:
         flag = "--sweep" if options.sweep else "--critical"
         raise ConfigError(f"--plan: plans one run; leave out {flag}")
     if several:
+        if bucket_url(options.run_dir or ""):
+            raise ConfigError(f"--run_dir={options.run_dir}: several runs need a local folder")
         folder = Path(
             options.run_dir or Path("runs") / f"{name}_{'sweep' if options.sweep else 'critical'}"
         )
         sweeping.sweep(options, folder, _forwarded(options))
         return
     sweeping.check(options)
-    run_dir, initial = Path(options.run_dir or Path("runs") / name), None
     if options.eval_tasks_limit is not None and options.eval_tasks is None:
         raise ConfigError("--eval_tasks_limit: limits tasks; name them with --eval_tasks")
     if options.init_from is None:
         config = load_config(options.gin_files, options.overrides)
-    else:
-        from pldr_jax.training.finetune.begin import start_from
-
-        config, initial = start_from(
-            options.init_from, run_dir, options.gin_files, options.overrides
-        )
-    keep_compiled_programs(config.data.cache_dir)
-    if options.plan:
-        planning.plan(options, config)
-        return
+        keep_compiled_programs(config.data.cache_dir)
+        if options.plan:
+            planning.plan(options, config)
+            return
     # After the flags: --help and a typo answer at once, without waiting for JAX.
     from pldr_jax.hosts import join
 
     join(options.coordinator, options.processes, options.process_index)
+    from pldr_jax.runs.remote.place import open_run
     from pldr_jax.training.loop import train
 
-    measure = None
-    if options.eval_tasks is not None:
-        measure = task_metrics(options.eval_tasks, options.eval_tasks_limit, config.data.batch_size)
-    train(config, run_dir, options.resume, options.profile, initial, measure)
+    with open_run(options.run_dir or Path("runs") / name) as place:
+        initial, measure = None, None
+        if options.init_from is not None:
+            from pldr_jax.training.finetune.begin import start_from
+
+            config, initial = start_from(
+                options.init_from,
+                place.folder,
+                options.gin_files,
+                options.overrides,
+                on_mesh=not options.plan,
+            )
+            keep_compiled_programs(config.data.cache_dir)
+            if options.plan:
+                planning.plan(options, config)
+                return
+        if options.eval_tasks is not None:
+            measure = task_metrics(
+                options.eval_tasks, options.eval_tasks_limit, config.data.batch_size
+            )
+        train(config, place, options.resume, options.profile, initial, measure)
 
 
 def _forwarded(options: Options) -> list[str]:

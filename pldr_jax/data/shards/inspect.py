@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from pldr_jax.config import ConfigError
+from pldr_jax.copies import readable_path
 from pldr_jax.data.shards.prepared import MANIFEST, Manifest, open_tokens, read_prepared
 from pldr_jax.data.shards.records import ENDING, Shard
 from pldr_jax.data.shards.units import describe_problems
-from pldr_jax.files import user_path
 
 _BAR = 40
 
@@ -21,7 +21,7 @@ def open_shards(path: str) -> tuple[Manifest, list[str]]:
     Raises:
       ConfigError: neither prepared text nor a shard of it.
     """
-    file = user_path(path, "--path")
+    file = readable_path(path, "--path")
     manifest = read_prepared(file.parent if file.name.endswith(ENDING) else file, "--path")
     names = [shard.name for shards in manifest.splits.values() for shard in shards]
     if not file.name.endswith(ENDING):

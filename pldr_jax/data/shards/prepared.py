@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pldr_jax.config import ConfigError
+from pldr_jax.copies import readable_path
 from pldr_jax.data.shards.records import (
     ENDING,
     LENGTHS,
@@ -22,7 +23,7 @@ from pldr_jax.data.shards.records import (
     read_tokens,
 )
 from pldr_jax.data.text.tokenizer import Tokenizer
-from pldr_jax.files import TOKENIZER, file_in, read_regular_file, user_path
+from pldr_jax.files import TOKENIZER, file_in, read_regular_file
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation", "test")
@@ -124,7 +125,7 @@ def _checksum(fields: dict[str, Any]) -> str:
 
 def is_prepared(path: str) -> bool:
     """Whether a path is a manifest, or a folder with one."""
-    folder = user_path(path, "Data.source")
+    folder = readable_path(path, "Data.source")
     return folder.name == MANIFEST or (folder / MANIFEST).is_file()
 
 
@@ -134,7 +135,7 @@ def read_prepared(path: str | pathlib.Path, field: str = "Data.source") -> Manif
     Raises:
       ConfigError: there is none, it is damaged, or a shard is missing or cut; starts with `field`.
     """
-    file = user_path(path, field)
+    file = readable_path(path, field)
     file = file / MANIFEST if file.is_dir() else file
     where = f"{field} = {str(path)!r}"
     try:

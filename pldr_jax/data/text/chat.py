@@ -19,8 +19,9 @@ from typing import Any
 
 from pldr_jax.config import ConfigError
 from pldr_jax.config.annotations import show
+from pldr_jax.copies import readable_path
 from pldr_jax.data.text.tokenizer import BOS_PIECE, EOS_PIECE, PAD_PIECE, UNK_PIECE, Tokenizer
-from pldr_jax.files import TOKENIZER_CONFIG, read_regular_file, user_path
+from pldr_jax.files import TOKENIZER_CONFIG, read_regular_file
 
 DEFAULT_TEMPLATE = (
     r"{% for message in messages %}{{ '' if loop.first else '\n\n' }}"
@@ -256,11 +257,13 @@ def find_template(path: str | None, tokenizer: str | None) -> str:
     """
     where = f"Data.chat_template = {path!r}"
     if path is None:
-        found = template_in(user_path(tokenizer, "Data.tokenizer").parent) if tokenizer else None
+        found, beside = None, (TOKENIZER_CONFIG, _JINJA)
+        if tokenizer:
+            found = template_in(readable_path(tokenizer, "Data.tokenizer", beside).parent)
         template, where = found or DEFAULT_TEMPLATE, f"{tokenizer}"
     else:
         try:
-            template = read_regular_file(user_path(path, "Data.chat_template")).decode()
+            template = read_regular_file(readable_path(path, "Data.chat_template")).decode()
         except OSError as error:
             raise ConfigError(f"{where}: cannot be read ({error.strerror})") from None
         except UnicodeDecodeError:

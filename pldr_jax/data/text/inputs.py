@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from pldr_jax.config import ConfigError
-from pldr_jax.files import user_path
+from pldr_jax.copies import readable_path
 
 Kind = Literal["text", "jsonl", "parquet", "arrow", "hub", "unreadable", "special"]
 
@@ -192,7 +192,7 @@ def _files(pattern: str) -> list[Piece]:
         root = sysconfig.get_path("stdlib")
         paths = [path for path in _below(root, errors, _STDLIB_LEFT_OUT) if path.endswith(".py")]
     else:
-        path = user_path(pattern, "Data.source")
+        path = readable_path(pattern, "Data.source")
         if path.is_dir():
             paths = list(_below(str(path), errors))
         elif os.path.lexists(path):

@@ -17,7 +17,8 @@ import numpy as np
 import sentencepiece
 
 from pldr_jax.config import ConfigError
-from pldr_jax.files import read_regular_file, user_path
+from pldr_jax.copies import readable_path
+from pldr_jax.files import read_regular_file
 
 PAD_PIECE, UNK_PIECE, BOS_PIECE, EOS_PIECE = "[PAD]", "[UNK]", "[START]", "[END]"
 SEPARATOR_PIECE = "[SEP]"
@@ -51,7 +52,7 @@ class Tokenizer:
     def load(cls, path: str | pathlib.Path, chat_template: str | None = None) -> "Tokenizer":
         """Reads a SentencePiece model file; ConfigError if it is missing or is not one."""
         try:
-            content = read_regular_file(user_path(path, "Data.tokenizer"))
+            content = read_regular_file(readable_path(path, "Data.tokenizer"))
             tokenizer = cls(content, chat_template)
         except OSError as error:
             reason = error.strerror or type(error).__name__

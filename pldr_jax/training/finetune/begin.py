@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from jax.sharding import Mesh
+
 from pldr_jax.config import (
     HOW_BEGUN,
     HOW_COMPUTED,
@@ -23,6 +25,7 @@ from pldr_jax.interop.transformers import CONFIG
 from pldr_jax.interop.weights import Checkpoint, check_base, open_checkpoint
 from pldr_jax.model.counts.shapes import count_params
 from pldr_jax.model.lora import digest_of
+from pldr_jax.partition import build_mesh
 from pldr_jax.runs.checkpoint import Checkpointer
 from pldr_jax.runs.folder import check_same_model
 from pldr_jax.runs.hub import find_checkpoint
@@ -51,16 +54,23 @@ def start_from(
     run_dir: Path,
     gin_files: Sequence[str | Path],
     overrides: Sequence[str],
+    on_mesh: bool = True,
 ) -> tuple[ExperimentConfig, InitialWeights | None]:
     """The config, and the weights, unless the run goes on from a checkpoint of its own.
 
     The model is that of the checkpoint, and so is the tokenizer; everything else is what files and
-    flags say.
+    flags say. The weights come to the mesh of the run, each in its parts; to the default device
+    without `on_mesh`.
 
     Raises:
       ConfigError: they say another model, or the checkpoint has no tokenizer and they name none.
       CheckpointError: the checkpoint cannot be read.
     """
+
+    def mesh_for(saved: ExperimentConfig) -> Mesh:
+        return build_mesh(load_config(gin_files, overrides, _base(saved)).mesh)
+
+    mesh = mesh_for if on_mesh else None
     with Checkpointer(run_dir, CheckpointConfig()) as checkpointer:
         stored = checkpointer.read_config() if checkpointer.latest_step() is not None else None
     if stored is not None:
@@ -68,14 +78,15 @@ def start_from(
         config = load_config(gin_files, overrides, _base(saved))
         config = _with_tokenizer(config, saved.data.tokenizer, run_dir / TOKENIZER)
         if saved.lora.rank and config.lora.rank:  # its checkpoints do not hold the base
-            opened = open_checkpoint(init_from, saved.lora.base_step, "--init_from", tasks=True)
+            step = saved.lora.base_step
+            opened = open_checkpoint(init_from, step, "--init_from", tasks=True, mesh=mesh)
             check_base(saved.lora, opened, f"--init_from={init_from}", run_dir)
             return _with_base(config, opened), InitialWeights(opened.params, opened.g_lm)
         print_line(
             f"--init_from={init_from}: not read again, {run_dir} goes on from its own checkpoint"
         )
         return config, None
-    opened = open_checkpoint(init_from, flag="--init_from", tasks=True)
+    opened = open_checkpoint(init_from, flag="--init_from", tasks=True, mesh=mesh)
     config = load_config(gin_files, overrides, _base(opened.config))
     params = opened.params
     # No weight depends on them.
@@ -116,7 +127,7 @@ def _with_base(config: ExperimentConfig, opened: Checkpoint) -> ExperimentConfig
     """The config, saying which weights its adapters belong to."""
     lora = dataclasses.replace(
         config.lora,
-        base=str(opened.folder.resolve()),
+        base=opened.name,
         base_step=opened.step,
         base_digest=digest_of(opened.params, opened.g_lm),
     )

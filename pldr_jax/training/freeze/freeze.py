@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pldr_jax.config import ConfigError, DataConfig, ExperimentConfig
+from pldr_jax.config import ConfigError, DataConfig, ExperimentConfig, MeshConfig
 from pldr_jax.config.load import config_to_dict, dump_config, load_config
 from pldr_jax.data.mixture import open_training_text
 from pldr_jax.data.rows import join_rows
@@ -17,6 +17,7 @@ from pldr_jax.files import TOKENIZER, check_output
 from pldr_jax.interop.record import inherited_files
 from pldr_jax.interop.weights import Checkpoint, held_out_text, open_checkpoint
 from pldr_jax.model.counts.flops import row_flops
+from pldr_jax.partition import build_mesh, mesh_scope
 from pldr_jax.runs.curves import summary_table
 from pldr_jax.runs.folder import write_run
 from pldr_jax.terminal import print_line
@@ -43,7 +44,8 @@ def freeze(
     Args:
       checkpoint: a run folder, or one in the transformers layout, which needs `settings.text`.
       output: a folder that does not exist, or is empty; `pldr_jax.load` opens it.
-      gin_files, overrides: for `load_config`, on top of the run's config.
+      gin_files, overrides: for `load_config`, on top of the run's config; where they name a mesh,
+        the weights come to it, each in its parts.
       log: takes each line.
 
     Raises:
@@ -53,7 +55,21 @@ def freeze(
     check_output(output)
     if settings.save_g is not None:
         _check_new_file(Path(settings.save_g))
-    opened = open_checkpoint(checkpoint, settings.step, "--checkpoint")
+    chosen = load_config(gin_files, overrides).mesh
+    mesh = None if chosen == MeshConfig() else build_mesh(chosen)
+    opened = open_checkpoint(checkpoint, settings.step, "--checkpoint", mesh=mesh)
+    with mesh_scope(mesh):
+        return _freeze(opened, output, settings, gin_files, overrides, log)
+
+
+def _freeze(
+    opened: Checkpoint,
+    output: str | Path,
+    settings: FreezeConfig,
+    gin_files: Sequence[str | Path],
+    overrides: Sequence[str],
+    log: Callable[[str], None],
+) -> dict[str, Any]:
     folder = opened.folder
     stored, step = opened.config, opened.step or 0
     calibration.check_learned(stored.model, folder)

@@ -1,0 +1,1 @@
+"""Runs whose folder is in a bucket."""
