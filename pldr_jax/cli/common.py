@@ -18,8 +18,8 @@ USAGE, FAILURE = 2, 1
 
 CHECKPOINT = Option(
     "checkpoint",
-    "run folder, folder with config.json and model.safetensors, or OWNER/NAME[@REVISION] of the "
-    "hub",
+    "run folder, folder with config.json and model.safetensors, one of these in a bucket (gs://, "
+    "s3://), or OWNER/NAME[@REVISION] of the hub",
     required=True,
     metavar="DIR",
 )

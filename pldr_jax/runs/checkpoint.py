@@ -284,6 +284,10 @@ class Checkpointer:
         if self._mirror is not None and jax.process_count() > 1:
             alone = ocp.options.MultiprocessingOptions(primary_host=None)
             options.multiprocessing_options = alone
+            # Each process would wait for the folders of the first one.
+            options.async_options = ocp.options.AsyncOptions(
+                create_directories_asynchronously=False
+            )
             # In this format the folder of all is the union of those of each.
             state = ocp.StandardCheckpointHandler(use_ocdbt=False, multiprocessing_options=alone)
             texts = (ocp.JsonCheckpointHandler(multiprocessing_options=alone) for _ in range(2))

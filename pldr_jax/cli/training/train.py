@@ -17,8 +17,9 @@ DESCRIPTION = (
 OPTIONS = (
     Option(
         "run_dir",
-        "run folder; default: runs/ and the name of the last gin file, or runs/nano; of a sweep or "
-        "search, the folder of its runs, with _sweep or _critical behind that name",
+        "run folder, or gs://... or s3://...; default: runs/ and the name of the last gin file, or "
+        "runs/nano; of a sweep or search, the folder of its runs, with _sweep or _critical behind "
+        "that name",
         metavar="DIR",
     ),
     Option(
