@@ -27,6 +27,7 @@ NAMES = (
     "decoder.dec_layers.0.mha1.wq.weight",
     "final_layer.weight",
 )
+EXACT_STEPS = {"onepass": 3, "hold": 6}
 BESIDE = 64
 """Trajectories computed together; the first begins with the golden's bits, the others beside it."""
 
@@ -57,7 +58,10 @@ def test_a_law_trains_as_the_authors_scripts_do(name: str) -> None:
         rates.append([float(metrics[group][0]) for group in RATES if group in metrics])
     np.testing.assert_allclose(rates, values[f"{name}/rates"], atol=1e-9, rtol=0)
     expected = np.asarray(values[f"{name}/losses"])[:, None]
-    off = np.abs(np.asarray(losses) / expected - 1).max(0)
+    each = np.abs(np.asarray(losses) / expected - 1)
+    # Until rounding has grown, the golden's own beginning is the golden: laws and updates are his.
+    assert each[: EXACT_STEPS[name], 0].max() < 1e-5, each[:, 0]
+    off = each.max(0)
     assert off.min() < 2e-4 and off.max() < 2e-3, off
     found = []
     for member in np.argsort(off)[:8]:
