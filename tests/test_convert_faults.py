@@ -69,7 +69,7 @@ def test_rotary_fields_of_transformers_5() -> None:
         "sliding_window = 8": {"sliding_window": 8},
         "quantization_config = ": {"quantization_config": {"bits": 4}},
         "architectures = .*MultipleChoice": {"architectures": ["PldrllmForMultipleChoice"]},
-        "architectures = .*PldrllmModel": {"architectures": ["PldrllmModel"]},
+        "architectures = .*PldrllmModel": {"architectures": ["PldrllmModel", "PldrllmForX"]},
         "rope_theta": {"rope_theta": "10000"},
     }.items():  # fmt: skip
         with pytest.raises(ConfigError, match=message) as error:
