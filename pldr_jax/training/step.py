@@ -116,6 +116,7 @@ def create_state(
         drawn, and the head of a task.
     """
     target = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh, g_lm))
+    g_lm = jax.device_put(g_lm, target.g_lm)
     if params is not None and not config.lora.rank:
         params = jax.device_put(params, target.params)
         new = functools.partial(_new_state, config)
@@ -123,6 +124,7 @@ def create_state(
     init = functools.partial(_random_state, config)
     draw = jax.jit(lambda *given: nn.unbox(init(*given)), out_shardings=target)
     head = None if params is None or config.model.task is None else params["head"]
+    head = jax.device_put(head, NamedSharding(mesh, PartitionSpec()))
     state = draw(jax.random.key(config.training.seed), g_lm, head)
     return with_base(config, mesh, state, params)
 
