@@ -170,7 +170,7 @@ class LiveBar:
         interval = 1.0 if self._bar is not None else self._display.interval
 
         def tell() -> None:
-            while not over.wait(interval):
+            while not over.wait(min(interval, threading.TIMEOUT_MAX)):
                 # Else the block shows progress itself.
                 if self.seconds - self._shown >= 0.9 * interval:
                     so_far = f"{text}: {self.seconds - begun:.0f} s so far"
