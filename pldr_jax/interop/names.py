@@ -55,10 +55,12 @@ def from_tensors(
       ConfigError: naming the first tensor that is missing, left over, wrongly shaped, or not exact
         in float32.
     """
-    table = [entry for entry in _table(config) if head or entry.ours[0] != "head"]
-    for entry in table:  # first: a config may claim sizes of which no model can be made
-        if entry.theirs not in tensors:
-            raise ConfigError(f"{where}: the tensor {entry.theirs!r} is missing")
+    table: list[_Entry] = []
+    for entry in _table(config):  # endless almost, where a config claims sizes that cannot be
+        if head or entry.ours[0] != "head":
+            if entry.theirs not in tensors:
+                raise ConfigError(f"{where}: the tensor {entry.theirs!r} is missing")
+            table.append(entry)
     shapes = param_shapes(config)
     _check_shapes(config, table, shapes, tensors, where)
     entries: dict[tuple[str, ...], list[_Entry]] = {}
