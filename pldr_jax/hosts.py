@@ -21,7 +21,6 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from jax._src import distributed
 
 from pldr_jax.config import ConfigError
 from pldr_jax.files import one_line
@@ -193,7 +192,10 @@ def _who_is_there() -> str:
     """What this process knows of the others: the first one, who has connected to it; another one,
     whether the first one answers. "" where nothing is known.
     """
-    state = distributed.global_state
+    try:
+        from jax._src.distributed import global_state as state
+    except ImportError:  # no public name has it
+        return ""
     host, _, port = (state.coordinator_address or "").rpartition(":")
     if not port.isdigit():
         return ""

@@ -61,7 +61,7 @@ def infer_here(
 ) -> tuple[Any, str, str]:
     """`infer.py` with a model: exit status, stdout, stderr."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pldr_jax.api, "load", lambda *_: model)
+        patch.setattr(pldr_jax.api, "load", lambda *_, **__: model)
         return run_here(capsys, infer_main, "--checkpoint=none", *arguments)  # type: ignore[return-value]
 
 

@@ -188,7 +188,7 @@ def test_jsonl_is_utf8_whatever_the_locale(lm: LanguageModel, tmp_path: Path) ->
     """As a user of an ASCII locale starts it; what goes to people is spelled out."""
     program = (
         "from letters import *; from pldr_jax.cli.infer import main;"
-        "pldr_jax.api.load = lambda *_: letters_model();"
+        "pldr_jax.api.load = lambda *_, **__: letters_model();"
         "letters_model().tokenizer.changed = {x: chr(233) for x in LETTERS};"
         "main()"
     )

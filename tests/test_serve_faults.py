@@ -245,7 +245,7 @@ def test_sigterm_lets_a_text_end_and_exits_with_0(tmp_path_factory: pytest.TempP
         (("{run}", "--gin.Generation.g_mode=recompute"), "Generation.g_mode = 'recompute'"),
         (("{run}", "--gin.Generation.temperature=1"), "--gin.Generation.temperature"),
         (("{run}", "--host", "256.0.0.1"), "256.0.0.1"),
-        (("/nothing",), "/nothing"),
+        (("/nothing", "--port", "0"), "/nothing"),
     ],
 )
 def test_a_server_that_cannot_start_says_why(

@@ -99,7 +99,7 @@ class Mirror:
         """Uploads what is left.
 
         Raises:
-          ConfigError: that fails; the local folder stays.
+          ConfigError: that fails; the local folder stays, under a name that no later run empties.
         """
         self._ending.set()
         self._thread.join()
@@ -108,7 +108,9 @@ class Mirror:
                 raise ConfigError(self._error)
             self._upload()
         except (ConfigError, OSError) as error:
-            raise ConfigError(f"{error}; what is not uploaded lies in {self.folder}") from None
+            kept = self.folder.with_name(f"{self.folder.name}-{self._token[:8]}")
+            self.folder.rename(kept)
+            raise ConfigError(f"{error}; what is not uploaded lies in {kept}") from None
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _fetch(self) -> None:
