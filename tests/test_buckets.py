@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -15,7 +14,6 @@ import jax
 import numpy as np
 import pytest
 from buckets import s3_server
-from helpers import assert_same_bits
 from test_engine import CONFIG, params_of
 
 import pldr_jax
@@ -26,10 +24,8 @@ from pldr_jax.copies import growing_file
 from pldr_jax.data.text.inputs import find_inputs
 from pldr_jax.files import new_folder
 from pldr_jax.interop.weights import open_checkpoint
-from pldr_jax.runs.checkpoint import read_weights
 from pldr_jax.runs.folder import fill_run
 from pldr_jax.runs.remote import owner
-from pldr_jax.runs.remote.mirror import Mirror
 
 INFER = Path(__file__).parents[1] / "infer.py"
 
@@ -69,54 +65,6 @@ def test_infer_takes_it(bucket: str, tmp_path: Path) -> None:
     done = subprocess.run(command, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert b'"tokens"' in Bucket(bucket, "").read("out.jsonl")
-
-
-class Noted(Bucket):
-    """Remembers what was written, in order."""
-
-    written: list[str] = []
-
-    def put(self, path: Path, name: str) -> None:
-        super().put(path, name)
-        self.written.append(name)
-
-    def write(self, name: str, content: bytes, new: bool = False) -> bool:
-        self.written.append(name)
-        return super().write(name, content, new)
-
-
-def test_a_manifest_makes_a_checkpoint(bucket: str, tmp_path: Path) -> None:
-    """It is written last, after metrics and files; arrays then leave the local folder. What was
-    uploaded half is removed, and what someone removes locally is not.
-    """
-    run = Noted(f"{bucket}/mirrored", "--run_dir")
-    run.write("checkpoints/9/state/half", b"")
-    config = config_to_dict(ExperimentConfig(model=CONFIG))
-
-    def mirror_at(name: str) -> Mirror:
-        return Mirror(run, tmp_path / name, (0, 1), "", lambda: None)
-
-    one = mirror_at("one")
-    (one.folder / "metrics.jsonl").write_text('{"step": 1}')
-    fill_run(one.folder, 1, params_of(CONFIG), None, config, {})
-    one.wait(1)
-    assert run.written[-1] == "checkpoints/manifests/1.json" and run.written[1] == "metrics.jsonl"
-    assert not list((one.folder / "checkpoints/1/state").iterdir())
-    assert not [name for name in run.objects() if name.startswith("checkpoints/9")]
-    other = mirror_at("other")
-    assert not list((other.folder / "checkpoints/1/state").iterdir())
-    other.fetch_step(1)
-    found = read_weights(other.folder)
-    assert_same_bits(jax.device_get(found.params), jax.device_get(params_of(CONFIG)))
-    shutil.rmtree(one.folder)
-    one.retire()
-    one.close()
-    assert "checkpoints/manifests/1.json" in run.objects()
-    fill_run(other.folder, 2, params_of(CONFIG), None, config, {})
-    shutil.rmtree(other.folder / "checkpoints/1")
-    other.close()
-    left = {name.split("/")[1] for name in run.objects() if name.startswith("checkpoints/")}
-    assert left == {"2", "manifests"} and not other.folder.exists()
 
 
 @pytest.mark.parametrize("name", ["absent", "run/absent"])

@@ -29,6 +29,7 @@ from pldr_jax.config.load import (
     describe_differences,
     dump_config,
     load_config,
+    load_mesh,
     load_stored,
 )
 
@@ -383,3 +384,14 @@ def test_a_tilde_in_the_name_of_a_config_file(gin, monkeypatch, tmp_path):
     gin("Model.num_layers = 5", "b.gin")
     assert load_config(["~/a.gin"]).model.num_layers == 5
     assert "no home folder for '~nobody-here'" in config_error(["~nobody-here/a.gin"])
+
+
+def test_the_mesh_needs_no_model() -> None:
+    """A command line may be right for a checkpoint's model alone."""
+    overrides = ["Mesh.tensor=2", "Model.num_layers=0"]
+    with pytest.raises(ConfigError, match="num_layers"):
+        load_config([], overrides)
+    assert load_mesh([], overrides) == MeshConfig(tensor=2)
+    for override, message in (("Mesh.tensor=x", "Mesh.tensor"), ("Nope.a=1", "no such group")):
+        with pytest.raises(ConfigError, match=message):
+            load_mesh([], [override])

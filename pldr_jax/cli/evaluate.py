@@ -10,7 +10,7 @@ from pldr_jax.cli.options import Option, Options, parse_args
 from pldr_jax.cli.training.tasks import open_tasks
 from pldr_jax.config import CALIBRATION_ROWS, ConfigError
 from pldr_jax.config.load import load_config
-from pldr_jax.files import TOKENIZER
+from pldr_jax.files import TOKENIZER, write_whole
 from pldr_jax.inference.given.modes import SCORE_MODES
 from pldr_jax.terminal import LiveBar
 
@@ -118,20 +118,27 @@ def evaluate_main(argv: list[str]) -> None:
     }
     table = results_table(results)
     files = {RESULTS: results_json(head, results).encode(), TABLE: table.encode()}
+    print(table, end="")
+    _write(options.output, files)
+    print(f"results: {url or output}/{RESULTS}")
+
+
+def _write(output: str, files: dict[str, bytes]) -> None:
+    """Writes files into a folder, or one of a bucket; ConfigError where that fails."""
     try:
-        if not url:
-            output.mkdir(parents=True, exist_ok=True)
+        if url := bucket_url(output):
+            bucket = Bucket(url, "--output")
+            for name, content in files.items():
+                bucket.write(name, content)
+            return
+        Path(output).mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            if url:
-                Bucket(url, "--output").write(name, content)
-            else:
-                (output / name).write_bytes(content)
-    except OSError as error:
-        print(table, end="")
+            write_whole(Path(output) / name, content)
+    except (OSError, ConfigError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
-            f"--output={output}: cannot be written to ({error.strerror}); the table is above"
+            f"--output={output}: cannot be written to ({reason}); the table is on stdout"
         ) from None
-    print(f"{table}results: {url or output}/{RESULTS}")
 
 
 def _count(bar: LiveBar, done: int, total: int) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pldr_jax.config import GROUPS, ConfigError, ExperimentConfig, group_name
+from pldr_jax.config import GROUPS, ConfigError, ExperimentConfig, MeshConfig, group_name
 from pldr_jax.config.annotations import alternatives, choices, coerce, shorten, show, suggest
 from pldr_jax.config.gin import (
     Binding,
@@ -109,9 +109,23 @@ def load_config(
         ConfigError: a file cannot be read, a name is unknown, or a value has the wrong type or is
             out of bounds; the message starts with the file and line, or the flag, that set it.
     """
+    return _bind(_bindings(gin_files, overrides), base or ExperimentConfig())
+
+
+def load_mesh(gin_files: Sequence[str | Path], overrides: Sequence[str] = ()) -> MeshConfig:
+    """The mesh of `load_config`, without the other groups, which may need a checkpoint's model.
+
+    Raises:
+        ConfigError: as `load_config`, except for bounds of other groups.
+    """
+    bindings = _bindings(gin_files, overrides)
+    groups, places = _typed_groups(bindings)
+    return _build(ExperimentConfig(), {"Mesh": groups.get("Mesh", {})}, places).mesh
+
+
+def _bindings(gin_files: Sequence[str | Path], overrides: Sequence[str]) -> list[Binding]:
     bindings = [binding for path in gin_files for binding in read_file(path, unknown_field)]
-    bindings += [parse_override(text) for text in overrides]
-    return _bind(bindings, base or ExperimentConfig())
+    return [*bindings, *(parse_override(text) for text in overrides)]
 
 
 def load_stored(path: str | Path) -> ExperimentConfig:
@@ -133,7 +147,16 @@ def _current(key: str, value: Any) -> dict[str, Any]:
 
 
 def _bind(bindings: Sequence[Binding], base: ExperimentConfig) -> ExperimentConfig:
-    """`base` with what the bindings set; each is checked, also one that a later one replaces."""
+    """`base` with what the bindings set."""
+    return _build(base, *_typed_groups(bindings))
+
+
+def _typed_groups(
+    bindings: Sequence[Binding],
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Group -> field -> value, and `Group.field` -> the place that set it. Each binding is checked,
+    also one that a later one replaces.
+    """
     settings = [binding for binding in bindings if "." in binding.key]
     for binding in settings:
         if problem := unknown_field(binding.key):
@@ -148,7 +171,7 @@ def _bind(bindings: Sequence[Binding], base: ExperimentConfig) -> ExperimentConf
         if name not in used:
             hint = _same_field(name) or suggest(name, sorted(used), "%")
             raise binding.error(f"nothing uses %{shorten(name)}{hint}")
-    return _build(base, groups, {b.key: b.where for b in settings})
+    return groups, {b.key: b.where for b in settings}
 
 
 def parse_values(text: str, flag: str) -> tuple[str, tuple[str, ...]]:

@@ -15,12 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pldr_jax.config import ConfigError, ExperimentConfig, ModelConfig, TaskConfig
+from pldr_jax.config import ConfigError, ModelConfig
 from pldr_jax.interop.config_json import BACKBONE, label_names, model_from_json
 from pldr_jax.interop.folder import read_json
 from pldr_jax.interop.names import HEADS, as_float32, from_tensors, to_tensors
 from pldr_jax.interop.tensors import TensorFiles, read_folder
-from pldr_jax.model.counts.shapes import MeshChoice, chosen_mesh
 from pldr_jax.model.decoder import Params
 from pldr_jax.model.deductive import g_lm_shape
 from pldr_jax.partition import on_every_device
@@ -52,7 +51,7 @@ class TransformersCheckpoint:
 
 
 def open_transformers(
-    folder: str | Path, mesh: MeshChoice = None, keep_source: bool = True
+    folder: str | Path, mesh: Mesh | None = None, keep_source: bool = True
 ) -> TransformersCheckpoint:
     """Reads a folder in the transformers layout.
 
@@ -80,10 +79,8 @@ def open_transformers(
     if not has_head:
         named = {f"{_DECODER}{n.removeprefix(_DECODER)}": x for n, x in source.tensors.items()}
         source = dataclasses.replace(source, tensors=named)
-    stated_config = ExperimentConfig(model=config, task=TaskConfig(labels=labels))
-    on = None if mesh is None else chosen_mesh(mesh, stated_config)
     where = str(folder / next(iter(source.files)))
-    opened = from_source(config, source, where, on, has_head)
+    opened = from_source(config, source, where, mesh, has_head)
     return dataclasses.replace(opened, labels=labels)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from pldr_jax.bucket import bucket_url
 from pldr_jax.config import ConfigError, ExperimentConfig, LoraConfig, TaskConfig
@@ -18,7 +19,6 @@ from pldr_jax.interop.folder import parse_json, read_json
 from pldr_jax.interop.pth import refuse_distributed
 from pldr_jax.interop.record import read_record
 from pldr_jax.interop.transformers import CONFIG, open_transformers
-from pldr_jax.model.counts.shapes import MeshChoice
 from pldr_jax.model.decoder import Params
 from pldr_jax.model.lora import digest_of, merge_adapters
 from pldr_jax.runs.checkpoint import read_weights
@@ -62,7 +62,7 @@ def open_checkpoint(
     flag: str = "",
     tasks: bool = False,
     revision: str | None = None,
-    mesh: MeshChoice = None,
+    mesh: Mesh | None = None,
 ) -> Checkpoint:
     """Reads a checkpoint for any use: inference, fine-tuning, freezing, analysis, export.
 
@@ -88,7 +88,7 @@ def open_checkpoint(
     return opened
 
 
-def _read(folder: Path, step: int | None, flag: str, mesh: MeshChoice) -> Checkpoint:
+def _read(folder: Path, step: int | None, flag: str, mesh: Mesh | None) -> Checkpoint:
     if not folder.is_dir():
         name = f"{flag}={folder}" if flag else repr(str(folder))
         raise ConfigError(f"{name}: no such folder; give a run folder, or one with {CONFIG}")
@@ -112,7 +112,7 @@ def _read(folder: Path, step: int | None, flag: str, mesh: MeshChoice) -> Checkp
     return Checkpoint(folder, weights.step, config, params, weights.g_lm, tokenizer, ends)
 
 
-def open_base(lora: LoraConfig, folder: Path, mesh: MeshChoice = None) -> Checkpoint:
+def open_base(lora: LoraConfig, folder: Path, mesh: Mesh | None = None) -> Checkpoint:
     """The checkpoint that the adapters of a run folder belong to: `base` in it, a folder or a link,
     or else where it lay in training.
 

@@ -22,13 +22,13 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pldr_jax.config import CheckpointConfig
 from pldr_jax.config.load import config_from_dict
 from pldr_jax.files import one_line
 from pldr_jax.hosts import ending_with_the_others
-from pldr_jax.model.counts.shapes import MeshChoice, chosen_mesh, param_shardings
+from pldr_jax.model.counts.shapes import param_shardings
 from pldr_jax.runs.checksums import (
     BEST_METRIC,
     CheckpointError,
@@ -307,7 +307,7 @@ def read_weights(
     run_dir: str | Path,
     step: int | None = None,
     log: Log = _to_stderr,
-    mesh: MeshChoice = None,
+    mesh: Mesh | None = None,
 ) -> Weights:
     """Parameters, G_LM and configuration of a run's newest whole checkpoint, or of that of `step`.
 
@@ -329,10 +329,9 @@ def read_weights(
         places: Any = jax.tree.map(lambda leaf: whole, stored)
         if mesh is not None:
             run = config_from_dict(config, "")
-            on = chosen_mesh(mesh, run)
-            places = jax.tree.map(lambda leaf: NamedSharding(on, PartitionSpec()), stored)
+            places = jax.tree.map(lambda leaf: NamedSharding(mesh, PartitionSpec()), stored)
             if not run.lora.rank:  # adapters are small
-                places["params"] = param_shardings(run.model, on)
+                places["params"] = param_shardings(run.model, mesh)
         abstract = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             stored,

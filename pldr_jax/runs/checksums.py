@@ -120,6 +120,17 @@ def _crc32(path: Path) -> int:
     return value
 
 
+def _why_not(folder: Path, step: int, fetch: Callable[[int], None] | None) -> str | None:
+    """Why a step cannot be fetched or is damaged; None where nothing is known against it."""
+    try:
+        if fetch is not None:
+            fetch(step)
+        whole_here = fetch is None and jax.process_index() != 0  # the first process has looked
+        return None if whole_here else find_damage(folder, step)
+    except ConfigError as error:
+        return str(error)
+
+
 def newest_whole(
     folder: Path,
     step: int | None,
@@ -147,14 +158,7 @@ def newest_whole(
     damage = []
     for candidate in reversed(steps) if step is None else [step]:
         where = folder / str(candidate)
-        reason = None
-        try:
-            if fetch is not None:
-                fetch(candidate)
-            if fetch is not None or jax.process_index() == 0:
-                reason = find_damage(folder, candidate)
-        except ConfigError as error:
-            reason = str(error)
+        reason = _why_not(folder, candidate, fetch)
         whole, cause = _on_all_processes(reason is None), None
         if whole:
             try:

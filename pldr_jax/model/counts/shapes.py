@@ -1,13 +1,12 @@
 """Shapes, counts and places of a model's parameters, without making them."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from pldr_jax.config import ExperimentConfig, ModelConfig
+from pldr_jax.config import ModelConfig
 from pldr_jax.model.decoder import Params, init_params
 from pldr_jax.partition import shardings
 
@@ -33,15 +32,6 @@ def count_params(config: ModelConfig) -> int:
 def param_shardings(config: ModelConfig, mesh: Mesh) -> Any:
     """A NamedSharding for each parameter, split as `pldr_jax/partition.py` says."""
     return shardings(abstract_params(config), mesh)
-
-
-MeshChoice = Mesh | Callable[[ExperimentConfig], Mesh] | None
-"""A mesh, or what chooses one by the config of a checkpoint; None is the default device."""
-
-
-def chosen_mesh(mesh: Mesh | Callable[[ExperimentConfig], Mesh], config: ExperimentConfig) -> Mesh:
-    """The mesh that a choice comes to."""
-    return mesh if isinstance(mesh, Mesh) else mesh(config)
 
 
 def place_params(config: ModelConfig, params: Params, mesh: Mesh) -> Params:

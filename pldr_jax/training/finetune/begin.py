@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from jax.sharding import Mesh
-
 from pldr_jax.config import (
     HOW_BEGUN,
     HOW_COMPUTED,
@@ -15,7 +13,7 @@ from pldr_jax.config import (
     ModelConfig,
     TaskConfig,
 )
-from pldr_jax.config.load import config_from_dict, load_config
+from pldr_jax.config.load import config_from_dict, load_config, load_mesh
 from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.files import TOKENIZER
 from pldr_jax.interop.config_json import BACKBONE, model_from_json
@@ -66,11 +64,7 @@ def start_from(
       ConfigError: they say another model, or the checkpoint has no tokenizer and they name none.
       CheckpointError: the checkpoint cannot be read.
     """
-
-    def mesh_for(saved: ExperimentConfig) -> Mesh:
-        return build_mesh(load_config(gin_files, overrides, _base(saved)).mesh)
-
-    mesh = mesh_for if on_mesh else None
+    mesh = build_mesh(load_mesh(gin_files, overrides)) if on_mesh else None
     with Checkpointer(run_dir, CheckpointConfig()) as checkpointer:
         stored = checkpointer.read_config() if checkpointer.latest_step() is not None else None
     if stored is not None:
@@ -102,6 +96,16 @@ def start_from(
         may_differ,
     )
     config = _checked_tokenizer(config, opened.folder)
+    _announce(init_from, opened, config)
+    if config.lora.rank:
+        if "head" not in opened.params and config.task.kind is None:
+            config.lora.fail("rank", f"adapters train no head, and a {BACKBONE} has none; take 0")
+        config = _with_base(config, opened)
+    files = inherited_files(opened.folder, opened.origin)
+    return config, InitialWeights(params, opened.g_lm, files)
+
+
+def _announce(init_from: str | Path, opened: Checkpoint, config: ExperimentConfig) -> None:
     layout = "transformers layout" if opened.step is None else f"step {opened.step}"
     print_line(
         f"weights of {init_from} ({layout}): {count_params(config.model):,} parameters, G_LM "
@@ -109,12 +113,6 @@ def start_from(
     )
     if "head" not in opened.params:
         print_line(f"{init_from} is a {BACKBONE}, without a head: a new one is drawn")
-        if config.lora.rank and config.task.kind is None:
-            config.lora.fail("rank", f"adapters train no head, and a {BACKBONE} has none; take 0")
-    if config.lora.rank:
-        config = _with_base(config, opened)
-    files = inherited_files(opened.folder, opened.origin)
-    return config, InitialWeights(params, opened.g_lm, files)
 
 
 def _base(config: ExperimentConfig) -> ExperimentConfig:

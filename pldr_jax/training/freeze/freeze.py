@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pldr_jax.config import ConfigError, DataConfig, ExperimentConfig, MeshConfig
-from pldr_jax.config.load import config_to_dict, dump_config, load_config
+from pldr_jax.config.load import config_to_dict, dump_config, load_config, load_mesh
 from pldr_jax.data.mixture import open_training_text
 from pldr_jax.data.rows import join_rows
 from pldr_jax.data.segment_count import with_segment_count
@@ -55,7 +55,7 @@ def freeze(
     check_output(output)
     if settings.save_g is not None:
         _check_new_file(Path(settings.save_g))
-    chosen = load_config(gin_files, overrides).mesh
+    chosen = load_mesh(gin_files, overrides)
     mesh = None if chosen == MeshConfig() else build_mesh(chosen)
     opened = open_checkpoint(checkpoint, settings.step, "--checkpoint", mesh=mesh)
     with mesh_scope(mesh):

@@ -1,0 +1,85 @@
+"""The mirror of a run in a bucket, on an object store in memory."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import pytest
+from helpers import assert_same_bits
+from test_engine import CONFIG, params_of
+
+from pldr_jax.bucket import Bucket
+from pldr_jax.config import ConfigError, ExperimentConfig
+from pldr_jax.config.load import config_to_dict
+from pldr_jax.runs.checkpoint import read_weights
+from pldr_jax.runs.folder import fill_run
+from pldr_jax.runs.remote.mirror import Mirror
+
+
+class Noted(Bucket):
+    """Remembers what was written, in order."""
+
+    written: list[str] = []
+
+    def put(self, path: Path, name: str) -> None:
+        super().put(path, name)
+        self.written.append(name)
+
+    def write(self, name: str, content: bytes, new: bool = False) -> bool:
+        self.written.append(name)
+        return super().write(name, content, new)
+
+
+def test_a_manifest_makes_a_checkpoint(tmp_path: Path) -> None:
+    """It is written last, after metrics and files; arrays then leave the local folder. What was
+    uploaded half is removed, and what someone removes locally is not.
+    """
+    run = Noted("memory://models/run", "--run_dir")
+    run.write("checkpoints/9/state/half", b"")
+    config = config_to_dict(ExperimentConfig(model=CONFIG))
+
+    def mirror_at(name: str) -> Mirror:
+        return Mirror(run, tmp_path / name, (0, 1), "", lambda: None)
+
+    one = mirror_at("one")
+    (one.folder / "metrics.jsonl").write_text('{"step": 1}')
+    fill_run(one.folder, 1, params_of(CONFIG), None, config, {})
+    one.wait(1)
+    assert run.written[-1] == "checkpoints/manifests/1.json" and run.written[1] == "metrics.jsonl"
+    assert not list((one.folder / "checkpoints/1/state").iterdir())
+    assert not [name for name in run.objects() if name.startswith("checkpoints/9")]
+    other = mirror_at("other")
+    assert not list((other.folder / "checkpoints/1/state").iterdir())
+    other.fetch_step(1)
+    found = read_weights(other.folder)
+    assert_same_bits(jax.device_get(found.params), jax.device_get(params_of(CONFIG)))
+    shutil.rmtree(one.folder)
+    one.retire()
+    one.close()
+    assert "checkpoints/manifests/1.json" in run.objects()
+    fill_run(other.folder, 2, params_of(CONFIG), None, config, {})
+    shutil.rmtree(other.folder / "checkpoints/1")
+    other.close()
+    left = {name.split("/")[1] for name in run.objects() if name.startswith("checkpoints/")}
+    assert left == {"2", "manifests"} and not other.folder.exists()
+
+
+class Full(Bucket):
+    """Takes nothing."""
+
+    def put(self, path: Path, name: str) -> None:
+        raise ConfigError(f"{self.url}: cannot be written (403)")
+
+
+def test_what_cannot_be_uploaded_is_kept_from_the_next_run(tmp_path: Path) -> None:
+    full = Full("memory://models/full", "--run_dir")
+
+    def mirror() -> Mirror:
+        return Mirror(full, tmp_path / "run", (0, 1), "0123456789", lambda: None)
+
+    failing = mirror()
+    (failing.folder / "metrics.jsonl").write_text('{"step": 1}')
+    with pytest.raises(ConfigError, match=r"\(403\); what is not uploaded lies in"):
+        failing.close()
+    mirror()
+    assert (tmp_path / "run-01234567" / "metrics.jsonl").read_text() == '{"step": 1}'
