@@ -96,21 +96,20 @@ class ReportOptions:
             )
 
 
-def analyze(options: ReportOptions) -> tuple[str, list[RunReport]]:
+def analyze(options: ReportOptions) -> tuple[Path | str, list[RunReport]]:
     """Measures and writes the report: all of it or nothing. A section that cannot be measured is a
     line in the report.
 
     Returns:
-      The path of `report.html`, and what it says of each run.
+      The path of `report.html`, or its URL in a bucket, and what it says of each run.
 
     Raises:
       ConfigError, CheckpointError: one line, for what cannot be read or written.
     """
     sections = chosen_sections(options.sections)
     folders = [Path(run) for run in options.runs]
-    output = bucket_url(options.output or "")
-    if output is None:
-        output = str(user_path(options.output or folders[0] / DEFAULT_FOLDER, "--out"))
+    url = bucket_url(options.output or "")
+    output = url or user_path(options.output or folders[0] / DEFAULT_FOLDER, "--out")
     steps = [_steps(folder) if options.over_checkpoints else [] for folder in folders]
     total = len(folders) * len(sections) + sum(map(bool, steps))
     with new_folder(output, "--out", JSON) as folder, ReportProgress(total) as progress:
@@ -122,7 +121,7 @@ def analyze(options: ReportOptions) -> tuple[str, list[RunReport]]:
                 raise ConfigError(f"{run}: cannot be read ({error})") from None
         across = [Comparison.of_runs(runs).rendered()] if len(runs) > 1 else []
         write_report(folder, runs, across, options.tensors)
-    return f"{output}/{HTML}", runs
+    return f"{url}/{HTML}" if url else Path(output) / HTML, runs
 
 
 class ReportProgress(LiveBar):
