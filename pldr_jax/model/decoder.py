@@ -211,6 +211,8 @@ class Decoder(nn.Module):
             length=self.config.num_layers,
             unroll=self.config.num_layers if self.config.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
+            # It traces twice, for broadcast values, of which there are none; draws depend on it.
+            check_constancy_invariants=self.is_initializing(),
         )
         if divided("metric_in", self.config.head_dim) and not self.is_initializing():
             gather = functools.partial(_metric_learner_in_use, self.config)

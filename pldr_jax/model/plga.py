@@ -178,6 +178,7 @@ class PowerLawGraphAttention(nn.Module):
             length=self.config.num_residual_layers,
             unroll=residual_unroll(self.config),
             metadata_params={nn.PARTITION_NAME: "layers"},
+            check_constancy_invariants=self.is_initializing(),  # as in the decoder
         )
         shape = A_BNHJ.shape
         if not divided("heads", shape[1]):

@@ -46,6 +46,7 @@ class Record:
         )
         display = Display(enabled=self._enabled)
         self._progress = Progress(self._training.steps, start, tokens_per_step, display)
+        self._curves: Path | None = None  # those of all that is written
 
     def __enter__(self) -> Self:
         self._progress.__enter__()
@@ -77,6 +78,7 @@ class Record:
         training = self._training
         if step % training.log_every == 0 or step == training.steps or broken:
             self._writer.write(step, values | self.health.metrics())
+            self._curves = None
         self._progress.update(step, values["train/loss"], values["train/learning_rate"])
         if not broken:
             return None
@@ -99,12 +101,12 @@ class Record:
             return
         if sample:
             append_sample(self._run_dir, step, sample)
-        write_curves(self._run_dir)
+        self._curves = write_curves(self._run_dir)
 
     def summary(self, evaluation: Mapping[str, float]) -> None:
         """Shows what a run has come to."""
         if self._enabled:
-            curves = write_curves(self._run_dir)
+            curves = self._curves or write_curves(self._run_dir)
             self.print(summary(evaluation) + (f"\ncurves: {curves}" if curves else ""))
 
     @property

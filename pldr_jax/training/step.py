@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pldr_jax.config import ExperimentConfig
 from pldr_jax.data.rows import row_shape
-from pldr_jax.model.counts.shapes import place_params
+from pldr_jax.model.counts.shapes import abstract_params, place_params
 from pldr_jax.model.decoder import Params, init_params
 from pldr_jax.model.lora import init_adapters, merge_adapters, without_head
 from pldr_jax.partition import batch_sharding, constrain, shardings
@@ -92,7 +92,11 @@ def abstract_state(
     """The state, without `base`, as ShapeDtypeStructs with their shardings, which a checkpoint is
     restored into.
     """
-    boxed = jax.eval_shape(functools.partial(_random_state, config), jax.random.key(0), g_lm)
+    if config.lora.rank:
+        boxed = jax.eval_shape(functools.partial(_random_state, config), jax.random.key(0), g_lm)
+    else:
+        new = functools.partial(_new_state, config)
+        boxed = jax.eval_shape(new, abstract_params(config.model), g_lm)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         nn.unbox(boxed),

@@ -1,5 +1,6 @@
 """Shapes, counts and places of a model's parameters, without making them."""
 
+import functools
 import math
 from typing import Any
 
@@ -11,6 +12,7 @@ from pldr_jax.model.decoder import Params, init_params
 from pldr_jax.partition import shardings
 
 
+@functools.cache
 def abstract_params(config: ModelConfig) -> Any:
     """The parameter tree as shapes, each boxed with its logical axes."""
     return jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
