@@ -10,11 +10,14 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder asks no hub, but that of test_hub
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # see _quick_compilation; for processes too
+# See _quick_compilation; for processes too.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 
 import jax
 import numpy as np
 import pytest
+from jax._src import compiler
 from safetensors.numpy import load_file
 
 from pldr_jax.config import ModelConfig
@@ -29,14 +32,17 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 GOLDENS = Path(__file__).parent / "goldens"
 
-OPTIMISED = ("test_parity", "test_convert", "test_model", "test_task_data")
+OPTIMISED = (
+    "test_parity", "test_convert", "test_pth", "test_model", "test_attention", "test_task_data",
+)  # fmt: skip
 """Test files that compile as users do."""
 
 
 SLOW_FILES = (
     "test_analyze", "test_audits", "test_bucket_runs", "test_causal_training", "test_chat_data",
     "test_collectives",
-    "test_convert_faults", "test_engine", "test_evaluation", "test_finetune", "test_freeze",
+    "test_convert_faults", "test_engine", "test_engine_queue", "test_evaluation", "test_finetune",
+    "test_freeze",
     "test_given_g", "test_gpu", "test_gpu_benchmark", "test_harness", "test_hosts", "test_hub",
     "test_infer", "test_invariance", "test_job_results", "test_jobs", "test_kills", "test_laws",
     "test_lora", "test_low_rank", "test_mixture", "test_partition", "test_plan", "test_prefix",
@@ -106,14 +112,25 @@ def case(request: pytest.FixtureRequest) -> Golden:
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Half of the time of the tests is compilation, which is halved without most optimisations.
-    Numbers are compared with the authors' as users compile them.
+    """Most of the time of the tests is compilation, which takes a fifth without most optimisations
+    and with the older code generator. Numbers are compared with the authors' as users compile them.
     """
     quick = request.module.__name__ not in OPTIMISED
     if jax.config.read("jax_disable_most_optimizations") != quick:
         jax.config.update("jax_disable_most_optimizations", quick)
+        compiler.get_compile_options = COMPILE_OPTIONS if quick else _as_users_compile
         jax.clear_caches()
     yield
+
+
+COMPILE_OPTIONS = compiler.get_compile_options
+
+
+def _as_users_compile(*args: Any, **kwargs: Any) -> Any:
+    options = COMPILE_OPTIONS(*args, **kwargs)
+    emitters = ("xla_cpu_use_fusion_emitters", True)
+    options.env_option_overrides = [*options.env_option_overrides, emitters]
+    return options
 
 
 @pytest.fixture(scope="session", autouse=True)

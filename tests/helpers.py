@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import random
 import subprocess
 import sys
@@ -108,11 +107,9 @@ def tiny_config(source: Path, fields: dict[str, Any] | None = None) -> Experimen
 
 def start(program: str, *arguments: object) -> subprocess.Popen[str]:
     """`python train.py ...` at the root of the repository, on one device."""
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return subprocess.Popen(
         [sys.executable, program, *map(str, arguments)],
         cwd=REPOSITORY,
-        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

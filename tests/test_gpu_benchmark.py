@@ -31,7 +31,7 @@ def rows_of(folder: Path, minutes: float, sections: list[str]) -> list[dict[str,
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "OUT")}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *options, "--sections", *sections],
-        env=environment | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        env=environment | {"JAX_PLATFORMS": "cpu"},
         cwd=folder,
         capture_output=True,
         text=True,
