@@ -15,7 +15,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers import contents, run_here
-from test_convert import MODEL, QUIET, TINY, own_run, refused, save_pth, variant
+from test_convert import MODEL, QUIET, TINY, own_run, refused, variant
+from test_pth import save_pth
 
 import pldr_jax
 from pldr_jax.cli.convert import convert_main

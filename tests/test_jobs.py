@@ -1,6 +1,5 @@
 """Batch jobs: prompts from everywhere, results to a file, and the program that joins them."""
 
-import io
 import json
 import subprocess
 import sys
@@ -14,9 +13,9 @@ from helpers import REPOSITORY, finished_run
 from letters import CONFIG, CONTEXT, LETTERS, infer_here, jsonl, letters_model, results
 
 from pldr_jax.api import LanguageModel
-from pldr_jax.config import ConfigError, GenerationConfig, ModelConfig, SamplingConfig
+from pldr_jax.config import GenerationConfig, ModelConfig, SamplingConfig
 from pldr_jax.inference.batch import Output, run_batch
-from pldr_jax.inference.jobs import BadLine, Job, JsonlWriter, count_prompts, read_prompts
+from pldr_jax.inference.jobs import BadLine, Job, JsonlWriter
 from pldr_jax.inference.progress import JobProgress
 from pldr_jax.inference.request import Request
 from pldr_jax.model.deductive import identity_g_lm
@@ -36,92 +35,6 @@ def infer(lm: LanguageModel, capsys: pytest.CaptureFixture[str]) -> Any:
         return infer_here(capsys, model, *arguments)
 
     return call
-
-
-# Reading
-
-
-def test_prompts_and_text_files(tmp_path: Path) -> None:
-    assert list(read_prompts(["a", ""])) == [Job(1, "a"), Job(2, "", index=1)]
-    path = tmp_path / "prompts.txt"
-    path.write_bytes(b"\xef\xbb\xbf{one\r\n\n  two \n \t\n\xff\nlast\xe2\x80\xa8")
-    assert list(read_prompts(source=str(path))) == [
-        Job(1, "{one", index=0),
-        Job(3, "  two ", index=1),
-        BadLine(5, "is not UTF-8"),
-        Job(6, "last\u2028", index=3),
-    ]
-    assert count_prompts(str(path)) == 4
-
-
-def test_stdin_is_text_or_jsonl() -> None:
-    def read(data: bytes) -> list[Job | BadLine]:
-        return list(read_prompts(source="-", stdin=io.BytesIO(data)))
-
-    assert read(b"one\n{two\n") == [Job(1, "one"), Job(2, "{two", index=1)]
-    assert read(b'\n  {"prompt": "one"}\n') == [Job(2, "one")]
-
-
-def test_rows_of_settings(tmp_path: Path) -> None:
-    settings = {"temperature": 1, "top_k": 3, "seed": 7, "stop": ["x"], "stop_ids": [2]}
-    path = jsonl(tmp_path / "a.jsonl", {"id": "a", "prompt": "p", **settings}, {"tokens": [1, 2]})
-    first, second = read_prompts(source=str(path))
-    assert first == Job("a", "p", {**settings, "stop": ("x",), "stop_ids": (2,)}, 0)
-    assert isinstance(first, Job) and isinstance(first.settings["temperature"], float)
-    assert second == Job(2, [1, 2], {}, 1)
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        ('{"prompt": "a"', "is not JSON"),
-        ("[" * 100_000, "is not JSON"),
-        ('{"prompt": "a", "temperature": NaN}', "NaN is no number"),
-        ('["a"]', "is not an object"),
-        ("{}", "either prompt or tokens"),
-        ('{"prompt": "a", "tokens": [1]}', "either prompt or tokens"),
-        ('{"prompt": 3}', "prompt must be a string"),
-        ('{"tokens": [1, true]}', "tokens must be a list of integers"),
-        ('{"tokens": "1 2"}', "tokens must be a list of integers"),
-        ('{"id": null, "prompt": "a"}', "id must be"),
-        ('{"id": true, "prompt": "a"}', "id must be"),
-        ('{"prompt": "a", "temprature": 1}', "unknown key 'temprature'"),
-        ('{"prompt": "a", "top_p": 7}', "top_p = 7.0: must be at most 1"),
-        ('{"prompt": "a", "top_p": "x"}', "top_p = 'x': must be float"),
-        ('{"prompt": "a", "max_new_tokens": 1.5}', "max_new_tokens = 1.5: must be int"),
-        ('{"prompt": "a", "max_new_tokens": 0}', "max_new_tokens = 0: must be at least 1"),
-        ('{"prompt": "a", "top_k": 99999999999}', "top_k = 99999999999: must be at most"),
-        ('{"prompt": "a", "seed": -1}', "seed = -1: must be at least 0"),
-        ('{"prompt": "a", "temperature": 1e999}', "temperature = inf: must be finite"),
-        ('{"prompt": "a", "temperature": true}', "temperature = True: must be float"),
-        ('{"prompt": "a", "max_new_tokens": 1000000000000}', "max_new_tokens = 1000000000000"),
-        ('{"prompt": "a", "top_k": null}', "top_k = None: must be int"),
-        ('{"prompt": "a", "seed": 4294967296}', "seed = 4294967296: must be at most"),
-        ('{"prompt": "a", "stop_ids": [99999999999]}', "stop_ids = (99999999999,)"),
-        ('{"prompt": "a", "stop_ids": [-1]}', "stop_ids = (-1,)"),
-        ('{"prompt": "a", "stop_ids": [0,1,2,3,4,5,6,7,8]}', "has 9 ids"),
-        ('{"prompt": "a", "temperature": 1%s}' % ("0" * 400), "temperature = 1000"),
-        ('{"prompt": "a", "stop": ["x", 1]}', "stop = ('x', 1): must be"),
-        ('{"prompt": "a", "stop": [""]}', "an empty string"),
-        ('{"prompt": "a", "stop_ids": [1.0]}', "stop_ids = (1.0,): must be"),
-        ('{"id": "good", "prompt": "a"}', "the id 'good' was there before"),
-    ],
-)
-def test_a_bad_row_is_named_and_passed_over(tmp_path: Path, line: str, reason: str) -> None:
-    good = {"id": "good", "prompt": "a"}
-    path = jsonl(tmp_path / "a.jsonl", good, "", line, {"prompt": "b"})
-    first, bad, last = read_prompts(source=str(path))
-    assert first == Job("good", "a") and last == Job(4, "b", index=2)
-    assert isinstance(bad, BadLine) and bad.number == 3 and reason in bad.reason
-    assert "\n" not in bad.reason
-
-
-def test_a_missing_file_is_noticed_at_once() -> None:
-    with pytest.raises(ConfigError, match="no_such.*No such file"):
-        read_prompts(source="no_such.jsonl")
-
-
-# The program
 
 
 def test_a_queue_and_its_failures(infer: Any, lm: LanguageModel, tmp_path: Path) -> None:
@@ -290,9 +203,6 @@ def test_without_a_tokenizer(infer: Any, lm: LanguageModel, tmp_path: Path) -> N
     assert "no tokenizer" in rows[2]["error"] and "no tokenizer" in rows[3]["error"]
 
 
-# G_LM and caches
-
-
 def test_g_modes(infer: Any, lm: LanguageModel, tmp_path: Path) -> None:
     texts = ["hello there", "abc", "zZ9"]
     tensor = np.asarray(lm([[5, 6, 7, 8]]).deductive.G_LM)
@@ -348,9 +258,6 @@ def test_cache_dtype_reaches_the_engine(lm: LanguageModel) -> None:
     assert plain == logprobs("float32") != logprobs("bfloat16")
 
 
-# Size
-
-
 def test_a_queue_is_read_as_rows_become_free(lm: LanguageModel, tmp_path: Path) -> None:
     """No more rows are read than are decoded, and each is written before many more are read."""
     out = tmp_path / "out.jsonl"
@@ -384,9 +291,6 @@ def test_progress(capsys: pytest.CaptureFixture[str]) -> None:
     with JobProgress(None, display=Display(terminal=True)) as bar:
         bar.print("line 3: [bad]")
     assert "line 3: [bad]" in capsys.readouterr().err
-
-
-# As a user starts it
 
 
 def test_stdin_and_exit_status(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import types
 from typing import Any
 
 import flax.linen as nn
@@ -10,16 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
-from pldr_jax.config import MeshConfig, ModelConfig
+from pldr_jax.config import ModelConfig
 from pldr_jax.inference.decode import decode_step, prefill
 from pldr_jax.model.decoder import Params, forward, init_params, unstack_layers
 from pldr_jax.model.deductive import identity_g_lm, random_g_lm
-from pldr_jax.model.kernels import attend, attend_in_blocks, cuda_capability
 from pldr_jax.model.reductions import POSITIONS, add_bias, most_probable
-from pldr_jax.model.rope import rotate
-from pldr_jax.partition import build_mesh, mesh_scope
 from pldr_jax.training.losses import token_loss
 
 CONFIG = ModelConfig(
@@ -63,24 +58,6 @@ def gap(a: Any, b: Any) -> float:
     return float(np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).max())
 
 
-# Positions
-
-
-def test_rotation_by_hand() -> None:
-    x = np.random.default_rng(2).normal(size=(1, 3, 1, 4)).astype(np.float32)
-    positions = np.array([[0, 1, 5]])
-    pairs = {"interleaved": [(0, 1), (2, 3)], "half_split": [(0, 2), (1, 3)]}
-    for layout, of_layout in pairs.items():
-        expected = x.astype(np.float64)
-        for t, position in enumerate(positions[0]):
-            for i, (one, two) in enumerate(of_layout):
-                angle = position * 100.0 ** (-2 * i / 4)
-                turned = np.exp(1j * angle) * (x[0, t, 0, one] + 1j * x[0, t, 0, two])
-                expected[0, t, 0, [one, two]] = turned.real, turned.imag
-        actual = rotate(jnp.asarray(x), jnp.asarray(positions), 100.0, layout)
-        assert gap(actual, expected) < 1e-6
-
-
 def test_rope_layouts_agree_under_a_permutation_of_the_head_dimension() -> None:
     """Half-split channel i is interleaved channel 2i, and i + H/2 is 2i + 1."""
     order = np.concatenate([np.arange(0, 8, 2), np.arange(1, 8, 2)])
@@ -94,9 +71,6 @@ def test_rope_layouts_agree_under_a_permutation_of_the_head_dimension() -> None:
     permuted_g_lm = g_lm[..., order, :][..., order]
     assert gap(half_split(permuted, TOKENS, permuted_g_lm).logits, expected) < 1e-5
     assert gap(half_split(params, TOKENS, g_lm).logits, expected) > 1e-2
-
-
-# Padding and causality
 
 
 def test_a_padded_row_gives_what_it_gives_alone() -> None:
@@ -132,9 +106,6 @@ def test_later_tokens_reach_earlier_ones_through_g_lm_alone(seen: int) -> None:
     assert gap(given[0][:, seen:], given[1][:, seen:]) > 1e-2
     computed = [jitted()(params, tokens).logits for tokens in (TOKENS, other)]
     assert gap(computed[0][:, :seen], computed[1][:, :seen]) > 1e-3
-
-
-# Caches
 
 
 @functools.cache
@@ -178,9 +149,6 @@ def test_rows_of_different_lengths_decode_side_by_side() -> None:
         assert gap(logits, full[jnp.arange(3), at]) < 1e-5 * float(jnp.abs(full).max())
 
 
-# Precision
-
-
 def test_bfloat16_keeps_parameters_and_deductive_outputs_in_float32() -> None:
     config = variant(dtype="bfloat16")
     fresh = jax.eval_shape(lambda key: nn.unbox(init_params(config, key)), jax.random.key(0))
@@ -201,9 +169,6 @@ def test_bfloat16_keeps_parameters_and_deductive_outputs_in_float32() -> None:
     # With its own, G_LM amplifies the rounding of the queries; most logits stay close all the same.
     own = jitted()(make_params(), TOKENS).logits
     assert float(jnp.abs(outputs.logits - own).mean() / jnp.abs(own).mean()) < 0.1
-
-
-# Rematerialisation and unrolling
 
 
 @functools.cache
@@ -230,48 +195,6 @@ def test_remat_and_unroll_change_no_number(changes: dict[str, Any]) -> None:
     assert np.linalg.norm(other - one) < 1e-3 * np.linalg.norm(one)
     for leaf in jax.tree.leaves(gradient):
         assert np.asarray(leaf).any()
-
-
-# Predefined G_LM
-
-
-@pytest.mark.parametrize("block", [1, 5, 12, 64])
-def test_attention_in_blocks_is_attention(block: int) -> None:
-    """The same numbers and gradients, without the scores of all pairs."""
-    q, k, v, weight = jax.random.normal(jax.random.key(0), (4, 2, 12, 3, 8))
-
-    def whole(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return (weight * attend(q, k, v, "xla")).sum()
-
-    def parts(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return (weight * attend_in_blocks(q, k, v, None, block)).sum()
-
-    assert gap(attend_in_blocks(q, k, v, None, block), attend(q, k, v, "xla")) < 1e-6
-    gradients = [jax.jit(jax.grad(f, argnums=(0, 1, 2)))(q, k, v) for f in (whole, parts)]
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), *gradients)
-    program = jax.jit(jax.grad(parts)).lower(q, k, v).as_text()
-    assert ("tensor<2x3x12x12xf32>" in program) == (block == 12)
-
-
-@pytest.mark.parametrize("block", [1, 5, 64])
-def test_segments_in_blocks_are_segments(block: int) -> None:
-    q, k, v = jax.random.normal(jax.random.key(1), (3, 2, 12, 3, 8))
-    ids_BT = jnp.asarray([[1] * 5 + [2] * 4 + [3, 0, 0], [1] * 12])
-    dense = attend(q, k, v, "xla", ids_BT)
-    assert gap(attend_in_blocks(q, k, v, ids_BT, block), dense) < 1e-6
-    assert gap(attend(q, k, v, "xla")[0], dense[0]) > 1e-2
-    assert gap(attend(q, k, v, "xla")[1], dense[1]) == 0
-
-
-@pytest.mark.parametrize("segments", [False, True])
-def test_long_contexts_go_in_blocks(segments: bool) -> None:
-    shapes = [jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32) for length in (2047, 2048)]
-    for shape, whole in zip(shapes, (True, False), strict=True):
-        length = shape.shape[1]
-        ids_BT = jnp.ones((1, length), jnp.int32) if segments else None
-        attention = jax.jit(lambda q, k, v, ids_BT=ids_BT: attend(q, k, v, "auto", ids_BT))
-        program = attention.lower(shape, shape, shape)
-        assert (f"tensor<1x1x{length}x{length}xf32>" in program.as_text()) == whole
 
 
 def test_identity_is_g_lm_of_ones_on_the_diagonal() -> None:
@@ -307,9 +230,6 @@ def test_random_g_lm_is_standard_normal_and_seeded() -> None:
     assert one.shape == (2, 1, 2, 32, 32)
     assert one.std() == pytest.approx(1, abs=0.05) and abs(one.mean()) < 0.06
     assert not np.array_equal(one[0], one[1])
-
-
-# Compilation
 
 
 def test_the_compiled_program_names_its_parts() -> None:
@@ -367,48 +287,6 @@ def test_new_values_compile_nothing_again() -> None:
         for position in range(length, length + 3):
             _, cache = step(unstacked, TOKENS[:, position], cache)
     assert first._cache_size() == step._cache_size() == 1
-
-
-@pytest.mark.parametrize("sharded", [False, True])
-def test_the_flash_kernel_of_a_tpu_gives_the_same(sharded: bool) -> None:
-    """Interpreted: lengths and heads that are no whole tiles, outputs and gradients."""
-    rng = np.random.default_rng(6)
-    q, k, v, weight = (jnp.asarray(rng.normal(size=(2, 130, 2, 8)), jnp.float32) for _ in range(4))
-
-    def run(kernel: str) -> Any:
-        def weighted(q: Any, k: Any, v: Any) -> Any:
-            return (attend(q, k, v, kernel) * weight).sum()
-
-        return jax.jit(jax.value_and_grad(weighted, (0, 1, 2)))(q, k, v)
-
-    plain = run("xla")
-    mesh = build_mesh(MeshConfig(2, 1, 2), jax.devices()[:4]) if sharded else None
-    with mesh_scope(mesh), pltpu.force_tpu_interpret_mode():
-        fused = run("flash")
-    for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(fused), strict=True):
-        assert gap(one, other) < 1e-5 * max(1.0, float(np.abs(one).max()))
-
-
-@pytest.mark.parametrize(
-    ("platform", "stated", "expected"),
-    [
-        ("gpu", "9.0", (9, 0)),
-        ("gpu", "12.1", (12, 1)),
-        ("cuda", "8.10", (8, 10)),
-        ("gpu", "9.0a", (9, 0)),
-        ("gpu", "gfx90a", (0, 0)),
-        ("gpu", "gfx1100", (0, 0)),
-        ("gpu", "", (0, 0)),
-        ("gpu", None, (0, 0)),
-        ("METAL", "3.2", (0, 0)),
-        ("cpu", "9.0", (0, 0)),
-    ],
-)
-def test_compute_capability_of_any_maker(platform: str, stated: Any, expected: Any) -> None:
-    device = types.SimpleNamespace(platform=platform, compute_capability=stated)
-    assert cuda_capability(device) == expected
-    del device.compute_capability
-    assert cuda_capability(device) == (0, 0)
 
 
 def test_a_bias_and_its_gradient_are_those_of_a_sum() -> None:
