@@ -40,7 +40,7 @@ for line in sys.stdin:
                 for p, n, s in json.loads(line)]
     begin = time.perf_counter()
     made = [r for _, r in lm.run(requests, batch_size=int(sys.argv[2]), steps=int(sys.argv[3]),
-                                 capacity=lm.config.context_length) if r.finish_reason]
+                                 capacity=int(sys.argv[4])) if r.finish_reason]
     print(sum(len(r.tokens) for r in made) / (time.perf_counter() - begin), flush=True)
 """
 
@@ -179,10 +179,12 @@ def soak(port: int, pid: int, cases: list[Case]) -> None:
 
 
 @contextlib.contextmanager
-def generating(run: str, slots: int, steps: int) -> Iterator[Callable[[list[Case]], float]]:
+def generating(
+    run: str, slots: int, steps: int, capacity: int
+) -> Iterator[Callable[[list[Case]], float]]:
     """`lm.generate` in a process of its own: requests to tokens a second."""
     process = subprocess.Popen(
-        [sys.executable, "-c", GENERATE, run, str(slots), str(steps)],
+        [sys.executable, "-c", GENERATE, run, str(slots), str(steps), str(capacity)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     source, sink = process.stdin, process.stdout
@@ -201,10 +203,11 @@ def generating(run: str, slots: int, steps: int) -> Iterator[Callable[[list[Case
 def load(port: int, context: int, options: argparse.Namespace) -> None:
     """Clients, arrivals, and a short request beside long ones."""
     cases = cases_of(options.requests, context, random.Random(0))
-    with generating(options.run, options.batch_size, options.steps) as alone:
+    sizes = options.batch_size, options.steps, context
+    with generating(options.run, *sizes) as alone:
         alone(cases)  # compiles
         print(HEAD)
-        for number in (1, 8, 32):
+        for number in options.clients:
             some = cases[: max(8, options.requests * number // 32)]
             for _ in range(options.rounds if number == 32 else 1):
                 before = alone(some)
@@ -226,15 +229,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("run")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32], help="at once")
     parser.add_argument("--requests", type=int, default=128, help="of 32 clients")
     parser.add_argument("--rounds", type=int, default=3, help="of 32 clients")
     parser.add_argument("--rate", type=float, default=8.0, help="arrivals a second")
     parser.add_argument("--batch_size", type=int, default=8, help="slots")
     parser.add_argument("--steps", type=int, default=4, help="of a call")
+    parser.add_argument("--capacity", type=int, help="tokens of a prompt and its answer")
     parser.add_argument("--soak", type=int, default=0, help="only so many requests")
     options = parser.parse_args()
     command = [sys.executable, "-m", "pldr_jax.serve", options.run, "--port", "0"]
     command += ["--batch_size", str(options.batch_size), "--steps", str(options.steps)]
+    if options.capacity:
+        command += ["--capacity", str(options.capacity)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:

@@ -6,6 +6,7 @@ The only place that renames temporary files: what a killed process leaves is nev
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
@@ -21,6 +22,9 @@ TOKENIZER = "tokenizer.model"
 """The SentencePiece model in a run folder, a checkpoint or a folder of shards."""
 TOKENIZER_CONFIG = "tokenizer_config.json"
 """What transformers knows of a tokenizer; in a run folder and beside shards, its chat template."""
+
+DIGEST = ".sha256"
+"""Ends the name of the file that holds another one's SHA-256, as `sha256sum` writes it."""
 
 OUTPUT = "--output"
 
@@ -62,6 +66,24 @@ def read_regular_file(path: Path) -> bytes:
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "is not a regular file")
     return path.read_bytes()
+
+
+def with_digest(name: str, content: bytes) -> dict[str, bytes]:
+    """A file and its digest, by their names."""
+    digest = hashlib.sha256(content).hexdigest()
+    return {name: content, name + DIGEST: f"{digest}  {name}\n".encode()}
+
+
+def is_as_written(path: Path, content: bytes) -> bool:
+    """Whether a file's content has the digest beside it; True where there is none.
+
+    Raises:
+      OSError: the digest cannot be read.
+    """
+    beside = path.with_name(path.name + DIGEST)
+    if not beside.exists():
+        return True
+    return read_regular_file(beside) == with_digest(path.name, content)[beside.name]
 
 
 def file_in(folder: Path, name: object, where: str) -> Path:

@@ -227,7 +227,8 @@ def test_certificate_of_low_rank(frozen, capsys) -> None:
 def test_folder_and_output(frozen, text) -> None:
     _, _, certificate, output, lines = frozen
     names = {path.name for path in output.iterdir()}
-    assert names == {"checkpoints", "config.gin", "certificate.json", "tokenizer.model"}
+    tokenizer = {"tokenizer.model", "tokenizer.model.sha256"}
+    assert names == {"checkpoints", "config.gin", "certificate.json", *tokenizer}
     assert json.loads((output / "certificate.json").read_text()) == certificate
     expected = frozen_config(experiment(text))
     assert load_config([output / "config.gin"]) == expected

@@ -71,7 +71,7 @@ def test_run_folder_holds_what_is_documented(finished, source) -> None:
     names = {path.name for path in run_dir.iterdir()}
     assert names == {
         *("config.gin", "tokenizer.model", "checkpoints", "metrics.jsonl", "samples.txt"),
-        *("tensorboard", "curves.png"),
+        *("tensorboard", "curves.png", "tokenizer.model.sha256"),
     }
     assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
     events = list((run_dir / "tensorboard").glob("events.out.tfevents.*"))

@@ -10,6 +10,7 @@ import sentencepiece
 
 from pldr_jax.config import ConfigError
 from pldr_jax.data.text.tokenizer import Tokenizer
+from pldr_jax.files import with_digest
 
 WORDS = "def return self the of value list for in if else print range tokens model layer".split()
 
@@ -123,6 +124,22 @@ def test_bad_model_file_is_a_one_line_error(tmp_path, content: bytes | None) -> 
     with pytest.raises(ConfigError, match=r"^Data\.tokenizer = .*bad\.model.*\S$") as raised:
         Tokenizer.load(path)
     assert "\n" not in str(raised.value)
+
+
+def test_a_model_that_has_changed_is_refused(tokenizer: Tokenizer, tmp_path) -> None:
+    files = with_digest("tokenizer.model", tokenizer.model_bytes)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    path = tmp_path / "tokenizer.model"
+    assert Tokenizer.load(path).digest == tokenizer.digest
+    # Another piece: it is a SentencePiece model still, whose ids mean something else.
+    changed = tokenizer.model_bytes.replace(b"[START]", b"[STARZ]")
+    assert Tokenizer(changed).vocab_size == tokenizer.vocab_size
+    path.write_bytes(changed)
+    with pytest.raises(ConfigError, match=r"has changed since .* remove tokenizer.model.sha256"):
+        Tokenizer.load(path)
+    (tmp_path / "tokenizer.model.sha256").unlink()
+    assert Tokenizer.load(path).digest != tokenizer.digest
 
 
 def test_too_small_vocabulary_names_the_smallest_that_works() -> None:

@@ -10,7 +10,7 @@ import jax
 
 from pldr_jax.config import HOW_COMPUTED, CheckpointConfig, ConfigError, ExperimentConfig
 from pldr_jax.config.load import describe_differences, dump_config
-from pldr_jax.files import TOKENIZER, append_whole, new_folder, write_whole
+from pldr_jax.files import TOKENIZER, append_whole, new_folder, with_digest, write_whole
 from pldr_jax.model.decoder import Params
 from pldr_jax.runs.checkpoint import Checkpointer
 from pldr_jax.terminal import print_line
@@ -122,8 +122,7 @@ def write_run_files(
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_whole(run_dir / "config.gin", dump_config(config).encode())
-        write_whole(run_dir / TOKENIZER, model_bytes)
-        for name, content in others.items():
+        for name, content in {**with_digest(TOKENIZER, model_bytes), **others}.items():
             (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
             write_whole(run_dir / name, content)
         samples = run_dir / SAMPLES
@@ -171,7 +170,8 @@ def fill_run(
     with Checkpointer(folder, CheckpointConfig()) as checkpointer:
         state = {"params": params, "g_lm": g_lm}
         checkpointer.save(step, state, {}, config_dict, {}, wait=True)
-    for name, content in files.items():
+    digest = with_digest(TOKENIZER, files[TOKENIZER]) if TOKENIZER in files else {}
+    for name, content in {**files, **digest}.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)

@@ -18,7 +18,7 @@ import sentencepiece
 
 from pldr_jax.config import ConfigError
 from pldr_jax.copies import readable_path
-from pldr_jax.files import read_regular_file
+from pldr_jax.files import DIGEST, is_as_written, read_regular_file
 
 PAD_PIECE, UNK_PIECE, BOS_PIECE, EOS_PIECE = "[PAD]", "[UNK]", "[START]", "[END]"
 SEPARATOR_PIECE = "[SEP]"
@@ -50,10 +50,14 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | pathlib.Path, chat_template: str | None = None) -> "Tokenizer":
-        """Reads a SentencePiece model file; ConfigError if it is missing or is not one."""
+        """Reads a SentencePiece model file; ConfigError if it is missing, is not one, or has not
+        the digest beside it.
+        """
         try:
-            content = read_regular_file(readable_path(path, "Data.tokenizer"))
-            tokenizer = cls(content, chat_template)
+            name = pathlib.PurePath(path).name
+            local = readable_path(path, "Data.tokenizer", (name + DIGEST,))
+            content = read_regular_file(local)
+            tokenizer, whole = cls(content, chat_template), is_as_written(local, content)
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise ConfigError(
@@ -67,6 +71,11 @@ class Tokenizer:
                 f"Data.tokenizer = {str(path)!r}: is not a SentencePiece model (damaged, or "
                 "another kind of file)"
             ) from None
+        if not whole:
+            raise ConfigError(
+                f"Data.tokenizer = {str(path)!r}: has changed since it was written; put back a "
+                f"copy, or remove {name}{DIGEST} where the change was meant"
+            )
         return tokenizer
 
     @classmethod
