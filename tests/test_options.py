@@ -4,7 +4,11 @@ import dataclasses
 
 import pytest
 
+from pldr_jax.cli.analyze import analyze_main
+from pldr_jax.cli.evaluate import evaluate_main
+from pldr_jax.cli.freeze import freeze_main
 from pldr_jax.cli.options import Option, parse_args
+from pldr_jax.cli.serve import serve_main
 from pldr_jax.config import GROUPS
 from pldr_jax.config.load import load_config
 
@@ -76,6 +80,27 @@ def test_errors_of_the_command_line(argv, message, capsys):
     error = capsys.readouterr().err
     assert caught.value.code == 2 and error.count("\n") == 1
     assert error.startswith(f"train.py: error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("main", "flag"),
+    [
+        (evaluate_main, "--gin.Model.num_layers=4"),
+        (analyze_main, "--gin.Optimizer.eps=1"),
+        (freeze_main, "--gin.Training.steps=4"),
+        (serve_main, "--gin.Generation.temperature=1.0"),
+    ],
+)
+def test_a_program_refuses_the_fields_that_it_does_not_read(main, flag, capsys):
+    """They were ignored, as if the model had been changed."""
+    with pytest.raises(SystemExit) as ended:
+        main([flag])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and f"{flag}: is read from the checkpoint; here can" in error
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert "--gin.Mesh.data" in shown and flag.partition("=")[0] not in shown
 
 
 def test_help_lists_options_and_every_field(capsys):

@@ -55,7 +55,7 @@ def analyze_main(argv: list[str]) -> None:
     Raises:
       SystemExit: status 1 if a section could not be measured; the report stands all the same.
     """
-    options = parse_args(argv, "pldr-analyze", DESCRIPTION, OPTIONS)
+    options = parse_args(argv, "pldr-analyze", DESCRIPTION, OPTIONS, ("Mesh", "Data.cache_dir"))
     config = load_config(options.gin_files, options.overrides)
     keep_compiled_programs(config.data.cache_dir)
 

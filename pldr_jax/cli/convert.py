@@ -88,9 +88,10 @@ def convert_main(argv: list[str]) -> None:
         return
     if what not in OPTIONS:
         raise ConfigError(f"{what!r}: must be {_USAGE}")
-    options = parse_args(rest, f"pldr-convert {what}", DESCRIPTIONS[what], OPTIONS[what])
-    if what != IMPORT and (options.gin_files or options.overrides):
+    fields = ("Model",) if what == IMPORT else ()
+    if not fields and any(argument.startswith("--gin") for argument in rest):
         raise ConfigError("--gin: is for an import; leave it out")
+    options = parse_args(rest, f"pldr-convert {what}", DESCRIPTIONS[what], OPTIONS[what], fields)
     from pldr_jax.interop.card import Licences
     from pldr_jax.interop.config_json import CODE_REPOSITORY
     from pldr_jax.interop.convert import convert_g_lm, export_run, import_checkpoint

@@ -131,7 +131,7 @@ def data_main(argv: list[str]) -> None:
 
 def _parse(argv: list[str], command: str, options: tuple[Option, ...]) -> Options:
     program = f"{PROGRAM} {command}"
-    return parse_args(argv, program, f"{PROGRAM}: {COMMANDS[command]}.", options, fields=False)
+    return parse_args(argv, program, f"{PROGRAM}: {COMMANDS[command]}.", options, fields=())
 
 
 def _at_least(options: Options, low: float, *names: str) -> None:

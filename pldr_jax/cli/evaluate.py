@@ -63,7 +63,7 @@ RESULTS, TABLE = "results.json", "results.md"
 
 def evaluate_main(argv: list[str]) -> None:
     """Parses the command line, evaluates, writes both files and prints the table."""
-    options = parse_args(argv, "pldr-eval", DESCRIPTION, OPTIONS)
+    options = parse_args(argv, "pldr-eval", DESCRIPTION, OPTIONS, ("Mesh", "Data.cache_dir"))
     config = load_config(options.gin_files, options.overrides)
     modes = _modes(options)
     output, url = Path(options.output), bucket_url(options.output)

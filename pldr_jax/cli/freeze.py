@@ -7,7 +7,7 @@ from pldr_jax.training.freeze.settings import FreezeConfig
 
 DESCRIPTION = (
     "Replaces the PLGA network of a trained PLDR-LLM by one G_LM, and certifies what it changes. "
-    "Config fields set here replace the run's; those of Model cannot be set."
+    "Config fields set here replace the run's."
 )
 OPTIONS = (
     CHECKPOINT,
@@ -16,9 +16,13 @@ OPTIONS = (
 )
 
 
+FIELDS = ("Data", "Mesh", "Training.eval_rows")
+"""Config fields that this program reads: those of the text, and where it runs."""
+
+
 def freeze_main(argv: list[str]) -> None:
     """Parses the command line and freezes."""
-    options = parse_args(argv, "pldr-freeze", DESCRIPTION, OPTIONS)
+    options = parse_args(argv, "pldr-freeze", DESCRIPTION, OPTIONS, FIELDS)
     settings = settings_of(FreezeConfig, options)
     keep_compiled_programs(load_config(options.gin_files, options.overrides).data.cache_dir)
     from pldr_jax.training.freeze.freeze import freeze

@@ -62,7 +62,7 @@ FORMER = {
     "--rows": "is called --batch_size now",
     "--freeze_g": "is the program pldr-freeze now, with the same options",
 }
-SETTABLE = ("Generation.", "Mesh.", "Data.cache_dir=")
+FIELDS = ("Generation", "Mesh", "Data.cache_dir")
 """Config fields that this program reads; the others are the checkpoint's."""
 
 
@@ -75,13 +75,7 @@ def infer_main(argv: list[str]) -> None:
     for argument in argv:
         if (flag := argument.partition("=")[0]) in FORMER:
             raise ConfigError(f"{flag}: {FORMER[flag]}")
-    options = parse_args(argv, "infer.py", DESCRIPTION, OPTIONS)
-    for override in options.overrides:
-        if not override.startswith(SETTABLE):
-            raise ConfigError(
-                f"--gin.{override}: is read from the checkpoint; Generation, Mesh and "
-                "Data.cache_dir can be set here"
-            )
+    options = parse_args(argv, "infer.py", DESCRIPTION, OPTIONS, FIELDS)
     config = load_config(options.gin_files, options.overrides)
     given = {name: getattr(options, name) for name in SHORTHANDS}
     chosen = {name: value for name, value in given.items() if value not in (None, [])}

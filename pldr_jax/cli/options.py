@@ -33,6 +33,9 @@ _SIGNS = (("low", ">="), ("above", ">"), ("high", "<="))
 Options = argparse.Namespace
 """A parsed command line: plain options, `gin_files` and `overrides`."""
 
+Fields = Sequence[str]
+"""Config fields that a program takes, such as `Mesh` (all of the group) and `Data.cache_dir`."""
+
 _PATHS = ("DIR", "FILE", "OUT", "PATH", "RUN")
 """What stands for a path in help; its value may begin with `~`."""
 
@@ -112,10 +115,10 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {shorten(one_line(message), LONGEST_LINE)}\n")
 
-    fields = True
+    fields: Fields = ()
 
     def format_help(self) -> str:
-        fields = "\n" + describe_fields() if self.fields else ""
+        fields = "\n" + describe_fields(self.fields) if self.fields else ""
         return super().format_help() + fields
 
 
@@ -124,12 +127,12 @@ def parse_args(
     program: str,
     description: str,
     options: Sequence[Option] = (),
-    fields: bool = True,
+    fields: Fields = tuple(GROUPS),
 ) -> argparse.Namespace:
     """The command line: an attribute for each option, `gin_files` and `overrides`.
 
     `argv` is without the program's name. The last two are for `load_config`, which checks the
-    values of config fields; `fields` False is a program that takes none.
+    values of config fields; a field that is not among `fields` is refused, and not in the help.
 
     Raises:
         SystemExit: status 0 after printing the help for `--help`; status 2 after one line on
@@ -137,7 +140,7 @@ def parse_args(
     """
     parser = _parser(program, description, options, fields)
     try:
-        plain, overrides = _split_overrides(argv) if fields else (list(argv), [])
+        plain, overrides = _split_overrides(argv, fields) if fields else (list(argv), [])
     except ConfigError as error:
         parser.error(str(error))
     # Only this one takes flags between the arguments of a place that repeats.
@@ -159,7 +162,7 @@ def parse_args(
     return namespace
 
 
-def _parser(program: str, description: str, options: Sequence[Option], fields: bool) -> _Parser:
+def _parser(program: str, description: str, options: Sequence[Option], fields: Fields) -> _Parser:
     places = [
         (option.metavar or option.name) + (" ..." if option.repeat else "")
         for option in options
@@ -221,7 +224,11 @@ def _add(parser: _Parser, option: Option) -> None:
     parser.add_argument(f"--{option.name}", dest=option.name, **keywords)
 
 
-def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+def _takes(fields: Fields, name: str) -> bool:
+    return name in fields or name.partition(".")[0] in fields
+
+
+def _split_overrides(argv: Sequence[str], fields: Fields) -> tuple[list[str], list[str]]:
     """The arguments that are not `--gin.*`, and the overrides, each `Group.field=value`."""
     plain, overrides = [], []
     rest = iter(argv)
@@ -240,16 +247,22 @@ def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
                 raise ConfigError(f"{shown}: needs a value, as in {shown}=VALUE")
             text = f"{key}={value}"
         parse_override(text)
+        if "." in key and not _takes(fields, key):
+            listed = ", ".join(fields)
+            raise ConfigError(
+                f"--gin.{shorten(text)}: is read from the checkpoint; here can be set {listed}"
+            )
         overrides.append(text)
     return plain, overrides
 
 
-def describe_fields() -> str:
-    """Every config field as a flag: type, default, meaning, bounds and choices, in columns."""
+def describe_fields(fields: Fields = tuple(GROUPS)) -> str:
+    """Config fields as flags: type, default, meaning, bounds and choices, in columns."""
     lines = ["config fields, each also a line of a gin file (Group.field = value):"]
     for group, cls in GROUPS.items():
-        lines += ["", f"{group}: {summary_line(cls)}"]
-        for field in dataclasses.fields(cls):
+        listed_fields = [f for f in dataclasses.fields(cls) if _takes(fields, f"{group}.{f.name}")]
+        lines += ["", f"{group}: {summary_line(cls)}"] if listed_fields else []
+        for field in listed_fields:
             annotation = FIELDS[f"{group}.{field.name}"]
             listed = choices(annotation)
             flag = f"--gin.{group}.{field.name}"

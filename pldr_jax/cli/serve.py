@@ -20,23 +20,14 @@ OPTIONS = (
     STEP,
     *flags_of(ServeConfig),
 )  # fmt: skip
-SETTABLE = tuple(
-    f"Generation.{name}="
-    for name in ("g_mode", "g_file", "cache_dtype", "weights", "rank_budget", "prefix_cache_mb")
-) + ("Mesh.", "Data.cache_dir=")
+_DECODING = ("g_mode", "g_file", "cache_dtype", "weights", "rank_budget", "prefix_cache_mb")
+FIELDS = (*(f"Generation.{name}" for name in _DECODING), "Mesh", "Data.cache_dir")
 """Config fields that this program reads: the others are the checkpoint's, or a request's."""
 
 
 def serve_main(argv: list[str]) -> None:
     """Parses the command line, loads the checkpoint and serves it until SIGTERM."""
-    options = parse_args(argv, "pldr-serve", DESCRIPTION, OPTIONS)
-    for override in options.overrides:
-        if not override.startswith(SETTABLE):
-            raise ConfigError(
-                f"--gin.{override}: is the checkpoint's or a request's; Mesh, Data.cache_dir and "
-                "Generation.g_mode, g_file, cache_dtype, weights, rank_budget, prefix_cache_mb can "
-                "be set"
-            )
+    options = parse_args(argv, "pldr-serve", DESCRIPTION, OPTIONS, FIELDS)
     settings = settings_of(ServeConfig, options)
     config = load_config(options.gin_files, options.overrides)
     try:

@@ -35,7 +35,7 @@ def verify_main(argv: list[str]) -> None:
     Raises:
       SystemExit: status 1 where something is wrong.
     """
-    options = parse_args(argv, "pldr-verify", DESCRIPTION, OPTIONS, fields=False)
+    options = parse_args(argv, "pldr-verify", DESCRIPTION, OPTIONS, fields=())
     if options.step is not None and not options.checkpoint:
         raise ConfigError("--step: is that of a checkpoint; name one")
     keep_compiled_programs(None)

@@ -44,7 +44,7 @@ def flags_main(argv: list[str]) -> None:
     assert __doc__ is not None
     preset = Option("preset", ", ".join(PRESETS), repeat=True, place=True)
     program, description = "python -m pldr_jax.cli.xla_flags", __doc__.splitlines()[0]
-    options = parse_args(argv, program, description, (preset,), fields=False)
+    options = parse_args(argv, program, description, (preset,), fields=())
     print_line(with_presets(options.preset, os.environ.get("XLA_FLAGS", "")))
 
 
