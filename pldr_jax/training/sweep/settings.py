@@ -60,9 +60,12 @@ class CriticalConfig(FlagGroup):
     critical_seeds: int = field(
         3, "runs of a point at most: most of them decide", low=1, high=1000, metavar="N"
     )
-    critical_below: float = field(1e-3, "the threshold", above=0)
+    critical_below: float = field(1e-3, "the threshold", above=0, metavar="X")
     critical_factor: float = field(
-        1.25, "neighbouring values of the search differ by this at most", above=1
+        1.25,
+        "neighbouring values of the search differ by this factor at most",
+        above=1,
+        metavar="X",
     )
 
     def __post_init__(self) -> None:
