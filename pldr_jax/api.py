@@ -44,7 +44,6 @@ class LanguageModel:
 
     Attributes:
       config: the model's config.
-      params: its parameters, stacked over layers.
       g_lm: its predefined G_LM [L,1,N,H,J]; None where it is learned, or the identity. With a
         `rank_budget`, of the ranks that decoding keeps.
       tokenizer: None where the checkpoint has none; token ids work all the same.
@@ -75,7 +74,7 @@ class LanguageModel:
     ) -> None:
         self.config = config
         there = mesh is None or has_scales(params)  # what is rounded lies where it lay before
-        self.params = params if there or mesh is None else place_params(config, params, mesh)
+        placed = params if there or mesh is None else place_params(config, params, mesh)
         self.tokenizer = tokenizer
         end = -1 if tokenizer is None else tokenizer.eos_id
         self.end_ids = tuple(end_ids) or ((end,) if end >= 0 else ())
@@ -92,8 +91,15 @@ class LanguageModel:
         pieces = None if tokenizer is None else tokenizer.vocab_size
         self._decoding = (cache_dtype, mesh, rank_budget)
         self._intervened: dict[Intervention, LanguageModel] = {}
-        self.engine = Engine(config, self.params, own, cache_dtype, mesh, rank_budget, pieces)
+        self.engine = Engine(config, placed, own, cache_dtype, mesh, rank_budget, pieces)
         self._forward = compiled_forward(config, mesh)
+
+    @property
+    def params(self) -> Params:
+        """The parameters, stacked over layers. Once the model has generated, a copy each time, with
+        kernels in the compute dtype: the engine holds the weights once, as decoding reads them.
+        """
+        return self.engine.stacked
 
     def __call__(
         self,
@@ -121,7 +127,7 @@ class LanguageModel:
         given = given_g_lm(self.config, g_lm, self.mesh)
         with mesh_scope(self.mesh):
             return self._forward(
-                self.params, jnp.asarray(tokens), self.g_lm if given is None else given
+                self.engine.held, jnp.asarray(tokens), self.g_lm if given is None else given
             )
 
     def generate(
@@ -152,6 +158,7 @@ class LanguageModel:
           ConfigError: no prompt at all can be decoded, or a setting is out of range.
         """
         if intervention is not None:
+            self.engine.unstack()  # now, so that the other model shares these weights
             return self.intervened(intervention, g_lm).generate(prompts, sampling, **overrides)
         results: dict[int, Generation] = {}
         for index, result in self.stream(prompts, sampling, g_lm, **{"steps": 8, **overrides}):
@@ -197,10 +204,10 @@ class LanguageModel:
           prompts: as for `generate`; `config.pad_id` at their end is padding.
           batch_size: prompts side by side; no result depends on it. Not for language models.
         """
-        check_head(self.config, self.params, "classify", task=True)
+        check_head(self.config, self.engine.held, "classify", task=True)
         ids = [self.encode(prompt) for prompt in as_list(prompts)]
         with mesh_scope(self.mesh):
-            return classify(self.config, self.params, ids, self.g_lm, batch_size)
+            return classify(self.config, self.engine.held, ids, self.g_lm, batch_size)
 
     def chat(self, messages: Sequence[Message], **overrides: Any) -> Generation:
         """The answer to messages {"role": ..., "content": ...}, user and assistant in turn, perhaps
@@ -215,7 +222,7 @@ class LanguageModel:
           cut_left: a prompt that is too long keeps its end, so that `max_new_tokens` fit, or half
             of the model's context where they alone would fill it.
         """
-        check_head(self.config, self.params, "generate")
+        check_head(self.config, self.engine.held, "generate")
         context = self.config.context_length
         try:
             if sampling.stop and self.tokenizer is None:
@@ -251,7 +258,7 @@ class LanguageModel:
           g_lm: one G_LM for every request, [L,N,H,J]; None takes what each prompt gives.
           overrides: fields of `DecodeOptions`.
         """
-        check_head(self.config, self.params, "generate")
+        check_head(self.config, self.engine.held, "generate")
         (options,) = override(renamed(overrides), options or DecodeOptions())
         if isinstance(requests, Sequence):
             context = self.config.context_length
@@ -298,7 +305,7 @@ class LanguageModel:
         if intervention is not None:
             changed = self.intervened(intervention, g_lm)
             return changed.score(contexts, continuations, mode, None, batch_size, rows)
-        check_head(self.config, self.params, "score")
+        check_head(self.config, self.engine.held, "score")
         before, after = as_list(contexts), as_list(continuations)
         if len(before) != len(after):
             raise ConfigError(
@@ -308,7 +315,7 @@ class LanguageModel:
         given = self.g_lm if g_lm is None else given_g_lm(self.config, g_lm, self.mesh)
         with mesh_scope(self.mesh):
             batch = batch_size if rows is None else rows
-            return score(self.config, self.params, pairs, mode, given, batch)
+            return score(self.config, self.engine.held, pairs, mode, given, batch)
 
     def intervened(
         self, intervention: Intervention, g_lm: jax.Array | np.ndarray | None = None
@@ -321,9 +328,9 @@ class LanguageModel:
         if intervention not in self._intervened:
             cache_dtype, mesh, rank_budget = self._decoding
             with mesh_scope(mesh):
-                config, params, own = intervene(self.config, self.params, self.g_lm, intervention)
+                changed = intervene(self.config, self.engine.held, self.g_lm, intervention)
             self._intervened[intervention] = LanguageModel(
-                config, params, own, self.tokenizer, cache_dtype, mesh, rank_budget, self.end_ids
+                *changed, self.tokenizer, cache_dtype, mesh, rank_budget, self.end_ids
             )
         return self._intervened[intervention]
 

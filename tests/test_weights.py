@@ -2,8 +2,10 @@
 for.
 """
 
+import dataclasses
 import functools
 import math
+import weakref
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import REPOSITORY
+from helpers import REPOSITORY, assert_same_bits
 from test_model import CONFIG, TOKENS, gap, make_params
 
 import pldr_jax
@@ -21,9 +23,10 @@ from pldr_jax.config.load import load_config
 from pldr_jax.config.model import ModelConfig
 from pldr_jax.inference.decode import decode_step, prefill
 from pldr_jax.inference.intervention import Intervention
+from pldr_jax.model import weights as module
 from pldr_jax.model.counts.shapes import place_params
 from pldr_jax.model.decoder import Params, forward, init_params, unstack_layers
-from pldr_jax.model.weights import WeightsDtype, rounded
+from pldr_jax.model.weights import WeightsDtype, rounded, stack_layers, take_apart
 from pldr_jax.partition import build_mesh
 
 
@@ -98,6 +101,36 @@ def test_a_model_with_rounded_weights_is_the_model_of_what_they_stand_for(
     for position in range(5, 8):
         logits, cache = step(unstacked, TOKENS[:, position], cache)
         assert gap(logits, follow[:, position]) < 5e-5 * largest
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_the_forward_pass_of_layers_that_are_apart(weights: WeightsDtype) -> None:
+    params = rounded(make_params(), weights)
+    unstacked = take_apart(CONFIG, dict(params))
+    assert_same_bits(unstacked, unstack_layers(CONFIG, params))
+    assert_same_bits(stack_layers(CONFIG, unstacked), params)
+    expected = forward(CONFIG, params, TOKENS)
+    for unroll in (True, False):  # layer by layer, and in a loop that copies one at a time
+        config = dataclasses.replace(CONFIG, unroll=unroll)
+        whole = jax.jit(functools.partial(forward, config))(unstacked, TOKENS)
+        close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4)
+        jax.tree.map(close, whole, expected)
+
+
+def test_stacked_arrays_are_let_go_of_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "AT_ONCE", 0)
+    params = jax.tree.map(jnp.copy, make_params())
+    alive = [weakref.ref(leaf) for leaf in jax.tree.leaves(params["layers"])]
+    counts: list[int] = []
+    slices = module._jit_slices
+
+    def watch(*args: Any) -> Any:
+        counts.append(sum(leaf() is not None for leaf in alive))
+        return slices(*args)
+
+    monkeypatch.setattr(module, "_jit_slices", watch)
+    take_apart(CONFIG, params)
+    assert counts == list(range(len(alive), 0, -1))
 
 
 @pytest.mark.parametrize(("weights", "share"), [("bfloat16", 0.55), ("int8", 0.35)])

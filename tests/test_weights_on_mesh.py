@@ -163,6 +163,30 @@ def test_a_loaded_model_holds_no_more_than_its_share(checkpoint: Path) -> None:
     np.testing.assert_allclose(lm(tokens).logits, one(tokens).logits, atol=2e-3)
 
 
+def held_by_devices() -> dict[Any, int]:
+    """Bytes of live arrays on each device, views of the same buffer counted once."""
+    held: dict[Any, dict[int, int]] = {device: {} for device in jax.devices()}
+    for array in jax.live_arrays():
+        for shard in array.addressable_shards:
+            held[shard.device][shard.data.unsafe_buffer_pointer()] = shard.data.nbytes
+    return {device: sum(buffers.values()) for device, buffers in held.items()}
+
+
+def test_a_model_that_has_generated_holds_its_weights_once(tmp_path: Path) -> None:
+    model = dataclasses.replace(CONFIG, num_heads=8, num_layers=2, context_length=16)
+    params = jax.device_get(params_of(model))
+    params_of.cache_clear()
+    write_run(tmp_path, 3, params, None, config_to_dict(ExperimentConfig(model=model)), {})
+    before = max(held_by_devices().values())
+    lm = pldr_jax.load(tmp_path, mesh=MESHES[0])
+    loaded = max(held_by_devices().values()) - before
+    assert loaded < 1.2 * sum(x.nbytes for x in jax.tree.leaves(params)) / 8
+    lm.generate([[5, 6, 7]], 4, stop_ids=())
+    gc.collect()
+    assert max(held_by_devices().values()) - before < 1.01 * loaded
+    assert_same_bits(jax.device_get(lm.params), params)
+
+
 def test_only_the_parts_that_are_asked_for_are_read(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

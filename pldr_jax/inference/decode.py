@@ -17,6 +17,7 @@ from pldr_jax.model.decoder import Decoder, DecoderLayer, Params, apply
 from pldr_jax.model.decoder import decode_step as decode_step
 from pldr_jax.model.embedding import Embedding
 from pldr_jax.model.low_rank import LowRankG
+from pldr_jax.model.weights import scan_layers
 
 
 def prefill(
@@ -31,7 +32,7 @@ def prefill(
     """Runs the prompts once.
 
     Args:
-      params: stacked parameters.
+      params: stacked, or what `unstack_layers` makes of them.
       tokens_BT: prompts, padded on the right.
       length_B: real tokens of each, at least 1.
       g_lm_LBNHJ: G_LM to decode with, for a cache of V^T k in factors; None takes what each prompt
@@ -60,7 +61,7 @@ def extend(
     """Runs some tokens of prompts whose earlier ones have been run, with one G_LM for all tokens.
 
     Args:
-      params: stacked parameters.
+      params: stacked, or what `unstack_layers` makes of them.
       tokens_BT: the tokens at positions `first`, `first` + 1, ...
       last_B: of which one of them the logits are returned.
       before: keys and values [L,B,S,N,H], of which those before `first` are read.
@@ -70,16 +71,14 @@ def extend(
       Logits [B,V], and keys and values of these tokens.
     """
 
-    def layer(x_BTD: jax.Array, layer: tuple[Any, ...]) -> tuple[jax.Array, LayerOutputs]:
-        one, k_BSNH, v_BSNH, g_lm_BNHJ = layer
-        given = x_BTD, first, k_BSNH, v_BSNH, g_lm_BNHJ
-        return apply(DecoderLayer(config), one, DecoderLayer.extend, *given)
+    def body(
+        layer: Params, x_BTD: jax.Array, inputs: tuple[Any, ...]
+    ) -> tuple[jax.Array, LayerOutputs]:
+        return apply(DecoderLayer(config), layer, DecoderLayer.extend, x_BTD, first, *inputs)
 
     x_BTD = apply(Embedding(config), params["embedding"], Embedding.__call__, tokens_BT)
-    layers = params["layers"], before.k_BTNH, before.v_BTNH, g_lm_LBNHJ
-    hidden_BTD, made = jax.lax.scan(
-        layer, x_BTD, layers, unroll=config.num_layers if config.unroll else 1
-    )
+    inputs = before.k_BTNH, before.v_BTNH, g_lm_LBNHJ
+    hidden_BTD, made = scan_layers(config, params["layers"], body, x_BTD, inputs)
     last_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
     return apply(Decoder(config), params, Decoder.logits, last_B1D)[:, 0], made
 

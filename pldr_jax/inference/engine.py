@@ -1,11 +1,11 @@
 """The engine: a queue of requests in, completions out, with fixed shapes and few compilations."""
 
-import functools
 import itertools
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -39,7 +39,7 @@ class Engine:
 
     Args:
       config: of the model.
-      params: stacked parameters.
+      params: stacked, or what `unstack_layers` makes of them.
       g_lm: the model's predefined G_LM [L,1,N,H,J], if it has one, or its factors.
       cache_dtype: "float32" or "bfloat16", of keys and values.
       mesh: that `params` live on (`counts.shapes.place_params`); slots are split over its data and
@@ -50,6 +50,8 @@ class Engine:
         vocabulary.
 
     Attributes:
+      held: the parameters, once: stacked until the first request is decoded, then a layer at a
+        time.
       prefixes: what is kept of prompts where `DecodeOptions.prefix_cache_mb` says so.
     """
 
@@ -64,7 +66,7 @@ class Engine:
         pieces: int | None = None,
     ) -> None:
         self._config = config
-        self._params = params
+        self.held: Params = jax.tree.map(jnp.asarray, params)  # in dicts that are the engine's
         self._g_lm = g_lm
         self._cache_dtype = cache_dtype or config.dtype
         self._slots, self._steps = compiled_slots(config, mesh), compiled_steps(config, mesh)
@@ -74,9 +76,18 @@ class Engine:
         self._tensor = 1 if mesh is None else mesh.shape["tensor"]
         self._shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
-    @functools.cached_property
-    def _unstacked(self) -> Params:
-        return self._slots.unstack(self._params)
+    @property
+    def stacked(self) -> Params:
+        """The parameters, stacked over layers: a copy, if the engine has decoded, whose kernels are
+        in the compute dtype.
+        """
+        unstacked = isinstance(self.held["layers"], tuple)
+        return self._slots.stack(self.held) if unstacked else self.held
+
+    def unstack(self) -> None:
+        """Holds the weights as decoding reads them, from now on."""
+        if not isinstance(self.held["layers"], tuple):
+            self.held = self._slots.unstack(self.held)
 
     def run(
         self,
@@ -98,6 +109,8 @@ class Engine:
           find_stop: finds stop strings in a completion.
         """
         options = options or DecodeOptions()
+        if options.kv_cache:
+            self.unstack()
         numbers = itertools.count()
         queue: Queue = (None if r is None else Completion(next(numbers), r) for r in requests)
         shared = self._factorized(g_lm if g_lm is not None else self._g_lm)
@@ -133,7 +146,7 @@ class Engine:
 
     def _g_lm_of(self, request: Request) -> jax.Array:
         tokens, length = padded(request.prompt, self._config.context_length)
-        return self._steps.prompt_g_lm(self._params, tokens[None], length[None])
+        return self._steps.prompt_g_lm(self.held, tokens[None], length[None])
 
     def _first_g_lm(
         self, queue: Queue, options: DecodeOptions
@@ -202,7 +215,7 @@ class Engine:
                 texts = list(occupancy.texts)
                 limit: Any = np.int32(occupancy.start(options.steps, more))
                 slots, emitted = self._slots.decode(
-                    self._unstacked,
+                    self.held,
                     slots=slots,
                     steps=options.steps,
                     pieces=self._pieces,
@@ -258,7 +271,7 @@ class Engine:
         repeated = jax.tree.map(lambda x: np.concatenate([x, *[x[-1:]] * missing]), arrays)
         one = next(iter(group.values()))  # all of a call have the same G_LM and parameters
         return self._slots.admit(
-            self._params if one.params is None else one.params,
+            self.held if one.params is None else one.params,
             slots=slots,
             g_lm_LBNHJ=g_lm if one.g_lm is None else one.g_lm,
             keep=keep,
@@ -277,7 +290,7 @@ class Engine:
         """
         whole = g_lm.G_LM if isinstance(g_lm, LowRankG) else g_lm
         for slot, request in group.items():
-            logits_QV, outputs = self.prefixes.run(self._params, request.prompt, whole, most)
+            logits_QV, outputs = self.prefixes.run(self.held, request.prompt, whole, most)
             tokens_T: Any = np.zeros((self._config.context_length,), np.int32)
             tokens_T[: len(request.prompt)] = request.prompt
             slots = self.prefixes.enter(
@@ -339,5 +352,5 @@ class Engine:
             if shared is None and learned and options.g_cache != "none":
                 g_lm = self._g_lm_of(completion.request)
             yield from recompute(
-                self._steps, self._params, completion, g_lm, self._config, self._pieces, find_stop
+                self._steps, self.held, completion, g_lm, self._config, self._pieces, find_stop
             )

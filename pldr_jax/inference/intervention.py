@@ -14,6 +14,7 @@ import numpy as np
 from pldr_jax.config import ConfigError, ModelConfig
 from pldr_jax.model.decoder import Params, forward
 from pldr_jax.model.deductive import identity_g_lm
+from pldr_jax.model.weights import change_plga
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,13 +81,18 @@ def intervene(
         whole = identity_g_lm(config) if g_lm is None else g_lm
         external = dataclasses.replace(config, g_source="external", g_file=None)
         return external, params, whole * eta_LN11[:, None]
-    changed = dict(params["layers"]["attention"]["plga"])
-    if intervention.centroid:
-        W = jnp.asarray(changed["W"])
-        changed["W"] = jnp.broadcast_to(W.mean(-1, keepdims=True), W.shape)
-    if not (eta == 1).all():
-        changed |= {name: jnp.asarray(changed[name]) * eta_LN11 for name in ("a", "b_a")}
-    params = _with_plga(params, changed)
+
+    def change(plga: Params, layer: Any) -> Params:
+        changed = dict(plga)
+        if intervention.centroid:
+            W = jnp.asarray(changed["W"])
+            changed["W"] = jnp.broadcast_to(W.mean(-1, keepdims=True), W.shape)
+        if not (eta == 1).all():
+            gain = eta_LN11[layer]
+            changed |= {name: jnp.asarray(changed[name]) * gain for name in ("a", "b_a")}
+        return changed
+
+    params = change_plga(params, change)
     if intervention.text is None:
         return config, params, g_lm
     if not all(0 <= token < config.vocab_size for token in intervention.text):
@@ -94,7 +100,7 @@ def intervene(
     tokens_1T = jnp.asarray([intervention.text], jnp.int32)
     kept = jax.jit(lambda p, tokens: forward(config, p, tokens).deductive.G_LM)(params, tokens_1T)
     external = dataclasses.replace(config, g_source="external", g_file=None)
-    return external, _with_plga(params, None), kept
+    return external, change_plga(params, lambda *_: None), kept
 
 
 def parse_intervention(text: str, encode: Callable[[str], Sequence[int]]) -> Intervention:
@@ -129,11 +135,3 @@ def _is_number(value: str) -> bool:
         return math.isfinite(float(value))
     except ValueError:
         return False
-
-
-def _with_plga(params: Params, plga: Params | None) -> Params:
-    """The parameters with others of PLGA, or without; all other leaves are shared."""
-    attention = {k: v for k, v in params["layers"]["attention"].items() if k != "plga"}
-    if plga is not None:
-        attention["plga"] = plga
-    return {**params, "layers": {**params["layers"], "attention": attention}}

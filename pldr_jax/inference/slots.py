@@ -26,10 +26,10 @@ from pldr_jax.inference.sampling import (
     slot_sampling,
 )
 from pldr_jax.model.cache import Cache, empty_cache, write_rows
-from pldr_jax.model.decoder import Params, unstack_layers
+from pldr_jax.model.decoder import Params
 from pldr_jax.model.layers import on_gpu
 from pldr_jax.model.low_rank import LowRankG
-from pldr_jax.model.weights import read_in_loop
+from pldr_jax.model.weights import read_in_loop, stack_layers, take_apart
 from pldr_jax.partition import constrain, mesh_scope
 
 MAX_TOP_LOGPROBS = 20
@@ -142,7 +142,7 @@ def admit(
     and products of another shape sum in another order.
 
     Args:
-      params: stacked parameters.
+      params: stacked, or what `unstack_layers` makes of them.
       slot_Q: the slots, int32. Two prompts in one slot must be the same.
       tokens_QT: prompts, padded on the right to their bucket, which may be longer than a slot.
       length_Q: real tokens of each.
@@ -363,7 +363,13 @@ class CompiledSlots:
         self.empty = bind(
             empty_slots, config, mesh, static_argnames=("batch", "capacity", "keep", "dtype")
         )
-        self.unstack = bind(unstack_layers, config, mesh)
+        self.stack = bind(stack_layers, config, mesh)
+
+        def unstack(params: Params) -> Params:
+            with mesh_scope(mesh):
+                return take_apart(config, params)
+
+        self.unstack = unstack  # many small programs, so that it can let go of what it has read
 
 
 def bind(

@@ -149,3 +149,13 @@ def join_projections(attention: dict[str, Any]) -> dict[str, Any]:
     }
     rest = {name: tree for name, tree in attention.items() if name not in ("q", "k", "v")}
     return {**rest, "qkv": joined}
+
+
+def split_projections(attention: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `join_projections`."""
+    joined = attention["qkv"]
+    three = {
+        each: {name: x[:, i] if name == "kernel" else x[i] for name, x in joined.items()}
+        for i, each in enumerate(("q", "k", "v"))
+    }
+    return {**{name: tree for name, tree in attention.items() if name != "qkv"}, **three}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from pldr_jax.config import ModelConfig
-from pldr_jax.model.attention import Attention, AttentionInputs, join_projections
+from pldr_jax.model.attention import Attention, AttentionInputs
 from pldr_jax.model.cache import Cache, LayerCache, LayerOutputs
 from pldr_jax.model.deductive import DeductiveOutputs, g_lm_shape
 from pldr_jax.model.embedding import Embedding
@@ -21,18 +21,21 @@ from pldr_jax.model.layers import (
     REFERENCE_DIM,
     REFERENCE_FFN,
     Linear,
-    join_gate,
     layer_norm,
     width_scale,
 )
 from pldr_jax.model.segments import Segments
+from pldr_jax.model.weights import scan_layers
+from pldr_jax.model.weights import unstack_layers as unstack_layers
 from pldr_jax.partition import Names, constrain, divided, in_use, save_all_but_gathered
 
 M = TypeVar("M", bound=nn.Module)
 P = ParamSpec("P")
 R = TypeVar("R")
 Params: TypeAlias = Any
-"""A tree of float32 arrays; what is below `layers` is stacked over decoder layers."""
+"""A tree of float32 arrays; what is below `layers` is stacked over decoder layers. The forward pass
+takes what `unstack_layers` makes of it as well.
+"""
 
 REMAT_POLICIES = {
     "none": save_all_but_gathered,
@@ -195,6 +198,9 @@ class Decoder(nn.Module):
             positions_BT = segments.positions_BT
         inputs = AttentionInputs(positions_BT, summed_BT, segments)
         x_BTD = self.embedding(tokens_BT)
+        unstacked = None if self.is_initializing() else self.variables["params"]["layers"]
+        if isinstance(unstacked, tuple):
+            return _hidden_unstacked(self.config, unstacked, x_BTD, inputs, g_lm_LBNHJ)
 
         def body(
             layer: DecoderLayer, x_BTD: jax.Array, g_lm_BNHJ: jax.Array | None
@@ -237,13 +243,14 @@ def _axis_names(config: ModelConfig) -> Any:
 
 
 def _metric_learner_in_use(config: ModelConfig, variables: Any) -> Any:
-    """Variables of the stacked layers, with PLGA's small parameters gathered before the loop over
-    layers: inside, and in the loop over residual layers there, many gathers would travel alone.
+    """Variables of the stacked layers, or of one, with PLGA's small parameters gathered before the
+    loop over layers, or that over residual layers: inside, many gathers would travel alone.
     """
 
     def gather(path: Any, names: Names, parameter: jax.Array) -> jax.Array:
         if "metric_in" not in names:
             return parameter
+        names = names[-parameter.ndim :]  # of one layer: without "layers"
         linear = path[-1].key in ("kernel", "bias")
         return in_use(parameter, names, jnp.dtype(config.dtype) if linear else parameter.dtype)
 
@@ -255,6 +262,27 @@ def _metric_learner_in_use(config: ModelConfig, variables: Any) -> Any:
         )
         attention = {**attention, "plga": plga}
     return {"params": {**layers, "attention": attention}}
+
+
+def _hidden_unstacked(
+    config: ModelConfig,
+    layers: tuple[Params, ...],
+    x_BTD: jax.Array,
+    inputs: AttentionInputs,
+    g_lm_LBNHJ: jax.Array | None,
+) -> tuple[jax.Array, LayerOutputs]:
+    """The layers of `Decoder.hidden`, from parameters that are not stacked."""
+    decoder_layer = DecoderLayer(config, parent=None)
+    gathered = divided("metric_in", config.head_dim)
+
+    def body(
+        layer: Params, x_BTD: jax.Array, g_lm_BNHJ: jax.Array | None
+    ) -> tuple[jax.Array, LayerOutputs]:
+        if gathered:
+            layer = _metric_learner_in_use(config, {"params": layer})["params"]
+        return apply(decoder_layer, layer, DecoderLayer.__call__, x_BTD, inputs, g_lm_BNHJ)
+
+    return scan_layers(config, layers, body, x_BTD, g_lm_LBNHJ)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
@@ -309,27 +337,6 @@ def compiled_forward(config: ModelConfig, mesh: Mesh | None) -> Callable[..., Mo
     compile nothing again.
     """
     return jax.jit(functools.partial(forward, config))
-
-
-def unstack_layers(config: ModelConfig, params: Params) -> Params:
-    """Parameters as `decode_step` reads them: `layers` a tuple of one tree a layer, which needs no
-    slicing; kernels in the compute dtype, so that no step converts them; those that read the same
-    state side by side, since a step of few rows costs what its products cost to start. Those that
-    `weights.rounded` has made smaller stay so.
-    """
-    dtype = jnp.dtype(config.dtype)
-
-    def converted(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        larger = path[-1].key == "kernel" and leaf.dtype.itemsize > dtype.itemsize
-        return leaf.astype(dtype) if larger else leaf
-
-    def layer(i: int) -> Params:
-        one = jax.tree.map_with_path(lambda path, leaf: converted(path, leaf[i]), params["layers"])
-        attention, ffn = join_projections(one["attention"]), join_gate(one["ffn"], "ffn")
-        return {**one, "attention": attention, "ffn": ffn}
-
-    layers = tuple(map(layer, range(config.num_layers)))
-    return {**params, "layers": layers, "head": jax.tree.map_with_path(converted, params["head"])}
 
 
 def decode_step(

@@ -222,6 +222,15 @@ def join_gate(glu: dict[str, Any], axis: str) -> dict[str, Any]:
     return {"w12": w12, "w3_aligned": last}
 
 
+def split_gate(glu: dict[str, Any], hidden: int) -> dict[str, Any]:
+    """The inverse of `join_gate`, without its zeros."""
+    both, last = glu["w12"], glu["w3_aligned"]
+    parts = {
+        w: {k: x[..., i, :hidden] for k, x in both.items()} for i, w in enumerate(("w1", "w2"))
+    }
+    return parts | {"w3": {**last, "kernel": last["kernel"][:hidden]}}
+
+
 def on_gpu() -> bool:
     """Whether programs are compiled for a GPU."""
     return jax.default_backend() == "gpu"

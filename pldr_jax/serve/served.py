@@ -16,6 +16,7 @@ from pldr_jax.inference.given.read import Reading, read_text
 from pldr_jax.inference.prefix import no_prefixes
 from pldr_jax.inference.request import DecodeOptions, Request, bucket
 from pldr_jax.model.deductive import identity_g_lm, read_g_lm
+from pldr_jax.model.weights import change_plga
 from pldr_jax.partition import on_every_device
 from pldr_jax.serve.metrics import Metrics
 from pldr_jax.serve.settings import ServeConfig
@@ -105,7 +106,7 @@ class Served:
 
     def read(self, tokens: Sequence[int], given: Given, g_tokens: int | None = None) -> Reading:
         """One pass over a text; in the worker's thread."""
-        params = self.lm.params if given.params is None else given.params
+        params = self.lm.engine.held if given.params is None else given.params
         g_lm = self.g_lm if given.g_lm is None else given.g_lm
         return read_text(self.lm.config, params, tokens, g_tokens, g_lm, self.lm.mesh)
 
@@ -121,11 +122,11 @@ class Served:
         """
         params = None
         if gain is not None:
-            attention = self.lm.params["layers"]["attention"]
             eta_LN11: Any = gain.astype(np.float32)[:, :, None, None]
-            plga = {**attention["plga"], **self._scale(attention["plga"], eta_LN11)}
-            layers = {**self.lm.params["layers"], "attention": {**attention, "plga": plga}}
-            params = {**self.lm.params, "layers": layers}
+            params = change_plga(
+                self.lm.engine.held,
+                lambda plga, layer: {**plga, **self._scale(plga, eta_LN11[layer])},
+            )
         if g_text is not None:
             reading = self.read(g_text, Given(None, params))
             assert reading.deductive.G_LM is not None
@@ -157,6 +158,7 @@ class Served:
             width = bucket(width + 1, self.capacity)
             lengths.append(min(width, self.capacity - 1))
         call = self.worker.call
+        await call(self.lm.engine.unstack)  # or every reading would compile again after it
         kinds = [Given()]
         if not self.shared:
             gain = np.ones((self.lm.config.num_layers, self.lm.config.num_heads))

@@ -48,7 +48,7 @@ def read(
     """Reads one text; a pure function, to be jitted.
 
     Args:
-      params: stacked parameters.
+      params: stacked, or what `unstack_layers` makes of them.
       tokens_T: the text, padded on the right.
       targets_T: the token after each.
       length: its real tokens.

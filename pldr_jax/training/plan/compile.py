@@ -186,14 +186,18 @@ def _sample_bytes(
     model: ModelConfig, params: Any, g_lm: Any, options: dict[str, Any] | None
 ) -> int:
     """What decoding one text holds beside the state, and temporaries of its prompt."""
-    unstack = jax.jit(functools.partial(unstack_layers, model)).lower(params)
+    unstack = jax.jit(functools.partial(unstack_layers, model))
+    taken_apart = _compiled(unstack.lower(params), options, "sample")
+    held = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        jax.eval_shape(unstack, params),
+        taken_apart.output_shardings,
+    )
     tokens_BT = jax.ShapeDtypeStruct((1, model.context_length), "int32")
     length_B = jax.ShapeDtypeStruct((1,), "int32")
     run_prompt = jax.jit(functools.partial(prefill, model, capacity=model.context_length))
-    prompt = run_prompt.lower(params, tokens_BT, length_B, g_lm)
-    weights, cache = (
-        _compiled(lowered, options, "sample").memory_analysis() for lowered in (unstack, prompt)
-    )
+    prompt = _compiled(run_prompt.lower(held, tokens_BT, length_B, g_lm), options, "sample")
+    weights, cache = taken_apart.memory_analysis(), prompt.memory_analysis()
     return int(
         weights.output_size_in_bytes
         + cache.output_size_in_bytes
