@@ -29,6 +29,7 @@ from pldr_jax.inference.request import Request
 from pldr_jax.model.cache import LowRankLayerCache, empty_cache
 from pldr_jax.model.decoder import Params, forward, init_params, unstack_layers
 from pldr_jax.model.low_rank import factorize, group_heads, smallest_ranks
+from pldr_jax.model.weights import WeightsDtype, rounded
 from pldr_jax.partition import build_mesh
 from pldr_jax.training.freeze.calibrate import without_plga
 
@@ -226,6 +227,17 @@ def test_decoding_is_the_forward_pass_with_the_truncated_g_lm() -> None:
     np.testing.assert_array_equal(lm.g_lm, lm.low_rank.G_LM)
     uncached = lm.generate(PROMPTS[:1], 12, stop_ids=[], kv_cache=False)
     assert tokens_of(uncached) == tokens_of(made[:1])
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_with_weights_in_fewer_bytes(weights: WeightsDtype) -> None:
+    """Both at once: the model of these weights, with the G_LM that the budget leaves."""
+    small = rounded(params_of(CONFIG), weights)
+    lm = LanguageModel(CONFIG, small, g_lm_of(), rank_budget=1e-2)
+    assert lm.low_rank is not None and lm.low_rank.ranks.max() < CONFIG.head_dim
+    made = continued(lm)
+    assert_greedy(made, small, lm.low_rank.G_LM)
+    assert lm.params["head"]["kernel"].dtype == weights
 
 
 def test_a_row_is_what_it_is_alone() -> None:

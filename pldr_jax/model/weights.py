@@ -14,6 +14,7 @@ from pldr_jax.config import ConfigError, ModelConfig
 from pldr_jax.config.annotations import show
 from pldr_jax.model.attention import join_projections, split_projections
 from pldr_jax.model.layers import join_gate, split_gate
+from pldr_jax.partition import divided
 
 Params: TypeAlias = Any
 WeightsDtype: TypeAlias = Literal["float32", "bfloat16", "int8"]
@@ -72,13 +73,15 @@ def has_scales(params: Params) -> bool:
 
 
 def read_in_loop(params: Params, counter: jax.Array) -> Params:
-    """Parameters for the body of a loop. Rounded ones are widened there, where they are read: a
-    compiler would do it once before the loop, and keep a copy as large as what was rounded.
+    """Parameters for the body of a loop. Rounded ones are widened there, and those that a mesh has
+    split over fsdp gathered, where they are read: a compiler would do it once before the loop, and
+    keep a copy of the whole model on every device.
 
     Args:
       counter: of the loop.
     """
-    if params["embedding"]["table"].dtype != jnp.bfloat16:
+    table = params["embedding"]["table"]
+    if table.dtype != jnp.bfloat16 and not divided("embed", table.shape[-1]):
         return params
     return jax.lax.optimization_barrier((params, counter))[0]
 
