@@ -73,7 +73,7 @@ class LanguageModel:
         end_ids: Sequence[int] = (),
     ) -> None:
         self.config = config
-        there = mesh is None or has_scales(params)  # what is rounded lies where it lay before
+        there = has_scales(params) or isinstance(params["layers"], tuple)  # lies where it lay
         placed = params if there or mesh is None else place_params(config, params, mesh)
         self.tokenizer = tokenizer
         end = -1 if tokenizer is None else tokenizer.eos_id
@@ -96,9 +96,7 @@ class LanguageModel:
 
     @property
     def params(self) -> Params:
-        """The parameters, stacked over layers. Once the model has generated, a copy each time, with
-        kernels in the compute dtype: the engine holds the weights once, as decoding reads them.
-        """
+        """Stacked over layers; after generating, a copy each time (docs/decoding.md)."""
         return self.engine.stacked
 
     def __call__(
@@ -124,11 +122,9 @@ class LanguageModel:
         if intervention is not None:
             return self.intervened(intervention, g_lm)(tokens_BT)
         tokens = token_array(tokens_BT, self.config.vocab_size)
-        given = given_g_lm(self.config, g_lm, self.mesh)
+        own = self.g_lm if g_lm is None else given_g_lm(self.config, g_lm, self.mesh)
         with mesh_scope(self.mesh):
-            return self._forward(
-                self.engine.held, jnp.asarray(tokens), self.g_lm if given is None else given
-            )
+            return self._forward(self.engine.held, jnp.asarray(tokens), own)
 
     def generate(
         self,

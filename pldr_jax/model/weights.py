@@ -69,7 +69,7 @@ def check_weights(dtype: str) -> None:
 
 def has_scales(params: Params) -> bool:
     """Whether they have scales, which a model's own do not have."""
-    return "kernel_scale" in params["head"]
+    return "kernel_scale" in params.get("head", {})
 
 
 def read_in_loop(params: Params, counter: jax.Array) -> Params:
@@ -219,8 +219,9 @@ def _dtype(config: ModelConfig, path: tuple[Any, ...], leaf: jax.Array) -> Any:
 
 
 def _converted_head(config: ModelConfig, params: Params) -> Params:
-    head = jax.tree.map_with_path(lambda p, x: x.astype(_dtype(config, p, x)), params["head"])
-    return {**params, "head": head}
+    head = params.get("head", {})  # a backbone has none
+    converted = jax.tree.map_with_path(lambda p, x: x.astype(_dtype(config, p, x)), head)
+    return {**params, "head": converted} if head else params
 
 
 def _slices(leaves: list[jax.Array], dtypes: tuple[Any, ...]) -> list[list[jax.Array]]:
