@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from pldr_jax.analysis.sections import SECTIONS
 from pldr_jax.cli.analyze import analyze_main
 from pldr_jax.cli.evaluate import evaluate_main
 from pldr_jax.cli.freeze import freeze_main
@@ -120,3 +121,10 @@ def test_help_lists_options_and_every_field(capsys):
     assert "\xa0" not in text
     fields = text.split("config fields")[1].splitlines()
     assert max(len(line) for line in fields if line.startswith(" ")) <= 100
+
+
+def test_the_help_of_the_analysis_names_every_section(capsys):
+    with pytest.raises(SystemExit):
+        analyze_main(["--help"])
+    shown = capsys.readouterr().out
+    assert [key for key in SECTIONS if key not in shown] == []

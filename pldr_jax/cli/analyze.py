@@ -29,7 +29,12 @@ OPTIONS = (
     ),
     Option("batch_size", "rows at once; no result depends on it", type=int, default=8, metavar="N"),
     STEP,
-    Option("sections", "comma-separated; default: all", metavar="LIST"),
+    Option(
+        "sections",
+        "comma-separated: invariance, causality, structure, alteration, low_rank, "
+        "row_map, symmetry, decoding, contract; default: all",
+        metavar="LIST",
+    ),
     Option(
         "other_g",
         "another G_LM to try in place of the model's: an NPZ or safetensors file, or another run",
