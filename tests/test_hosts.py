@@ -17,6 +17,8 @@ from pldr_jax.hosts import REMIND_SECONDS, connected_hosts, join, launched
 # keeps the rounding of near-zero gradients from changing whole updates.
 FIELDS = {
     "Model.g_source": "identity",
+    "Model.num_layers": 1,
+    "Model.unroll": False,
     "Optimizer.eps": 1e-2,
     "Training.steps": 4,
     "Training.log_every": 1,

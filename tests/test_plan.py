@@ -1,6 +1,7 @@
 """Plans: bytes and operations of a run that is not started, and what is refused."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, get_args
 
@@ -62,6 +63,11 @@ PLAN = plans.Plan(
 )
 
 
+@functools.cache
+def planned(config: ExperimentConfig = CONFIG) -> plans.Plan:
+    return plans.make_plan(config, build_mesh(CONFIG.mesh), "")
+
+
 @pytest.mark.parametrize(
     "source, segments",
     [("learned", 1), ("identity", 1), ("random", 1), ("learned", 3), ("random", 3)],
@@ -98,9 +104,7 @@ def test_operations_of_the_published_model() -> None:
 
 
 def test_bytes_are_those_of_the_state_and_of_the_compiled_step() -> None:
-    mesh = build_mesh(CONFIG.mesh)
-    made = plans.make_plan(CONFIG, mesh, "a compiler")
-    state = create_state(CONFIG, mesh)
+    made, state = planned(), create_state(CONFIG, build_mesh(CONFIG.mesh))
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     assert made.state_bytes == held
     assert made.parameters == sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -137,15 +141,13 @@ def test_a_plan_of_adapters_and_of_a_head() -> None:
 
 
 def test_a_plan_of_rows_of_any_packing() -> None:
-    mesh = build_mesh(CONFIG.mesh)
 
-    def planned(**fields: Any) -> plans.Plan:
-        data = DataConfig(batch_size=8, **fields)
-        return plans.make_plan(dataclasses.replace(CONFIG, data=data), mesh, "")
+    def of(**fields: Any) -> plans.Plan:
+        return planned(dataclasses.replace(CONFIG, data=DataConfig(batch_size=8, **fields)))
 
-    pack, document = plans.make_plan(CONFIG, mesh, ""), planned(packing="document")
+    pack, document = planned(), of(packing="document")
     assert document.model_flops == pack.model_flops
-    few, more = (planned(packing="packed", max_segments=k) for k in (2, 4))
+    few, more = (of(packing="packed", max_segments=k) for k in (2, 4))
     once = sum(forward_flops(CONFIG.model, 16).values())
     again = forward_flops(CONFIG.model, 16)["plga"]
     assert few.model_flops / pack.model_flops == pytest.approx(1 + again / once)
@@ -191,18 +193,12 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_a_plan_counts_microbatches() -> None:
-    mesh = build_mesh(CONFIG.mesh)
-
-    def planned(parts: int) -> plans.Plan:
-        training = dataclasses.replace(CONFIG.training, grad_accumulation=parts)
-        return plans.make_plan(dataclasses.replace(CONFIG, training=training), mesh, "")
-
-    whole, half = planned(1), planned(2)
+    training = dataclasses.replace(CONFIG.training, grad_accumulation=2)
+    whole, half = planned(), planned(dataclasses.replace(CONFIG, training=training))
     assert half.saved_bytes < 0.6 * whole.saved_bytes
     assert (half.model_flops, half.state_bytes) == (whole.model_flops, whole.state_bytes)
     # The parameters of each microbatch are gathered anew; the products stay.
     slow = dataclasses.replace(CHIPS["h100"], link=1e6, network=1e6)
-    training = dataclasses.replace(CONFIG.training, grad_accumulation=2)
     one = predict(CONFIG, PLAN, slow)
     two = predict(dataclasses.replace(CONFIG, training=training), PLAN, slow)
     assert two.compute == one.compute and two.links > 1.9 * one.links
@@ -289,7 +285,7 @@ def test_program_prints_a_plan_and_refuses_in_one_line(
 
 def test_the_largest_of_step_evaluation_and_sample_decides() -> None:
     """And each of them is compiled: a longer batch of held-out rows, a larger vocabulary."""
-    made = plans.make_plan(CONFIG, build_mesh(CONFIG.mesh), "")
+    made = planned()
     assert made.evaluation_bytes > 0 and made.sample_bytes > 0
     decode_weights = 4 * made.parameters // 8
     assert made.sample_bytes > decode_weights

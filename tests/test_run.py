@@ -19,6 +19,7 @@ from helpers import (
     corpus_of,
     finished_run,
     flags,
+    one_device_mesh,
     record_batches,
     rows_of,
     run_here,
@@ -35,6 +36,7 @@ from pldr_jax.config import GROUPS
 from pldr_jax.config.load import load_config
 from pldr_jax.data.text.tokenizer import Tokenizer
 from pldr_jax.files import locked
+from pldr_jax.training import loop
 from pldr_jax.training.evaluate import Evaluator
 from pldr_jax.training.optimizer import decayed_matrices
 
@@ -259,7 +261,8 @@ def test_help_lists_every_field() -> None:
     assert "--run_dir" in result.stdout and "--resume" in result.stdout
 
 
-def test_profile_of_some_steps(source, tmp_path, capsys) -> None:
+def test_profile_of_some_steps(source, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(loop, "build_mesh", one_device_mesh)
     arguments = (f"--run_dir={tmp_path / 'run'}", *flags(source, QUICK))
     status, out, _ = run_here(capsys, train_main, *arguments, "--profile=2:1")
     assert status == 0 and f"trace: {tmp_path / 'run' / 'profile'}" in out
