@@ -3,8 +3,10 @@ them."""
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
+import os
 import random
 import subprocess
 import sys
@@ -70,10 +72,22 @@ def make_corpus(folder: Path, documents: int = 40) -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def shared(session: Path) -> Iterator[Path]:
+    """A folder that all workers of a session share, and that one at a time writes to."""
+    folder = (session.parent if "PYTEST_XDIST_WORKER" in os.environ else session) / "shared"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+
+
 @functools.cache
 def corpus_of(session: Path) -> Path:
     """The text that the tests of one session share."""
-    return make_corpus(session / "shared" / "text")
+    with shared(session) as folder:
+        text = folder / "text"
+        return text if text.exists() else make_corpus(text)
 
 
 def overrides(source: Path, fields: dict[str, Any] | None = None) -> list[str]:
@@ -158,10 +172,14 @@ def compiled_programs_kept() -> Iterator[None]:
 @functools.cache
 def finished_run(session: Path) -> tuple[Path, str]:
     """The folder and the output of `train.py`, run once a session; nothing may change it."""
-    run_dir = session / "shared" / "run"
-    result = run_program("train.py", f"--run_dir={run_dir}", *flags(corpus_of(session), FINISHED))
-    assert result.returncode == 0, result.stderr
-    return run_dir, result.stdout
+    text = corpus_of(session)
+    with shared(session) as folder:
+        run_dir, output = folder / "run", folder / "run.txt"
+        if not output.exists():
+            result = run_program("train.py", f"--run_dir={run_dir}", *flags(text, FINISHED))
+            assert result.returncode == 0, result.stderr
+            output.write_text(result.stdout)
+        return run_dir, output.read_text()
 
 
 @functools.cache
@@ -169,9 +187,16 @@ def untrained_run(session: Path) -> Path:
     """A run folder with two checkpoints of a model that was not trained, and whose G_LM depends on
     its input; nothing may change it.
     """
-    run_dir = session / "shared" / "untrained"
-    small = {"Model.unroll": False, "Model.num_gated_units": 1}
-    config = tiny_config(corpus_of(session), small)
+    source = corpus_of(session)
+    with shared(session) as folder:
+        run_dir = folder / "untrained"
+        if not (run_dir / "tokenizer.model").exists():
+            _save_untrained(run_dir, source)
+        return run_dir
+
+
+def _save_untrained(run_dir: Path, source: Path) -> None:
+    config = tiny_config(source, {"Model.unroll": False, "Model.num_gated_units": 1})
     params = nn.unbox(jax.jit(init_params, static_argnums=0)(config.model, jax.random.key(2)))
     plga = params["layers"]["attention"]["plga"]
     with Checkpointer(run_dir, config.checkpoint) as checkpointer:
@@ -181,7 +206,6 @@ def untrained_run(session: Path) -> Path:
             checkpointer.save(step, state, {}, config_to_dict(config), {}, wait=True)
     text = open_training_text(config.data, config.model.vocab_size)
     (run_dir / "tokenizer.model").write_bytes(text.tokenizer.model_bytes)
-    return run_dir
 
 
 def frozen(lm: pldr_jax.LanguageModel, **arguments: Any) -> pldr_jax.LanguageModel:

@@ -79,7 +79,7 @@ def flags_of(session: Path, base: Path, **fields: Any) -> list[str]:
 @pytest.fixture(scope="module")
 def adapted(session: Path, base: Path) -> Path:
     """A run of adapters on the finished run; nothing may change it."""
-    run_dir = session / "shared" / "adapted"
+    run_dir = session / "adapted"
     overrides = [flag.removeprefix("--gin.") for flag in flags(corpus_of(session), FIELDS)]
     config, initial = start_from(base, run_dir, [], overrides)
     train_here(config, run_dir, initial=initial)
