@@ -14,8 +14,8 @@ pytestmark = pytest.mark.slow
 
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {name: value for name, value in TINY.items() if name.startswith("Model.")}
-    fields = {"Data.source": make_corpus(tmp_path / "text"), **sizes, "Training.eval_rows": 12}
-    monkeypatch.setenv("PLDR_STEPS", "20")
+    fields = {"Data.source": make_corpus(tmp_path / "text"), **sizes, "Training.eval_rows": 8}
+    monkeypatch.setenv("PLDR_STEPS", "5")
     monkeypatch.setenv("PLDR_FIELDS", " ".join(f"{k}={v}" for k, v in fields.items()))
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     notebook = nbformat.read(REPOSITORY / "notebooks" / "nano.ipynb", as_version=4)
