@@ -172,6 +172,7 @@ def held_by_devices() -> dict[Any, int]:
     return {device: sum(buffers.values()) for device, buffers in held.items()}
 
 
+@pytest.mark.slow
 def test_a_model_that_has_generated_holds_its_weights_once(tmp_path: Path) -> None:
     model = dataclasses.replace(CONFIG, num_heads=8, num_layers=2, context_length=16)
     params = jax.device_get(params_of(model))
