@@ -97,7 +97,7 @@ def test_a_program_refuses_the_fields_that_it_does_not_read(main, flag, capsys):
     with pytest.raises(SystemExit) as ended:
         main([flag])
     error = capsys.readouterr().err
-    assert ended.value.code == 2 and f"{flag}: is read from the checkpoint; here can" in error
+    assert ended.value.code == 2 and f"{flag}: is read from the checkpoint or a request; " in error
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = capsys.readouterr().out

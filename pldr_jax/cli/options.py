@@ -250,7 +250,8 @@ def _split_overrides(argv: Sequence[str], fields: Fields) -> tuple[list[str], li
         if "." in key and not _takes(fields, key):
             listed = ", ".join(fields)
             raise ConfigError(
-                f"--gin.{shorten(text)}: is read from the checkpoint; here can be set {listed}"
+                f"--gin.{shorten(text)}: is read from the checkpoint or a request; here {listed} "
+                "can be set"
             )
         overrides.append(text)
     return plain, overrides
