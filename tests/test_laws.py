@@ -9,6 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_same_bits, config_error, one_device_mesh
@@ -25,10 +26,11 @@ from pldr_jax.config import (
 from pldr_jax.config.load import config_from_dict, config_to_dict, dump_config, load_config
 from pldr_jax.model.decoder import init_params
 from pldr_jax.runs.folder import check_same_run
-from pldr_jax.training.laws.groups import groups_of
+from pldr_jax.training.laws.groups import groups_of, has_generator_rate
 from pldr_jax.training.laws.schedule import learning_rate_schedule
 from pldr_jax.training.laws.targets import chosen_position
 from pldr_jax.training.losses import PAD_ID
+from pldr_jax.training.optimizer import build_optimizer
 from pldr_jax.training.step import (
     TrainState,
     abstract_state,
@@ -174,6 +176,7 @@ def test_pulses_replace_the_scheduled_rate() -> None:
         (["Training.freeze=(('fnn', 1),)"], "Training.freeze"),
         (["Training.freeze=(('couplings', 1),)", "Model.g_source=identity"], "has none of"),
         (["Optimizer.generator_learning_rate=1e-3", "Model.g_source=identity"], "no generator"),
+        (["Optimizer.generator_weight_decay=1.0", "Model.g_source=identity"], "no generator"),
         (["Loss.targets=last", "Data.packing=packed"], "rows with segments know 'all' alone"),
         (["Optimizer.name=adam"], "did you mean adamw?"),
     ],
@@ -198,7 +201,9 @@ def test_laws_are_read_back_as_they_were_written(gin: Any) -> None:
     older = config_to_dict(ExperimentConfig())
     for group, name in (("Model", "init"), ("Loss", "targets"), ("Data", "order")):
         del older[group][name]
-    for name in ("name", "schedule", "pulses", "generator_learning_rate", "average_decay"):
+    for name in ("name", "schedule", "pulses", "average_decay"):
+        del older["Optimizer"][name]
+    for name in ("generator_learning_rate", "generator_weight_decay"):
         del older["Optimizer"][name]
     del older["Training"]["freeze"]
     assert config_from_dict(older) == ExperimentConfig()
@@ -321,6 +326,7 @@ def leaf_at(tree: Any, path: Any) -> np.ndarray:
         ("training", {"freeze": (("ffn", 5),)}, {"freeze": (("ffn", 0),)}),
         ("optimizer", {}, {"name": "lion"}),
         ("optimizer", {"generator_learning_rate": 1e-3}, {"generator_learning_rate": None}),
+        ("optimizer", {}, {"generator_weight_decay": 0.5}),
         ("optimizer", {}, {"average_decay": 0.9}),
     ],
 )
@@ -336,6 +342,20 @@ def test_a_run_goes_on_with_what_its_optimiser_remembers(
 
 
 # Update rules
+
+
+def test_the_generator_decays_at_its_own_rate() -> None:
+    """Without gradients an update is minus rate times decay times the parameter."""
+    config = OptimizerConfig(
+        schedule="constant", warmup_steps=0, learning_rate=0.1, weight_decay=0.5,
+        generator_weight_decay=2.0,
+    )  # fmt: skip
+    params = jax.tree.map(jnp.ones_like, begin().params)
+    rule = build_optimizer(config, 10)
+    updates, _ = rule.update(jax.tree.map(jnp.zeros_like, params), rule.init(params), params)
+    for path, update in jax.tree.leaves_with_path(updates):
+        expected = -0.2 if has_generator_rate(path) else -0.05
+        np.testing.assert_allclose(update, expected, rtol=1e-6, err_msg=str(path))
 
 
 @pytest.mark.slow

@@ -80,8 +80,9 @@ class ExperimentConfig:
 
     def _check_no_generator(self) -> None:
         """Refuses what only a model with a PLGA network has."""
-        if self.optimizer.generator_learning_rate is not None:
-            self.optimizer.fail("generator_learning_rate", "a predefined G_LM has no generator")
+        for name in ("generator_learning_rate", "generator_weight_decay"):
+            if getattr(self.optimizer, name) is not None:
+                self.optimizer.fail(name, "a predefined G_LM has no generator")
         generator = ("generator", "metric_learner", "couplings")
         if any(group in generator for group, _ in self.training.freeze):
             self.training.fail("freeze", f"a predefined G_LM has none of {', '.join(generator)}")

@@ -52,19 +52,25 @@ def build_optimizer(
         "norm": optax.clip_by_global_norm(config.clip_threshold),
         "none": optax.identity(),
     }[config.clip]
-    body = _rule(config, total_steps, config.learning_rate)
-    rate = config.generator_learning_rate
+    body = _rule(config, total_steps, config.learning_rate, config.weight_decay)
+    rate, decay = config.generator_learning_rate, config.generator_weight_decay
+    apart = rate is not None or decay is not None
     never_trained = any(step == 0 for _, step in freeze)
-    if rate is None and not never_trained:
+    if not apart and not never_trained:
         return optax.chain(clip, body)
     rules = {"body": body, "frozen": optax.set_to_zero()}
-    if rate is not None:
-        rules["generator"] = _rule(config, total_steps, rate)
+    if apart:
+        rules["generator"] = _rule(
+            config,
+            total_steps,
+            config.learning_rate if rate is None else rate,
+            config.weight_decay if decay is None else decay,
+        )
 
     def label(path: tuple[Any, ...], _: Any) -> str:
         if frozen_from(freeze, path) == 0:
             return "frozen"
-        return "generator" if rate is not None and has_generator_rate(path) else "body"
+        return "generator" if apart and has_generator_rate(path) else "body"
 
     def labels(params: Params) -> Any:
         return jax.tree.map_with_path(label, params)
@@ -72,8 +78,10 @@ def build_optimizer(
     return optax.chain(clip, optax.partition(rules, labels))
 
 
-def _rule(config: OptimizerConfig, total_steps: int, peak: float) -> optax.GradientTransformation:
-    """From gradients to updates, with one learning rate."""
+def _rule(
+    config: OptimizerConfig, total_steps: int, peak: float, weight_decay: float
+) -> optax.GradientTransformation:
+    """From gradients to updates, with one learning rate and weight decay."""
     beta1, beta2 = config.beta1, config.beta2
     direction = {
         "adamw": lambda: optax.scale_by_adam(beta1, beta2, config.eps),
@@ -98,7 +106,7 @@ def _rule(config: OptimizerConfig, total_steps: int, peak: float) -> optax.Gradi
     mask = None if config.decay_mask == "all" else decayed_matrices
     return optax.chain(
         direction,
-        optax.add_decayed_weights(config.weight_decay, mask),
+        optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate_schedule(config, total_steps, peak)),
     )
 
