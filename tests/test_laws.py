@@ -176,7 +176,7 @@ def test_pulses_replace_the_scheduled_rate() -> None:
         (["Training.freeze=(('fnn', 1),)"], "Training.freeze"),
         (["Training.freeze=(('couplings', 1),)", "Model.g_source=identity"], "has none of"),
         (["Optimizer.generator_learning_rate=1e-3", "Model.g_source=identity"], "no generator"),
-        (["Optimizer.generator_weight_decay=1.0", "Model.g_source=identity"], "no generator"),
+        (["Optimizer.metric_learner_weight_decay=1.0", "Model.g_source=identity"], "no generator"),
         (["Loss.targets=last", "Data.packing=packed"], "rows with segments know 'all' alone"),
         (["Optimizer.name=adam"], "did you mean adamw?"),
     ],
@@ -203,7 +203,7 @@ def test_laws_are_read_back_as_they_were_written(gin: Any) -> None:
         del older[group][name]
     for name in ("name", "schedule", "pulses", "average_decay"):
         del older["Optimizer"][name]
-    for name in ("generator_learning_rate", "generator_weight_decay"):
+    for name in ("generator_learning_rate", "metric_learner_weight_decay"):
         del older["Optimizer"][name]
     del older["Training"]["freeze"]
     assert config_from_dict(older) == ExperimentConfig()
@@ -326,7 +326,7 @@ def leaf_at(tree: Any, path: Any) -> np.ndarray:
         ("training", {"freeze": (("ffn", 5),)}, {"freeze": (("ffn", 0),)}),
         ("optimizer", {}, {"name": "lion"}),
         ("optimizer", {"generator_learning_rate": 1e-3}, {"generator_learning_rate": None}),
-        ("optimizer", {}, {"generator_weight_decay": 0.5}),
+        ("optimizer", {}, {"metric_learner_weight_decay": 0.5}),
         ("optimizer", {}, {"average_decay": 0.9}),
     ],
 )
@@ -344,17 +344,19 @@ def test_a_run_goes_on_with_what_its_optimiser_remembers(
 # Update rules
 
 
-def test_the_generator_decays_at_its_own_rate() -> None:
+@pytest.mark.parametrize("rate", [None, 0.3])
+def test_the_metric_learner_decays_at_its_own_rate(rate: float | None) -> None:
     """Without gradients an update is minus rate times decay times the parameter."""
     config = OptimizerConfig(
         schedule="constant", warmup_steps=0, learning_rate=0.1, weight_decay=0.5,
-        generator_weight_decay=2.0,
+        metric_learner_weight_decay=2.0, generator_learning_rate=rate,
     )  # fmt: skip
     params = jax.tree.map(jnp.ones_like, begin().params)
     rule = build_optimizer(config, 10)
     updates, _ = rule.update(jax.tree.map(jnp.zeros_like, params), rule.init(params), params)
     for path, update in jax.tree.leaves_with_path(updates):
-        expected = -0.2 if has_generator_rate(path) else -0.05
+        decay = 2.0 if "metric_learner" in groups_of(path) else 0.5
+        expected = -decay * ((rate if has_generator_rate(path) else None) or 0.1)
         np.testing.assert_allclose(update, expected, rtol=1e-6, err_msg=str(path))
 
 

@@ -80,7 +80,7 @@ class ExperimentConfig:
 
     def _check_no_generator(self) -> None:
         """Refuses what only a model with a PLGA network has."""
-        for name in ("generator_learning_rate", "generator_weight_decay"):
+        for name in ("generator_learning_rate", "metric_learner_weight_decay"):
             if getattr(self.optimizer, name) is not None:
                 self.optimizer.fail(name, "a predefined G_LM has no generator")
         generator = ("generator", "metric_learner", "couplings")

@@ -56,9 +56,10 @@ class OptimizerConfig(Validated):
     beta2: float = field(0.95, "decay of the second moment", low=0, high=1)
     eps: float = field(1e-4, "added to the root of the second moment", above=0)
     weight_decay: float = field(1.0, "decoupled weight decay, times the learning rate", low=0)
-    generator_weight_decay: float | None = field(
+    metric_learner_weight_decay: float | None = field(
         None,
-        "weight decay of the parameters of generator_learning_rate; None is weight_decay",
+        "weight decay of the metric learner, which a large one makes forget its input; None is "
+        "weight_decay",
         low=0,
     )
     decay_mask: Literal["all", "matrices"] = field(

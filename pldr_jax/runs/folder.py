@@ -90,7 +90,9 @@ def _check_same_memory(run_dir: Path, saved: ExperimentConfig, config: Experimen
     facts = {
         "name": lambda one: one.optimizer.name,
         "generator_learning_rate": lambda one: one.optimizer.generator_learning_rate is None,
-        "generator_weight_decay": lambda one: one.optimizer.generator_weight_decay is None,
+        "metric_learner_weight_decay": lambda one: (
+            one.optimizer.metric_learner_weight_decay is None
+        ),
         "average_decay": lambda one: one.optimizer.average_decay is None,
         "freeze": lambda one: {group for group, step in one.training.freeze if step == 0},
     }

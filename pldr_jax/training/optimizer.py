@@ -12,6 +12,7 @@ from pldr_jax.model.decoder import Params
 from pldr_jax.training.laws.groups import (
     Freeze,
     frozen_from,
+    groups_of,
     has_generator_rate,
     keep_frozen,
     names_of,
@@ -52,25 +53,26 @@ def build_optimizer(
         "norm": optax.clip_by_global_norm(config.clip_threshold),
         "none": optax.identity(),
     }[config.clip]
-    body = _rule(config, total_steps, config.learning_rate, config.weight_decay)
-    rate, decay = config.generator_learning_rate, config.generator_weight_decay
-    apart = rate is not None or decay is not None
-    never_trained = any(step == 0 for _, step in freeze)
-    if not apart and not never_trained:
-        return optax.chain(clip, body)
-    rules = {"body": body, "frozen": optax.set_to_zero()}
-    if apart:
-        rules["generator"] = _rule(
-            config,
-            total_steps,
-            config.learning_rate if rate is None else rate,
-            config.weight_decay if decay is None else decay,
-        )
+    rates, decays = {"body": config.learning_rate}, {"": config.weight_decay}
+    if config.generator_learning_rate is not None:
+        rates["generator"] = config.generator_learning_rate
+    if config.metric_learner_weight_decay is not None:
+        decays["metric_learner"] = config.metric_learner_weight_decay
+    rules = {
+        rate + decay: _rule(config, total_steps, rates[rate], decays[decay])
+        for rate in rates
+        for decay in decays
+    }
+    if len(rules) == 1 and not any(step == 0 for _, step in freeze):
+        return optax.chain(clip, rules["body"])
+    rules["frozen"] = optax.set_to_zero()
 
     def label(path: tuple[Any, ...], _: Any) -> str:
         if frozen_from(freeze, path) == 0:
             return "frozen"
-        return "generator" if apart and has_generator_rate(path) else "body"
+        rate = "generator" if "generator" in rates and has_generator_rate(path) else "body"
+        learner = "metric_learner"
+        return rate + (learner if learner in decays and learner in groups_of(path) else "")
 
     def labels(params: Params) -> Any:
         return jax.tree.map_with_path(label, params)
