@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pldr_jax.config import ConfigError
+from pldr_jax.config import ConfigError, UnavailableError
 
 EXTRAS = {"gs": "gcs", "s3": "s3"}
 VERSION = ("size", "ETag", "md5Hash", "mtime")
@@ -32,7 +32,8 @@ class Bucket:
       flag: that named it, for errors.
 
     Raises:
-      ConfigError: here and in every method, one line: an extra is missing, or the store refuses.
+      ConfigError: here and in every method, one line: an extra is missing, or the store refuses; an
+        UnavailableError where it does not answer.
     """
 
     def __init__(self, url: str, flag: str) -> None:
@@ -116,7 +117,9 @@ class Bucket:
             raise
         except Exception as error:  # each kind of store has errors of its own
             line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-            raise ConfigError(f"{self._shown}: cannot be {verb} ({line[:200]})") from None
+            refused = isinstance(error, FileNotFoundError | PermissionError | ValueError)
+            kind = ConfigError if refused else UnavailableError
+            raise kind(f"{self._shown}: cannot be {verb} ({line[:200]})") from None
 
 
 def _difference(path: Path, info: dict[str, Any]) -> str | None:

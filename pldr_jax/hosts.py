@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from pldr_jax.config import ConfigError
+from pldr_jax.config import ConfigError, UnavailableError
 from pldr_jax.files import one_line
 from pldr_jax.terminal import flush_streams, print_line
 
@@ -80,7 +80,8 @@ def join(
         given, or what a launcher left there. With neither, this is a run of one process.
 
     Raises:
-      ConfigError: only some of the three are given, or the others cannot be reached.
+      ConfigError: only some of the three are given; an UnavailableError where the others cannot be
+        reached.
     """
     given = {
         "coordinator": coordinator or environment.get("PLDR_COORDINATOR"),
@@ -117,7 +118,7 @@ def _initialize(places: dict[str, Any], who: str) -> None:
     """Joins the others, and says so while it waits for them.
 
     Raises:
-      ConfigError: they cannot be joined.
+      UnavailableError: they cannot be joined.
     """
     _shorten_fatal_errors()
     with _reminding(who):
@@ -128,7 +129,7 @@ def _initialize(places: dict[str, Any], who: str) -> None:
                 heartbeat_timeout_seconds=SILENT_SECONDS,
             )
         except (RuntimeError, ValueError, OSError, KeyError) as error:
-            raise ConfigError(
+            raise UnavailableError(
                 f"{who} cannot join the others ({one_line(error)}); start all of them, with the "
                 "same address"
             ) from None

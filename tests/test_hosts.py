@@ -6,11 +6,13 @@ import signal
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import corpus_of, finish, flags, run_program, start
 
-from pldr_jax.config import ConfigError
+from pldr_jax import hosts
+from pldr_jax.config import ConfigError, UnavailableError
 from pldr_jax.hosts import REMIND_SECONDS, connected_hosts, join, launched
 
 # Without PLGA, whose powers amplify the rounding of sums in another order, and with an epsilon that
@@ -242,7 +244,7 @@ def test_a_lost_process_ends_the_others_in_one_line(
 
 WAITING = """
 import sys
-import pldr_jax.hosts as hosts
+from pldr_jax import hosts
 hosts.REMIND_SECONDS, hosts.WAIT_SECONDS = 2.0, 60
 hosts.join(sys.argv[1], 3, int(sys.argv[2]))
 """
@@ -270,6 +272,20 @@ def test_a_host_that_is_missing_is_noticed() -> None:
     finally:
         for process in waiting:
             process.kill()
+
+
+def test_others_that_do_not_come_are_no_error_of_the_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A script that starts a run again after a crash goes on."""
+
+    def initialize(**_: Any) -> None:
+        raise RuntimeError("DEADLINE_EXCEEDED: barrier timed out")
+
+    monkeypatch.setattr(hosts, "_shorten_fatal_errors", lambda: None)
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", initialize)
+    with pytest.raises(UnavailableError, match="process 1 of 2 cannot join the others"):
+        join("localhost:1", 2, 1, environment={})
 
 
 def test_connections_are_counted_by_their_hosts(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -9,10 +10,12 @@ from helpers import assert_same_bits
 from test_engine import CONFIG, params_of
 
 from pldr_jax.bucket import Bucket
-from pldr_jax.config import ConfigError, ExperimentConfig
+from pldr_jax.cli.common import run
+from pldr_jax.config import ConfigError, ExperimentConfig, UnavailableError
 from pldr_jax.config.load import config_to_dict
 from pldr_jax.runs.checkpoint import read_weights
 from pldr_jax.runs.folder import fill_run
+from pldr_jax.runs.remote import place
 from pldr_jax.runs.remote.mirror import Mirror
 
 
@@ -79,7 +82,36 @@ def test_what_cannot_be_uploaded_is_kept_from_the_next_run(tmp_path: Path) -> No
 
     failing = mirror()
     (failing.folder / "metrics.jsonl").write_text('{"step": 1}')
-    with pytest.raises(ConfigError, match=r"\(403\); what is not uploaded lies in"):
+    with pytest.raises(UnavailableError, match=r"\(403\); what is not uploaded lies in"):
         failing.close()
     mirror()
     assert (tmp_path / "run-01234567" / "metrics.jsonl").read_text() == '{"step": 1}'
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(TimeoutError("no answer"), 1), (PermissionError("403"), 2)]
+)
+def test_status_1_says_that_the_same_command_may_succeed_later(
+    error: Exception, status: int, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The script of a pod starts a run again that a silent bucket has ended, and no other one; in
+    every process, whichever of them has asked the bucket.
+    """
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error
+
+    bucket = Bucket("memory://models/silent", "--run_dir")
+    monkeypatch.setattr(bucket._files, "cat_file", refuse)
+    monkeypatch.setattr(place, "Bucket", lambda *_: bucket)
+
+    def train(_: list[str]) -> None:
+        with place.open_run("s3://models/silent"):
+            pass
+
+    with pytest.raises(SystemExit) as ended:
+        run(train, [])
+    assert ended.value.code == status
+    told = capsys.readouterr().err
+    assert told.startswith("error: --run_dir=memory://models/silent: cannot be read (")
+    assert told.count("\n") == 1

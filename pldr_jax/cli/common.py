@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from pldr_jax.cli.options import Option, Options
-from pldr_jax.config import ConfigError, ExperimentConfig
+from pldr_jax.config import ConfigError, ExperimentConfig, UnavailableError
 from pldr_jax.config.annotations import LONGEST_LINE, shorten
 from pldr_jax.terminal import one_line, print_line
 
@@ -42,7 +42,7 @@ def run(program: Callable[[list[str]], None], argv: Sequence[str] | None = None)
     try:
         program(list(sys.argv[1:] if argv is None else argv))
     except ConfigError as error:
-        _exit(error, USAGE)
+        _exit(error, FAILURE if isinstance(error, UnavailableError) else USAGE)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:  # the reader of stdout has seen enough

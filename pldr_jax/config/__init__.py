@@ -10,6 +10,7 @@ from pldr_jax.config.experiment import GROUPS as GROUPS
 from pldr_jax.config.experiment import ExperimentConfig as ExperimentConfig
 from pldr_jax.config.fields import SEED_LIMIT as SEED_LIMIT
 from pldr_jax.config.fields import ConfigError as ConfigError
+from pldr_jax.config.fields import UnavailableError as UnavailableError
 from pldr_jax.config.fields import expand_home as expand_home
 from pldr_jax.config.fields import group_name as group_name
 from pldr_jax.config.lora import LoraConfig as LoraConfig

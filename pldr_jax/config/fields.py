@@ -30,6 +30,12 @@ class ConfigError(ValueError):
     """
 
 
+class UnavailableError(ConfigError):
+    """A bucket, or another process of the run, that does not answer: the same command may succeed
+    later. Programs then end with status 1, and with 2 for every other `ConfigError`.
+    """
+
+
 def field(
     default: Any,
     doc: str,

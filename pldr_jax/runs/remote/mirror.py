@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pldr_jax.bucket import Bucket
-from pldr_jax.config import ConfigError
+from pldr_jax.config import ConfigError, UnavailableError
 from pldr_jax.runs.checksums import ITEMS, complete_steps, read_manifest, write_manifest
 from pldr_jax.terminal import print_line
 
@@ -99,7 +99,7 @@ class Mirror:
         """Uploads what is left.
 
         Raises:
-          ConfigError: that fails; the local folder stays, under a name that no later run empties.
+          UnavailableError: that fails; the local folder stays, under a name that no later run empties.
         """
         self._ending.set()
         self._thread.join()
@@ -110,7 +110,7 @@ class Mirror:
         except (ConfigError, OSError) as error:
             kept = self.folder.with_name(f"{self.folder.name}-{self._token[:8]}")
             self.folder.rename(kept)
-            raise ConfigError(f"{error}; what is not uploaded lies in {kept}") from None
+            raise UnavailableError(f"{error}; what is not uploaded lies in {kept}") from None
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _fetch(self) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from pldr_jax.bucket import Bucket, bucket_url
-from pldr_jax.config import ConfigError
+from pldr_jax.config import ConfigError, UnavailableError
 from pldr_jax.files import cache_folder
 from pldr_jax.hosts import from_first
 from pldr_jax.runs.remote.mirror import Mirror
@@ -55,10 +55,10 @@ def open_run(run_dir: str | Path | RunPlace) -> Iterator[RunPlace]:
     if index == 0:
         try:
             owner.take()
-        except ConfigError as error:
-            problem = str(error)
+        except ConfigError as error:  # of the same kind in all processes, which end alike
+            problem = f"{isinstance(error, UnavailableError):d}{error}"
     if problem := from_first(problem):
-        raise ConfigError(problem)
+        raise (UnavailableError if problem[0] == "1" else ConfigError)(problem[1:])
     try:
         work = cache_folder(None) / "runs" / hashlib.sha256(url.encode()).hexdigest()[:16]
         token = from_first(owner.token)
