@@ -99,7 +99,8 @@ class Mirror:
         """Uploads what is left.
 
         Raises:
-          UnavailableError: that fails; the local folder stays, under a name that no later run empties.
+          UnavailableError: that fails; the local folder stays, under a name that no later run
+            empties.
         """
         self._ending.set()
         self._thread.join()
