@@ -23,6 +23,17 @@ from pldr_jax.training.task.evaluate import answer_of
 from pldr_jax.training.task.metrics import answer_scores, entities, entity_f1, macro_f1
 
 GRADIENT = 3e-4
+BELOW_THE_POWER_LAW = {
+    "decoder.dec_layers.0.mha1.wq.bias": 5e-3,
+    "decoder.dec_layers.0.mha1.wq.weight": 2e-3,
+    "decoder.dec_layers.0.mha1.plgatt_layer.Wlst": 2e-3,
+    "decoder.dec_layers.0.mha1.plgatt_layer.pwlst": 2e-3,
+    "decoder.embedding.weight": 2e-3,
+}
+"""Gradients that one unit in the last place of A moves further than `GRADIENT` (test_parity.py):
+measured 1.5e-3 (of the question head, the others 6e-4), 5.7e-4, 5.0e-4, 4.7e-4, 5.2e-4, the same
+with `jax_default_matmul_precision = highest`.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +71,7 @@ def test_losses_and_gradients_are_the_authors(task: str, tmp_path: Path) -> None
         losses.append(float(loss))
         sums.append(to_tensors(config.model, grads))
         assert abs(losses[-1] - golden[f"{task}/loss/{k}"]) < GRADIENT * losses[-1]
-    # Single tensors below the power law are further off, as the authors' own are (test_parity.py):
-    # the gradient as a whole, and that of the head.
+    # The gradient as a whole, that of the head, and each tensor by its largest magnitude.
     prefix = f"{task}/grad/"
     theirs = {n.removeprefix(prefix): x for n, x in HEADS.items() if n.startswith(prefix)}
     ours = {name: np.mean([one[name] for one in sums], axis=0) for name in theirs}
@@ -70,6 +80,12 @@ def test_losses_and_gradients_are_the_authors(task: str, tmp_path: Path) -> None
     for names in (list(theirs), head):
         one, other = (np.concatenate([x[n].ravel() for n in names]) for x in (ours, theirs))
         assert np.linalg.norm(one - other) < GRADIENT * np.linalg.norm(other), names
+    largest = {name: np.abs(x).max() for name, x in theirs.items()}
+    # Logits of a softmax lose what they gain: theirs is rounding about 0.
+    largest["qa_outputs.bias"] = largest.get("qa_outputs.weight")
+    for name, x in theirs.items():
+        allowed = BELOW_THE_POWER_LAW.get(name, GRADIENT) * largest[name]
+        assert np.abs(ours[name] - x).max() < allowed, name
     if task != "token":  # whose rows weigh as many labels as they have
         assert abs(float(step(rows)[0]) - golden[f"{task}/loss"]) < GRADIENT
 

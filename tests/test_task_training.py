@@ -157,15 +157,23 @@ def test_what_cannot_be_tuned_is_one_line(
         tune("sequence", 3, "run", "--gin.Task.labels=('pos','neg')")
 
 
+@pytest.mark.parametrize(
+    "kind,flags",
+    [("sequence", ["--gin.Lora.rank=2"]), ("question", [])],
+    ids=["sequence", "question"],
+)
 def test_on_a_mesh_it_learns_the_same(
-    tune: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    kind: str, flags: list[str], tune: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows over data, the head's logits over tensor, parameters over fsdp; it goes on there too."""
-    kind, flags = "sequence", ("--gin.Training.log_every=1", "--gin.Lora.rank=2")
+    """Rows over data, the head's logits over tensor, parameters over fsdp; a sequence head
+    beside adapters goes on there too.
+    """
+    flags = ["--gin.Training.log_every=1", *flags]
     one = tune(kind, 3, "one", *flags)
     small = MeshConfig(2, 2, 2)
     monkeypatch.setattr(helpers, "one_device_mesh", lambda config: build_mesh(small))
-    tune(kind, 2, "mesh", *flags)
+    if kind == "sequence":
+        tune(kind, 2, "mesh", *flags)
     other = tune(kind, 3, "mesh", *flags)
     losses = [
         [row["train/loss"] for row in rows_of(run) if "train/loss" in row] for run in (one, other)
