@@ -41,7 +41,7 @@ from pldr_jax.config import ModelConfig, SamplingConfig
 from pldr_jax.config.sampling import MAX_STOP_IDS
 from pldr_jax.inference.decode import full_step
 from pldr_jax.inference.sampling import slot_sampling
-from pldr_jax.inference.slots import Slots, admit, decode_slots, empty_slots
+from pldr_jax.inference.slots import Prompts, Slots, admit, decode_slots, empty_slots
 from pldr_jax.model.decoder import Params, init_params, unstack_layers
 from pldr_jax.model.deductive import random_g_lm
 from pldr_jax.training.freeze.calibrate import without_plga
@@ -162,11 +162,13 @@ class Variant:
         self.slots = self._admit(
             self.params,
             slots=self.slots,
-            slot_Q=np.zeros((1,), np.int32),
-            tokens_QT=np.ones((1, tokens), np.int32),
-            length_Q=np.array([tokens], np.int32),
-            sampling=slot_sampling([SamplingConfig(1)]),
-            stop_QZ=np.full((1, MAX_STOP_IDS), -1, np.int32),
+            prompts=Prompts(
+                slot_Q=np.zeros((1,), np.int32),
+                tokens_QT=np.ones((1, tokens), np.int32),
+                length_Q=np.array([tokens], np.int32),
+                sampling=slot_sampling([SamplingConfig(1)]),
+                stop_QZ=np.full((1, MAX_STOP_IDS), -1, np.int32),
+            ),
             g_lm_LBNHJ=self.g_lm,
         )
         jax.block_until_ready(self.slots)

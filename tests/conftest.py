@@ -30,7 +30,7 @@ from pldr_jax.interop.transformers import open_transformers
 from pldr_jax.model.decoder import Params
 from pldr_jax.runs.compiled import keep_programs
 
-pytest.register_assert_rewrite("serving")  # a plugin that test files also import from
+pytest.register_assert_rewrite("serving", "sources")  # plugins that test files also import from
 
 # Before the backend starts, else this raises. Arrays that nobody places live on device 0.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -53,7 +53,8 @@ SLOW_FILES = (
     "test_freeze",
     "test_given_g", "test_gpu", "test_gpu_benchmark", "test_harness", "test_hosts", "test_hub",
     "test_infer", "test_invariance", "test_job_results", "test_jobs", "test_kills", "test_laws",
-    "test_lora", "test_low_rank", "test_mixture", "test_partition", "test_plan", "test_prefix",
+    "test_lora", "test_low_rank", "test_low_rank_section",
+    "test_mixture", "test_partition", "test_plan", "test_prefix",
     "test_resume", "test_run", "test_segment_count", "test_segments", "test_serve",
     "test_serve_chat", "test_serve_deductive", "test_serve_errors", "test_serve_faults",
     "test_serve_harness", "test_serve_models", "test_serve_page", "test_serve_slots",

@@ -17,7 +17,7 @@ from pldr_jax.inference.decode import prefill
 from pldr_jax.inference.engine import Engine
 from pldr_jax.inference.request import DecodeOptions, Request, bucket
 from pldr_jax.inference.sampling import slot_sampling
-from pldr_jax.inference.slots import Slots, admit, decode_slots, empty_slots
+from pldr_jax.inference.slots import Prompts, Slots, admit, decode_slots, empty_slots
 from pldr_jax.model.counts.shapes import place_params
 from pldr_jax.model.decoder import Params, forward, init_params, unstack_layers
 from pldr_jax.model.deductive import random_g_lm
@@ -92,11 +92,13 @@ class Steps:
         self.slots = self.admit(
             self.case.params,
             slots=self.slots,
-            slot_Q=np.array([slot], np.int32),
-            tokens_QT=tokens[None],
-            length_Q=np.array([len(prompt)], np.int32),
-            sampling=slot_sampling([SamplingConfig(99)]),
-            stop_QZ=jnp.full((1, 8), -1),
+            prompts=Prompts(
+                slot_Q=np.array([slot], np.int32),
+                tokens_QT=tokens[None],
+                length_Q=np.array([len(prompt)], np.int32),
+                sampling=slot_sampling([SamplingConfig(99)]),
+                stop_QZ=jnp.full((1, 8), -1),
+            ),
             g_lm_LBNHJ=self.g_lm,
         )
 

@@ -14,7 +14,7 @@ from pldr_jax.inference.engine import Engine
 from pldr_jax.inference.occupancy import Occupancy
 from pldr_jax.inference.request import Completion, DecodeOptions, prompts_together
 from pldr_jax.inference.sampling import slot_sampling
-from pldr_jax.inference.slots import Slots, admit, empty_slots
+from pldr_jax.inference.slots import Prompts, Slots, admit, empty_slots
 
 TOGETHER = 4
 
@@ -32,11 +32,13 @@ def entered(prompts: list[tuple[int, ...]], slots: list[int]) -> Slots:
     return program()(
         params_of(),
         slots=empty_slots(CONFIG, 8, 48, None, "G_LM", "float32"),
-        slot_Q=np.array(slots, np.int32),
-        tokens_QT=tokens,
-        length_Q=np.array([len(prompt) for prompt in prompts], np.int32),
-        sampling=slot_sampling([SamplingConfig(9)] * len(prompts)),
-        stop_QZ=np.full((len(prompts), 8), -1, np.int32),
+        prompts=Prompts(
+            slot_Q=np.array(slots, np.int32),
+            tokens_QT=tokens,
+            length_Q=np.array([len(prompt) for prompt in prompts], np.int32),
+            sampling=slot_sampling([SamplingConfig(9)] * len(prompts)),
+            stop_QZ=np.full((len(prompts), 8), -1, np.int32),
+        ),
         g_lm_LBNHJ=None,
     )
 
@@ -96,7 +98,7 @@ class Recorded:
 
             @staticmethod
             def admit(*args: Any, **kwargs: Any) -> Any:
-                self.prompts.append(len(set(kwargs["slot_Q"].tolist())))
+                self.prompts.append(len(set(kwargs["prompts"].slot_Q.tolist())))
                 return compiled.admit(*args, **kwargs)
 
             @staticmethod

@@ -26,7 +26,7 @@ from pldr_jax.inference.request import (
     prompts_together,
 )
 from pldr_jax.inference.sampling import slot_sampling
-from pldr_jax.inference.slots import Emitted, Slots, compiled_slots
+from pldr_jax.inference.slots import Emitted, Prompts, Slots, compiled_slots
 from pldr_jax.model.decoder import Params
 from pldr_jax.model.low_rank import LowRankG, factorize, no_shared_g_lm
 
@@ -266,16 +266,15 @@ class Engine:
         tokens, lengths = zip(*(padded(r.prompt, context) for r in group.values()), strict=True)
         batch = slots.active_B.shape[0]
         missing = prompts_together(len(tokens[0]), batch) - len(group)
-        arrays = {**self._entering(group), "length_Q": np.array(lengths, np.int32)}
-        arrays["tokens_QT"] = np.stack(tokens)
-        repeated = jax.tree.map(lambda x: np.concatenate([x, *[x[-1:]] * missing]), arrays)
+        prompts = self._prompts(group, np.stack(tokens), np.array(lengths, np.int32))
+        repeated = jax.tree.map(lambda x: np.concatenate([x, *[x[-1:]] * missing]), prompts)
         one = next(iter(group.values()))  # all of a call have the same G_LM and parameters
         return self._slots.admit(
             self.held if one.params is None else one.params,
             slots=slots,
+            prompts=repeated,
             g_lm_LBNHJ=g_lm if one.g_lm is None else one.g_lm,
             keep=keep,
-            **repeated,
         )
 
     def _extended(
@@ -291,32 +290,24 @@ class Engine:
         whole = g_lm.G_LM if isinstance(g_lm, LowRankG) else g_lm
         for slot, request in group.items():
             logits_QV, outputs = self.prefixes.run(self.held, request.prompt, whole, most)
-            tokens_T: Any = np.zeros((self._config.context_length,), np.int32)
-            tokens_T[: len(request.prompt)] = request.prompt
-            slots = self.prefixes.enter(
-                slots,
-                logits_QV=logits_QV,
-                whole=outputs,
-                length_Q=np.array([len(request.prompt)], np.int32),
-                g_lm_LBNHJ=g_lm,
-                tokens_QT=tokens_T[None],
-                **self._entering({slot: request}),
-            )
+            tokens_1T: Any = np.zeros((1, self._config.context_length), np.int32)
+            tokens_1T[0, : len(request.prompt)] = request.prompt
+            length_1: Any = np.array([len(request.prompt)], np.int32)
+            prompts = self._prompts({slot: request}, tokens_1T, length_1)
+            slots = self.prefixes.enter(slots, prompts, logits_QV, outputs, g_lm)
         return slots
 
-    def _entering(self, group: Mapping[int, Request]) -> dict[str, Any]:
-        """What slots are told of the requests that enter them, besides their prompts."""
+    def _prompts(self, group: Mapping[int, Request], tokens_QT: Any, length_Q: Any) -> Prompts:
+        """What slots are told of the requests that enter them."""
         stop_QZ: Any = np.full((len(group), MAX_STOP_IDS), -1, np.int32)
         for row, request in enumerate(group.values()):
             stop_ids = request.sampling.stop_ids or ()
             stop_QZ[row, : len(stop_ids)] = stop_ids
-        return {
-            "slot_Q": np.array(list(group), np.int32),
-            "sampling": slot_sampling([r.sampling for r in group.values()]),
-            "stop_QZ": stop_QZ,
-            "bias_QV": np.stack([bias_of(r, self._config.vocab_size) for r in group.values()]),
-            "told_Q": np.array([r.top_logprobs > 0 for r in group.values()]),
-        }
+        slot_Q: Any = np.array(list(group), np.int32)
+        bias_QV: Any = np.stack([bias_of(r, self._config.vocab_size) for r in group.values()])
+        told_Q: Any = np.array([r.top_logprobs > 0 for r in group.values()])
+        sampling = slot_sampling([r.sampling for r in group.values()])
+        return Prompts(slot_Q, tokens_QT, length_Q, sampling, stop_QZ, bias_QV, told_Q)
 
     def _take(self, completion: Completion, slot: int, made: Emitted) -> None:
         """Appends what the slot made, and says why it ended if it did."""

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from pldr_jax.config import ConfigError, ModelConfig
 from pldr_jax.inference.decode import extend
-from pldr_jax.inference.slots import Slots, bind, enter, jit_on
+from pldr_jax.inference.slots import Prompts, Slots, bind, enter, jit_on
 from pldr_jax.model.cache import LayerOutputs, build_cache
 from pldr_jax.model.decoder import Params
 from pldr_jax.model.deductive import DeductiveOutputs
@@ -104,10 +104,18 @@ class PrefixCache:
             self._kept.popitem(last=False)
         return logits_1V, whole
 
-    def enter(self, slots: Slots, **arrays: Any) -> Slots:
+    def enter(
+        self,
+        slots: Slots,
+        prompts: Prompts,
+        logits_QV: jax.Array,
+        whole: LayerOutputs,
+        g_lm_LBNHJ: jax.Array | LowRankG | None,
+    ) -> Slots:
         """`enter_chunks`, compiled; `slots` are donated."""
-        entered: Slots = self._programs.enter(slots=slots, **arrays)
-        return entered
+        return self._programs.enter(
+            slots=slots, prompts=prompts, logits_QV=logits_QV, whole=whole, g_lm_LBNHJ=g_lm_LBNHJ
+        )
 
 
 def chunk_of(context: int) -> int:
@@ -118,17 +126,22 @@ def chunk_of(context: int) -> int:
 def enter_chunks(
     config: ModelConfig,
     slots: Slots,
+    prompts: Prompts,
+    logits_QV: jax.Array,
     whole: LayerOutputs,
-    length_Q: jax.Array,
     g_lm_LBNHJ: jax.Array | LowRankG | None,
-    **arrays: Any,
 ) -> Slots:
-    """Puts a prompt that `PrefixCache.run` has run into a slot; other arguments as for `enter`."""
+    """Puts a prompt into a slot.
+
+    Args:
+      logits_QV, whole: what `PrefixCache.run` has made of the prompt.
+      g_lm_LBNHJ: that of all prompts, or its factors.
+    """
     low_rank = g_lm_LBNHJ if isinstance(g_lm_LBNHJ, LowRankG) else None
     g_lm = None if isinstance(g_lm_LBNHJ, LowRankG) else g_lm_LBNHJ
     outputs = whole.replace(deductive=DeductiveOutputs(G_LM=g_lm))
-    prompts = build_cache(outputs, length_Q, whole.k_BTNH.shape[2], "G_LM", low_rank)
-    return enter(config, slots, prompts=prompts, **arrays)
+    cache = build_cache(outputs, prompts.length_Q, whole.k_BTNH.shape[2], "G_LM", low_rank)
+    return enter(config, slots, prompts, logits_QV, cache)
 
 
 class _Programs:

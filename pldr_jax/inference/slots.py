@@ -63,6 +63,28 @@ class Slots(flax.struct.PyTreeNode):
     sampling: SlotSampling
 
 
+class Prompts(flax.struct.PyTreeNode):
+    """Prompts of one bucket that enter slots in one call, and what their requests ask for.
+
+    Attributes:
+      slot_Q: the slots, int32. Two prompts in one slot must be the same.
+      tokens_QT: prompts, padded on the right to their bucket, which may be longer than a slot.
+      length_Q: real tokens of each.
+      sampling: how their tokens are drawn.
+      stop_QZ: ids that end each text, filled up with -1.
+      bias_QV: added to their logits; None is nothing.
+      told_Q: whether the most probable tokens of their steps are asked for; None is false.
+    """
+
+    slot_Q: jax.Array
+    tokens_QT: jax.Array
+    length_Q: jax.Array
+    sampling: SlotSampling
+    stop_QZ: jax.Array
+    bias_QV: jax.Array | None = None
+    told_Q: jax.Array | None = None
+
+
 class Emitted(flax.struct.PyTreeNode):
     """What some decode steps gave; [step, slot].
 
@@ -125,17 +147,11 @@ def admit(
     config: ModelConfig,
     params: Params,
     slots: Slots,
-    slot_Q: jax.Array,
-    tokens_QT: jax.Array,
-    length_Q: jax.Array,
-    sampling: SlotSampling,
-    stop_QZ: jax.Array,
+    prompts: Prompts,
     g_lm_LBNHJ: jax.Array | LowRankG | None,
     keep: str,
-    bias_QV: jax.Array | None = None,
-    told_Q: jax.Array | None = None,
 ) -> Slots:
-    """Runs prompts of one bucket and puts each into a slot. Donate `slots` when jitting this.
+    """Runs prompts and puts each into a slot. Donate `slots` when jitting this.
 
     A prompt's G_LM, keys and values are those it has alone, whatever its neighbours and its place
     among them. Bit for bit so, if its bucket and Q are always the same: G_LM amplifies rounding,
@@ -143,49 +159,33 @@ def admit(
 
     Args:
       params: stacked, or what `unstack_layers` makes of them.
-      slot_Q: the slots, int32. Two prompts in one slot must be the same.
-      tokens_QT: prompts, padded on the right to their bucket, which may be longer than a slot.
-      length_Q: real tokens of each.
-      sampling: their numbers.
-      stop_QZ: ids that end each text, filled up with -1.
+      prompts: of one bucket.
       g_lm_LBNHJ, keep: as `empty_slots` was told; or, where each slot has its own, a G_LM for these
         prompts alone.
-      bias_QV: added to their logits; None is nothing.
-      told_Q: whether the most probable tokens of their steps are asked for; None is false.
     """
-    logits_QV, prompts = prefill(
-        config, params, tokens_QT, length_Q, g_lm_LBNHJ, tokens_QT.shape[1], keep
+    tokens_QT = prompts.tokens_QT
+    logits_QV, cache = prefill(
+        config, params, tokens_QT, prompts.length_Q, g_lm_LBNHJ, tokens_QT.shape[1], keep
     )
-    return enter(
-        config, slots, logits_QV, prompts, slot_Q, tokens_QT, sampling, stop_QZ, bias_QV, told_Q
-    )
+    return enter(config, slots, prompts, logits_QV, cache)
 
 
 def enter(
-    config: ModelConfig,
-    slots: Slots,
-    logits_QV: jax.Array,
-    prompts: Cache,
-    slot_Q: jax.Array,
-    tokens_QT: jax.Array,
-    sampling: SlotSampling,
-    stop_QZ: jax.Array,
-    bias_QV: jax.Array | None = None,
-    told_Q: jax.Array | None = None,
+    config: ModelConfig, slots: Slots, prompts: Prompts, logits_QV: jax.Array, cache: Cache
 ) -> Slots:
-    """Puts prompts that have been run into slots; arguments as for `admit`.
+    """Puts prompts that have been run into slots.
 
     Args:
       logits_QV: after each prompt.
-      prompts: their keys and values.
+      cache: their keys and values.
     """
-    length_Q = prompts.length_B
+    slot_Q, length_Q, bias_QV = prompts.slot_Q, cache.length_B, prompts.bias_QV
     layers = tuple(
         old.with_prompts(new, slot_Q)
-        for old, new in zip(slots.cache.layers, prompts.layers, strict=True)
+        for old, new in zip(slots.cache.layers, cache.layers, strict=True)
     )
     seen_QV = jax.vmap(functools.partial(seen_tokens, vocab_size=config.vocab_size))(
-        tokens_QT, length_Q
+        prompts.tokens_QT, length_Q
     )
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -201,11 +201,11 @@ def enter(
         cache=Cache(layers, slots.cache.length_B.at[slot_Q].set(length_Q)),
         logits_BV=put(slots.logits_BV, logits_QV),
         history=jax.tree.map(put, slots.history, of_prompts),
-        told_B=slots.told_B.at[slot_Q].set(False if told_Q is None else told_Q),
+        told_B=slots.told_B.at[slot_Q].set(False if prompts.told_Q is None else prompts.told_Q),
         active_B=slots.active_B.at[slot_Q].set(True),
-        left_B=put(slots.left_B, sampling["max_new_tokens"]),
-        stop_BZ=put(slots.stop_BZ, stop_QZ),
-        sampling=jax.tree.map(put, slots.sampling, sampling),
+        left_B=put(slots.left_B, prompts.sampling["max_new_tokens"]),
+        stop_BZ=put(slots.stop_BZ, prompts.stop_QZ),
+        sampling=jax.tree.map(put, slots.sampling, prompts.sampling),
     )
     return _laid_out(slots)
 
