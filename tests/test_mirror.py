@@ -14,6 +14,7 @@ from pldr_jax.cli.common import run
 from pldr_jax.config import ConfigError, ExperimentConfig, UnavailableError
 from pldr_jax.config.load import config_to_dict
 from pldr_jax.runs.checkpoint import read_weights
+from pldr_jax.runs.checksums import ITEMS, newest_whole
 from pldr_jax.runs.folder import fill_run
 from pldr_jax.runs.remote import place
 from pldr_jax.runs.remote.mirror import Mirror
@@ -115,3 +116,21 @@ def test_status_1_says_that_the_same_command_may_succeed_later(
     told = capsys.readouterr().err
     assert told.startswith("error: --run_dir=memory://models/silent: cannot be read (")
     assert told.count("\n") == 1
+
+
+def test_a_silent_store_is_no_damaged_checkpoint(tmp_path: Path) -> None:
+    """An older step in its place would be trained on, and the newest one removed."""
+    for step in (1, 2):
+        for item in ITEMS:
+            (tmp_path / str(step) / item).mkdir(parents=True)
+
+    def newest(error: Exception) -> int:
+        def fetch(step: int) -> None:
+            if step == 2:
+                raise error
+
+        return newest_whole(tmp_path, None, lambda folder: (), lambda line: None, fetch)[0]
+
+    assert newest(ConfigError("an object is missing")) == 1
+    with pytest.raises(UnavailableError):
+        newest(UnavailableError("no answer"))

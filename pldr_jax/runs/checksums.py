@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from pldr_jax.config import ConfigError
+from pldr_jax.config import ConfigError, UnavailableError
 from pldr_jax.files import one_line, read_regular_file, write_whole
 
 ITEMS = ("state", "data", "config")
@@ -121,12 +121,18 @@ def _crc32(path: Path) -> int:
 
 
 def _why_not(folder: Path, step: int, fetch: Callable[[int], None] | None) -> str | None:
-    """Why a step cannot be fetched or is damaged; None where nothing is known against it."""
+    """Why a step cannot be fetched or is damaged; None where nothing is known against it.
+
+    Raises:
+      UnavailableError: the store does not answer, which says nothing of the step.
+    """
     try:
         if fetch is not None:
             fetch(step)
         whole_here = fetch is None and jax.process_index() != 0  # the first process has looked
         return None if whole_here else find_damage(folder, step)
+    except UnavailableError:
+        raise
     except ConfigError as error:
         return str(error)
 
@@ -145,6 +151,7 @@ def newest_whole(
 
     Raises:
       CheckpointError: there is none, or `read` fails although the folder is whole.
+      UnavailableError: `fetch` gets no answer.
     """
     steps = complete_steps(folder)
     if not steps:
