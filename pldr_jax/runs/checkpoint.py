@@ -240,8 +240,8 @@ class Checkpointer:
             known = _CAUSES.search(str(error))
             raise CheckpointError(
                 f"{self.folder}: the checkpoint of step {step} could not be saved "
-                f"({known[0] if known else one_line(error)}); see to the free space and the "
-                "permissions of the folder"
+                f"({known[0] if known else one_line(error)}); see to the free space, "
+                "the permissions of the folder and the limit of open files (ulimit -n)"
             ) from error
 
     def _open(self) -> ocp.CheckpointManager:

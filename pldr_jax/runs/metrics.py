@@ -109,8 +109,8 @@ class MetricWriter:
         except OSError as error:
             raise MetricsError(
                 f"{error.filename or self._path}: cannot be written ({error.strerror}); see to the "
-                "free space and the permissions of the folder, then start the run again: it goes "
-                "on from its last checkpoint"
+                "free space, the permissions of the folder and the limit of open files "
+                "(ulimit -n), then start the run again: it goes on from its last checkpoint"
             ) from None
 
     def __enter__(self) -> "MetricWriter":
