@@ -182,10 +182,13 @@ def soak(port: int, pid: int, cases: list[Case]) -> None:
 def generating(
     run: str, slots: int, steps: int, capacity: int
 ) -> Iterator[Callable[[list[Case]], float]]:
-    """`lm.generate` in a process of its own: requests to tokens a second."""
+    """`lm.generate` in a process of its own, with huge pages as the server has: requests to tokens
+    a second.
+    """
+    pages = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     process = subprocess.Popen(
         [sys.executable, "-c", GENERATE, run, str(slots), str(steps), str(capacity)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**pages, **os.environ},
     )  # fmt: skip
     source, sink = process.stdin, process.stdout
     assert source is not None and sink is not None
