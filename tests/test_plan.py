@@ -23,6 +23,7 @@ from pldr_jax.config import (
 )
 from pldr_jax.config.load import load_config
 from pldr_jax.data.rows import row_shape
+from pldr_jax.model import plga
 from pldr_jax.model.counts.flops import forward_flops, repeated_flops, training_flops
 from pldr_jax.model.decoder import init_params
 from pldr_jax.model.lora import count_adapter_params
@@ -72,7 +73,10 @@ def planned(config: ExperimentConfig = CONFIG) -> plans.Plan:
     "source, segments",
     [("learned", 1), ("identity", 1), ("random", 1), ("learned", 3), ("random", 3)],
 )
-def test_operations_are_those_of_the_unrolled_model(source: Any, segments: int) -> None:
+def test_operations_are_those_of_the_unrolled_model(
+    source: Any, segments: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plga, "residual_unroll", lambda config: config.num_residual_layers)
     model = ModelConfig(
         num_layers=2, num_heads=4, head_dim=64, context_length=257, num_residual_layers=3,
         g_source=source,
