@@ -27,5 +27,8 @@ def s3_server(cache: Path) -> Iterator[Any]:
         patch.setenv("PLDR_CACHE", str(cache))
         files = s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
         files.mkdir("models")
-        yield files
-    running.stop()
+        try:
+            yield files
+        finally:
+            files.rm("models", recursive=True)  # the next server of this process has them too
+            running.stop()
