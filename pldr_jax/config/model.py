@@ -91,7 +91,9 @@ class ModelConfig(Validated):
         "memory to spare, and slower on a CPU",
     )
     unroll: bool = field(
-        True, "unroll the scans over layers: slower to compile, faster to run on small models"
+        True,
+        "unroll the scans over layers: slower to compile, faster to run on small models; on a CPU "
+        "not that over residual layers",
     )
     attention_kernel: Literal["auto", "xla", "blocks", "cudnn", "flash"] = field(
         "auto",

@@ -58,8 +58,8 @@ class OptimizerConfig(Validated):
     weight_decay: float = field(1.0, "decoupled weight decay, times the learning rate", low=0)
     metric_learner_weight_decay: float | None = field(
         None,
-        "weight decay of the metric learner, which a large one makes forget its input; None is "
-        "weight_decay",
+        "weight decay of the metric learner; a large one makes G_LM the same for every text; None "
+        "is weight_decay",
         low=0,
     )
     decay_mask: Literal["all", "matrices"] = field(
