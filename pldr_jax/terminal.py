@@ -1,19 +1,23 @@
-"""What programs show to people: lines that cannot end a program, and the one progress display."""
+"""What programs show to people: lines that cannot end a program, tables, and the one progress
+display."""
 
 import atexit
 import contextlib
 import dataclasses
 import errno
+import io
 import os
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self, TextIO, cast
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
 
 # Control characters but tab and newline, bidirectional overrides, halves of surrogate pairs.
 _INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -34,6 +38,19 @@ def print_line(text: str, to_stderr: bool = False) -> None:
     character, is no reason to end a program: what cannot be printed is dropped or spelled out.
     """
     _write(sys.stderr if to_stderr else sys.stdout, visible(text) + "\n")
+
+
+def summary_table(rows: Mapping[str, str], title: str = "") -> str:
+    """A table of two columns, as text of at most 100 columns."""
+    table = Table(title=title or None, box=SIMPLE_HEAD, show_header=False, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console = Console(file=io.StringIO(), width=100, highlight=False)
+    console.print(table, markup=False)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def open_missing_streams() -> None:

@@ -15,10 +15,10 @@ import pytest
 from helpers import small_disk
 from matplotlib import image
 
-from pldr_jax.runs.curves import summary_table, write_curves
+from pldr_jax.runs.curves import write_curves
 from pldr_jax.runs.folder import append_sample
 from pldr_jax.runs.metrics import MetricsError, MetricWriter, read_metrics
-from pldr_jax.terminal import Display
+from pldr_jax.terminal import Display, summary_table
 from pldr_jax.training.progress import Progress
 
 

@@ -1,16 +1,10 @@
-"""What runs leave to look at: `curves.png` from the metrics of one or of several, and a table for
-the end of one.
-"""
+"""What runs leave to look at: `curves.png` from the metrics of one or of several."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 from pldr_jax.files import write_whole
 from pldr_jax.plots import COLORS, GREY, OUTPUT_COLORS, Axes, new_figure, png
@@ -105,19 +99,6 @@ def _crop(axis: Axes, values: np.ndarray) -> None:
     values = values[np.isfinite(values)]
     if len(values) and (room := values.max() - values.min()) > 0:
         axis.set_ylim(values.min() - 0.3 * room, values.max() + 0.5 * room)
-
-
-def summary_table(rows: Mapping[str, str], title: str = "") -> str:
-    """A table of two columns, as text of at most 100 columns."""
-    table = Table(title=title or None, box=SIMPLE_HEAD, show_header=False, title_justify="left")
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    console = Console(file=io.StringIO(), width=100, highlight=False)
-    console.print(table, markup=False)
-    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def _series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:

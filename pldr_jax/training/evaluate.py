@@ -92,6 +92,8 @@ class Evaluator:
         held_out: ValidationRows,
         bytes_per_token: float,
     ) -> None:
+        # Scanned layers: a run evaluates now and then, and compiles them in a fraction of the time.
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, unroll=False))
         self._config, self._rows, self._bytes_per_token = config, held_out.rows_BC, bytes_per_token
         self._learned = config.model.g_source == "learned"
         self._prefix_g = config.training.eval_prefix_g and self._learned
@@ -110,11 +112,12 @@ class Evaluator:
         self._score_halves: Callable[..., Any] = jax.jit(self._second_halves, out_shardings=whole)
         self._calibrate: Callable[..., Any] = jax.jit(self._calibrated_g_lm, out_shardings=whole)
         self._audited = first_documents(self._rows[[0, min(1, len(self._rows) - 1)]])
-        quick = dataclasses.replace(
-            config.model, unroll=False
-        )  # compiles in a fraction of the time
+        # Two rows: on a CPU compiling takes longer than all calls, half as long without optimising.
+        options = {"xla_backend_optimization_level": 0}
         self._audit: Callable[..., Any] = jax.jit(
-            functools.partial(quick_audits, quick), out_shardings=whole
+            functools.partial(quick_audits, config.model),
+            out_shardings=whole,
+            compiler_options=options if jax.default_backend() == "cpu" else None,
         )
 
     def __call__(self, params: Params, g_lm: jax.Array | None = None) -> dict[str, float]:

@@ -9,10 +9,9 @@ import jax
 
 from pldr_jax.config import ExperimentConfig
 from pldr_jax.config.load import config_to_dict
-from pldr_jax.runs.curves import summary_table, write_curves
 from pldr_jax.runs.folder import append_sample
 from pldr_jax.runs.metrics import MetricWriter
-from pldr_jax.terminal import Display
+from pldr_jax.terminal import Display, summary_table
 from pldr_jax.training.health import NONFINITE, Health
 from pldr_jax.training.progress import Progress
 
@@ -101,13 +100,18 @@ class Record:
             return
         if sample:
             append_sample(self._run_dir, step, sample)
-        self._curves = write_curves(self._run_dir)
+        self._curves = self._draw()
 
     def summary(self, evaluation: Mapping[str, float]) -> None:
         """Shows what a run has come to."""
         if self._enabled:
-            curves = self._curves or write_curves(self._run_dir)
+            curves = self._curves or self._draw()
             self.print(summary(evaluation) + (f"\ncurves: {curves}" if curves else ""))
+
+    def _draw(self) -> Path | None:
+        from pldr_jax.runs.curves import write_curves  # with matplotlib, which a start does without
+
+        return write_curves(self._run_dir)
 
     @property
     def state(self) -> dict[str, Any]:

@@ -18,9 +18,8 @@ from pldr_jax.interop.record import inherited_files
 from pldr_jax.interop.weights import Checkpoint, held_out_text, open_checkpoint
 from pldr_jax.model.counts.flops import row_flops
 from pldr_jax.partition import build_mesh, mesh_scope
-from pldr_jax.runs.curves import summary_table
 from pldr_jax.runs.folder import write_run
-from pldr_jax.terminal import print_line
+from pldr_jax.terminal import print_line, summary_table
 from pldr_jax.training.freeze import calibrate as calibration
 from pldr_jax.training.freeze.certificate import certificate_lines, certify, invariance_warning
 from pldr_jax.training.freeze.contract import contract_lines, frozen_contract, row_documents

@@ -11,8 +11,7 @@ from pldr_jax.data.segment_count import with_segment_count
 from pldr_jax.model.counts.flops import row_flops
 from pldr_jax.model.deductive import predefined_g_lm
 from pldr_jax.model.lora import count_adapter_params
-from pldr_jax.runs.curves import summary_table
-from pldr_jax.terminal import print_line
+from pldr_jax.terminal import print_line, summary_table
 from pldr_jax.training.plan.chips import CHIPS, USABLE, Chip
 from pldr_jax.training.plan.compile import REMEDY, Plan, make_plan, mesh_size, plan_mesh
 from pldr_jax.training.plan.predict import Prediction, predict
