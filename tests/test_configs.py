@@ -7,12 +7,14 @@ from pathlib import Path
 
 import jax
 import pytest
-from helpers import config_error
+from helpers import config_error, run_here
 
-from pldr_jax.config import GROUPS, ExperimentConfig
+from pldr_jax.cli.training import train
+from pldr_jax.config import GROUPS, ConfigError, ExperimentConfig
 from pldr_jax.config.gin import PACKAGED, read_file
-from pldr_jax.config.load import load_config
+from pldr_jax.config.load import describe_differences, load_config, load_run
 from pldr_jax.model.decoder import init_params
+from pldr_jax.training.sweep.settings import Command
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = sorted(CONFIGS.glob("*.gin"))
@@ -102,11 +104,53 @@ def test_configs_are_found_by_name_from_any_folder(gin):
     assert sorted(path.name for path in PACKAGED.glob("*.gin")) == [path.name for path in FILES]
 
 
-def test_nano_is_the_defaults_and_states_them():
-    assert load("nano") == ExperimentConfig()
+def test_nano_states_every_field_and_differs_from_the_defaults_in_four():
     stated = {binding.key for binding in read_file(CONFIGS / "nano.gin")}
     groups = ("Model", "Optimizer", "Data", "Training", "Checkpoint")
     assert stated == {f"{g}.{f.name}" for g in groups for f in dataclasses.fields(GROUPS[g])}
+    assert describe_differences(ExperimentConfig(), load("nano")) == [
+        "Optimizer.learning_rate: 0.015 -> 0.006",
+        "Optimizer.generator_learning_rate: None -> 0.002",
+        "Optimizer.weight_decay: 1.0 -> 0.1",
+        "Optimizer.metric_learner_weight_decay: None -> 10.0",
+    ]
+    assert load("nano_high_decay") == ExperimentConfig()
+
+
+IDENTITY = "Model.g_source=identity"
+
+
+@pytest.mark.parametrize(
+    "arguments,expected",
+    [
+        ([], lambda: load("nano")),
+        (["--gin.Model.num_layers=2"], lambda: load_config(["nano.gin"], ["Model.num_layers=2"])),
+        (["--gin_file=phase.gin"], lambda: load("phase")),
+        (["--gin_file=nano_high_decay.gin"], ExperimentConfig),
+        (
+            [f"--gin.{IDENTITY}"],
+            lambda: load_config([], ["Optimizer.learning_rate=6e-3", "Optimizer.weight_decay=0.1",
+                                     IDENTITY]),
+        ),
+    ],
+)  # fmt: skip
+def test_train_without_a_file_begins_with_nano(arguments, expected, monkeypatch, capsys):
+    planned = []
+    monkeypatch.setattr(train.planning, "plan", lambda options, config: planned.append(config))
+    status, _, error = run_here(capsys, train.train_main, "--plan", *arguments)
+    assert (status, error, planned) == (0, "", [expected()])
+    # The runs of a sweep are such commands.
+    files = [one.removeprefix("--gin_file=") for one in arguments if "--gin_file" in one]
+    point = [one.removeprefix("--gin.").split("=") for one in arguments if "--gin." in one]
+    assert Command(files).config(point) == expected()
+
+
+def test_a_rate_of_the_generator_is_refused_where_there_is_none():
+    stated = ["Optimizer.generator_learning_rate=1e-3", IDENTITY]
+    with pytest.raises(ConfigError, match="generator_learning_rate.*has no generator"):
+        load_run([], stated)
+    fine_tuned = load_run([], base=ExperimentConfig())
+    assert fine_tuned == ExperimentConfig()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -143,7 +187,7 @@ def test_parameter_counts(path):
     config = load_config([path])
     shapes = jax.eval_shape(lambda key: init_params(config.model, key), jax.random.key(0))
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    if path.stem in ("nano", "nano_low_loss", "phase"):
+    if path.stem in ("nano", "nano_high_decay", "phase"):
         assert count < 1_000_000
     else:
         assert count == PARAMETERS.get(path.stem, 109_689_362)

@@ -198,7 +198,7 @@ def test_unreadable_files(gin):
     assert config_error(["no/such.gin"]) == "no/such.gin: no such file"
     near = config_error(["pldr_110.gin"])
     assert near == "pldr_110.gin: no such file, here or in the package; did you mean pldr_110m.gin?"
-    assert "package; it has dag_110m, nano, nano_low_loss, onepass" in config_error(["!.gin"])
+    assert "package; it has dag_110m, nano, nano_high_decay, onepass" in config_error(["!.gin"])
     gin("")
     Path("a.gin").write_bytes(b"Data.source = '\xff'")
     assert config_error(["a.gin"]) == "a.gin: is not UTF-8 text"

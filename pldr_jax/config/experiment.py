@@ -12,7 +12,7 @@ from pldr_jax.config.data import DataConfig
 from pldr_jax.config.fields import ConfigError, group_name
 from pldr_jax.config.lora import LoraConfig
 from pldr_jax.config.model import ModelConfig
-from pldr_jax.config.optimizer import OptimizerConfig
+from pldr_jax.config.optimizer import OF_THE_GENERATOR, OptimizerConfig
 from pldr_jax.config.sampling import GenerationConfig
 from pldr_jax.config.task import TaskConfig
 from pldr_jax.config.training import (
@@ -80,7 +80,7 @@ class ExperimentConfig:
 
     def _check_no_generator(self) -> None:
         """Refuses what only a model with a PLGA network has."""
-        for name in ("generator_learning_rate", "metric_learner_weight_decay"):
+        for name in OF_THE_GENERATOR:
             if getattr(self.optimizer, name) is not None:
                 self.optimizer.fail(name, "a predefined G_LM has no generator")
         generator = ("generator", "metric_learner", "couplings")

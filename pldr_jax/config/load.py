@@ -17,6 +17,7 @@ from typing import Any
 from pldr_jax.config import GROUPS, ConfigError, ExperimentConfig, MeshConfig, group_name
 from pldr_jax.config.annotations import alternatives, choices, coerce, shorten, show, suggest
 from pldr_jax.config.gin import (
+    PACKAGED,
     Binding,
     Macro,
     format_value,
@@ -25,6 +26,7 @@ from pldr_jax.config.gin import (
     read_file,
     resolve,
 )
+from pldr_jax.config.optimizer import OF_THE_GENERATOR
 
 _ATTRIBUTES = {group_name(type(f.default)): f.name for f in dataclasses.fields(ExperimentConfig)}
 FIELDS = {
@@ -110,6 +112,26 @@ def load_config(
             out of bounds; the message starts with the file and line, or the flag, that set it.
     """
     return _bind(_bindings(gin_files, overrides), base or ExperimentConfig())
+
+
+def load_run(
+    gin_files: Sequence[str | Path],
+    overrides: Sequence[str] = (),
+    base: ExperimentConfig | None = None,
+) -> ExperimentConfig:
+    """The config of `train.py`: as `load_config`, but without files and `base` on top of `nano.gin`
+    of the package, in which a predefined G_LM has no values of the PLGA network.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    if not gin_files and base is None:
+        base = load_config([PACKAGED / "nano.gin"])
+        if load_config([], overrides).model.g_source != "learned":
+            without: dict[str, Any] = dict.fromkeys(OF_THE_GENERATOR)
+            optimizer = dataclasses.replace(base.optimizer, **without)
+            base = dataclasses.replace(base, optimizer=optimizer)
+    return load_config(gin_files, overrides, base)
 
 
 def load_mesh(gin_files: Sequence[str | Path], overrides: Sequence[str] = ()) -> MeshConfig:

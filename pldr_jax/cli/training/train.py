@@ -9,10 +9,11 @@ from pldr_jax.cli.training import plan as planning
 from pldr_jax.cli.training import sweep as sweeping
 from pldr_jax.cli.training.tasks import task_metrics
 from pldr_jax.config import ConfigError
-from pldr_jax.config.load import load_config
+from pldr_jax.config.load import load_run
 
 DESCRIPTION = (
-    "Trains a PLDR-LLM. Without --gin_file it is the small default run, a few minutes on a laptop."
+    "Trains a PLDR-LLM. Without --gin_file and --init_from it begins with the values of nano.gin, "
+    "the small default run, a few minutes on a laptop; else with the defaults below."
 )
 OPTIONS = (
     Option(
@@ -78,7 +79,7 @@ def train_main(argv: list[str]) -> None:
     if options.eval_tasks_limit is not None and options.eval_tasks is None:
         raise ConfigError("--eval_tasks_limit: limits tasks; name them with --eval_tasks")
     if options.init_from is None:
-        config = load_config(options.gin_files, options.overrides)
+        config = load_run(options.gin_files, options.overrides)
         keep_compiled_programs(config.data.cache_dir)
         if options.plan:
             planning.plan(options, config)

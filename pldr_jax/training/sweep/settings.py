@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pldr_jax.config import ConfigError, ExperimentConfig
 from pldr_jax.config.fields import FlagGroup, field
-from pldr_jax.config.load import load_config
+from pldr_jax.config.load import load_run
 
 Setting = tuple[str, str]
 """`Group.field` and the text of a value."""
@@ -80,7 +80,7 @@ class Command:
     """What each run of a sweep is started with, besides what varies.
 
     Attributes:
-      gin_files, overrides: for `load_config`.
+      gin_files, overrides: for `load_run`.
       init_from: checkpoint whose weights every run begins with.
       flags: other flags of `train.py`.
     """
@@ -98,7 +98,7 @@ class Command:
         Raises:
           ConfigError: a field or value that cannot be.
         """
-        return load_config(self.gin_files, [*self.overrides, *overrides_of(point)], base)
+        return load_run(self.gin_files, [*self.overrides, *overrides_of(point)], base)
 
     def arguments(self, overrides: Sequence[str], folder: Path) -> list[str]:
         """The command line of the process of a run."""
