@@ -19,6 +19,7 @@ from pldr_jax.cli.freeze import freeze_main
 from pldr_jax.cli.infer import infer_main
 from pldr_jax.config import ConfigError, DataConfig, ExperimentConfig, ModelConfig, TrainingConfig
 from pldr_jax.config.load import config_to_dict, load_config
+from pldr_jax.config.optimizer import OptimizerConfig
 from pldr_jax.data.mixture import open_training_text
 from pldr_jax.data.pipeline import validation_rows
 from pldr_jax.data.rows import SEGMENTS, TokenRows, join_rows
@@ -70,8 +71,11 @@ def write_run(folder, config: ExperimentConfig, scale: float = 20.0):
 
 
 def experiment(source, model: ModelConfig = MODEL) -> ExperimentConfig:
+    """Of a run whose generator had a rate, a decay and steps of its own."""
     data = DataConfig(source=str(source), validation_fraction=0.2)
-    return ExperimentConfig(model=model, data=data, training=TrainingConfig(eval_rows=EVAL_ROWS))
+    rules = OptimizerConfig(generator_learning_rate=2e-3, metric_learner_weight_decay=10.0)
+    training = TrainingConfig(eval_rows=EVAL_ROWS, freeze=(("couplings", 5), ("ffn", 0)))
+    return ExperimentConfig(model=model, data=data, optimizer=rules, training=training)
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +236,8 @@ def test_folder_and_output(frozen, text) -> None:
     assert json.loads((output / "certificate.json").read_text()) == certificate
     expected = frozen_config(experiment(text))
     assert load_config([output / "config.gin"]) == expected
+    assert expected.optimizer.metric_learner_weight_decay is None
+    assert expected.training.freeze == (("ffn", 0),)
     shown = "\n".join(lines)
     assert f"{certificate['parameters']['removed']:,} removed" in shown
     assert "layer 1" in shown and str(output) in shown

@@ -200,6 +200,6 @@ def test_a_run_of_skipped_updates_ends(
 def test_accumulate_must_divide(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from helpers import tiny_config, train_here
 
-    text = corpus_of(tmp_path / "text")
+    text = corpus_of(tmp_path)
     with pytest.raises(ConfigError, match=r"^Data\.batch_size = 8: .*3 parts of Training"):
         train_here(tiny_config(text, {"Training.grad_accumulation": 3}), tmp_path / "run")

@@ -6,13 +6,14 @@ carries its meaning, which `--help` prints, and its bounds, which `__post_init__
 """
 
 import dataclasses
+from typing import Any
 
 from pldr_jax.config.annotations import show
 from pldr_jax.config.data import DataConfig
 from pldr_jax.config.fields import ConfigError, group_name
 from pldr_jax.config.lora import LoraConfig
 from pldr_jax.config.model import ModelConfig
-from pldr_jax.config.optimizer import OF_THE_GENERATOR, OptimizerConfig
+from pldr_jax.config.optimizer import OptimizerConfig
 from pldr_jax.config.sampling import GenerationConfig
 from pldr_jax.config.task import TaskConfig
 from pldr_jax.config.training import (
@@ -21,6 +22,9 @@ from pldr_jax.config.training import (
     MeshConfig,
     TrainingConfig,
 )
+
+_GENERATOR = ("generator", "metric_learner", "couplings")
+_RULES_OF_GENERATOR = ("generator_learning_rate", "metric_learner_weight_decay")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +84,19 @@ class ExperimentConfig:
 
     def _check_no_generator(self) -> None:
         """Refuses what only a model with a PLGA network has."""
-        for name in OF_THE_GENERATOR:
+        for name in _RULES_OF_GENERATOR:
             if getattr(self.optimizer, name) is not None:
                 self.optimizer.fail(name, "a predefined G_LM has no generator")
-        generator = ("generator", "metric_learner", "couplings")
-        if any(group in generator for group, _ in self.training.freeze):
-            self.training.fail("freeze", f"a predefined G_LM has none of {', '.join(generator)}")
+        if any(group in _GENERATOR for group, _ in self.training.freeze):
+            self.training.fail("freeze", f"a predefined G_LM has none of {', '.join(_GENERATOR)}")
+
+    def without_generator(self) -> "ExperimentConfig":
+        """This without rates, decays and frozen groups that only a PLGA network has."""
+        rules: dict[str, Any] = dict.fromkeys(_RULES_OF_GENERATOR)
+        optimizer = dataclasses.replace(self.optimizer, **rules)
+        freeze = tuple(one for one in self.training.freeze if one[0] not in _GENERATOR)
+        training = dataclasses.replace(self.training, freeze=freeze)
+        return dataclasses.replace(self, optimizer=optimizer, training=training)
 
     def _fit_task(self) -> None:
         """Gives the model the head of `Task.kind`, as soon as its labels are known, and the data

@@ -26,7 +26,6 @@ from pldr_jax.config.gin import (
     read_file,
     resolve,
 )
-from pldr_jax.config.optimizer import OF_THE_GENERATOR
 
 _ATTRIBUTES = {group_name(type(f.default)): f.name for f in dataclasses.fields(ExperimentConfig)}
 FIELDS = {
@@ -128,9 +127,7 @@ def load_run(
     if not gin_files and base is None:
         base = load_config([PACKAGED / "nano.gin"])
         if load_config([], overrides).model.g_source != "learned":
-            without: dict[str, Any] = dict.fromkeys(OF_THE_GENERATOR)
-            optimizer = dataclasses.replace(base.optimizer, **without)
-            base = dataclasses.replace(base, optimizer=optimizer)
+            base = base.without_generator()
     return load_config(gin_files, overrides, base)
 
 

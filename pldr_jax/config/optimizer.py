@@ -9,9 +9,6 @@ from pldr_jax.config.fields import Validated, field
 Pulse = tuple[int, int, float]
 """First step, number of steps, learning rate."""
 
-OF_THE_GENERATOR = ("generator_learning_rate", "metric_learner_weight_decay")
-"""Fields that only a model with a PLGA network has a use for."""
-
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Validated):

@@ -174,7 +174,8 @@ def frozen_model(config: ModelConfig) -> ModelConfig:
 
 def frozen_config(config: ExperimentConfig) -> ExperimentConfig:
     """That with everything else of the run; there is nothing left to regularise."""
-    return dataclasses.replace(config, model=frozen_model(config.model), loss=LossConfig())
+    model = frozen_model(config.model)
+    return dataclasses.replace(config.without_generator(), model=model, loss=LossConfig())
 
 
 def without_plga(params: Params) -> Params:
