@@ -118,8 +118,9 @@ def load_run(
     overrides: Sequence[str] = (),
     base: ExperimentConfig | None = None,
 ) -> ExperimentConfig:
-    """The config of `train.py`: as `load_config`, but without files and `base` on top of `nano.gin`
-    of the package, in which a predefined G_LM has no values of the PLGA network.
+    """The config of `train.py`: that of `load_config`, on top of the package's `nano.gin` where
+    there are neither files nor a `base`. Where G_LM is predefined, the rate and the decay of the
+    PLGA network are left out of that.
 
     Raises:
         ConfigError: as `load_config`.
