@@ -71,11 +71,13 @@ def write_run(folder, config: ExperimentConfig, scale: float = 20.0):
 
 
 def experiment(source, model: ModelConfig = MODEL) -> ExperimentConfig:
-    """Of a run whose generator had a rate, a decay and steps of its own."""
+    """Of a run whose generator, where there is one, had a rate, a decay and steps of its own."""
     data = DataConfig(source=str(source), validation_fraction=0.2)
     rules = OptimizerConfig(generator_learning_rate=2e-3, metric_learner_weight_decay=10.0)
     training = TrainingConfig(eval_rows=EVAL_ROWS, freeze=(("couplings", 5), ("ffn", 0)))
-    return ExperimentConfig(model=model, data=data, optimizer=rules, training=training)
+    config = ExperimentConfig(data=data, optimizer=rules, training=training)
+    config = config if model.g_source == "learned" else config.without_generator()
+    return dataclasses.replace(config, model=model)
 
 
 @pytest.fixture(scope="module")
