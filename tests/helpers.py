@@ -48,6 +48,10 @@ TINY = {
     "Model.head_dim": 8,
     "Model.num_residual_layers": 1,
     "Model.context_length": 32,
+    "Optimizer.learning_rate": 1.5e-2,  # these four are the defaults, which train.py alone replaces
+    "Optimizer.generator_learning_rate": None,
+    "Optimizer.weight_decay": 1.0,
+    "Optimizer.metric_learner_weight_decay": None,
     "Optimizer.warmup_steps": 2,
     "Optimizer.decay_steps": STEPS,
     "Training.steps": STEPS,
