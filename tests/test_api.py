@@ -234,6 +234,8 @@ def test_bad_tokens_and_g_lm(lm: Any) -> None:
     fails("outside the vocabulary of 61", lm, [[-1]])
     fails("must be integer ids", lm, [1, 2])
     fails("must be integer ids", lm, [[0.5]])
+    fails("rows are not of one length", lm, [[1], [2, 3]])
+    fails("rows are not of one length", lm, [[1, 2], 3])
     fails("must be integer ids", lm, np.zeros((1, 0), np.int32))
     for shape in [(2, 2, 8, 4), (3, 2, 8, 8), (2, 8, 8), (2, 1, 1, 8, 8)]:
         fails("g_lm: has shape .*needs \\(2, 2, 8, 8\\)", lm, [[1]], g_lm=np.zeros(shape))

@@ -127,6 +127,8 @@ def test_end_ids_of_config_json(tmp_path: Path) -> None:
         assert end_ids({"eos_token_id": stated}) == expected
     variant(tmp_path / "source", eos_token_id=7)
     assert open_checkpoint(tmp_path / "source").end_ids == (7,)
+    variant(tmp_path / "wide", eos_token_id=[7, 61, 10**30])  # of a vocabulary of 61
+    assert open_checkpoint(tmp_path / "wide").end_ids == (7,)
     import_checkpoint(tmp_path / "source", tmp_path / "run", **QUIET)
     assert open_checkpoint(tmp_path / "run").end_ids == (7,)
     lm = pldr_jax.load(tmp_path / "run")

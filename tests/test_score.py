@@ -243,6 +243,7 @@ def test_strings_are_tokenised_joined(lm) -> None:
         (([[1]], [[64]]), "vocabulary"),
         (([[1] * 60], [[1] * 6]), "66 tokens, at most 65"),
         (([[1]], [[2]], "full", None, 0), "batch_size"),
+        (([[1]], [[2]], "full", None, True), "batch_size"),
         (([None], [[2]]), "prompt None: must be a string or a list"),
         (([[1]], [[2.5]]), "must be a string or a list"),
         ((b"ab", [[2]]), "prompts: b'ab': must be"),

@@ -172,6 +172,8 @@ def test_prompts_that_cannot_be_classified(
         ({"id2label": {"0": "a", "2": "b"}}, "id2label: must name each label 0, 1, ... once"),
         ({"id2label": {"0": "a", "1": "a"}}, "id2label: must name each label 0, 1, ... once"),
         ({"id2label": ["a"]}, "id2label: must name each label 0, 1, ... once"),
+        ({"id2label": {"0": ["a"], "1": "b"}}, "id2label: must name each label 0, 1, ... once"),
+        ({"id2label": {"0": 1, "1": "1"}}, "id2label: must name each label 0, 1, ... once"),
         ({"num_labels": "3"}, "num_labels = '3': must be a number of labels"),
         ({"pad_token_id": "x"}, "Model.pad_id: expected int or None, got 'x'"),
         ({"architectures": ["PldrllmForCausalLM"]}, "'final_layer.weight' is missing"),

@@ -52,7 +52,9 @@ def read_settings(settings: Mapping[str, Any]) -> GenerationSettings:
         raise ConfigError(f"max_gen_toks = {lengths[0]}: must be at least 0")
     if _number(stated, "num_beams", int, 1) != 1:
         raise ConfigError(f"num_beams = {stated['num_beams']!r}: there is no beam search; leave 1")
-    sample = stated.get("do_sample", _number(stated, "temperature", float, 0.0) > 0)
+    if (temperature := _number(stated, "temperature", float, 0.0)) < 0:
+        raise ConfigError(f"temperature = {temperature}: must be at least 0")
+    sample = stated.get("do_sample", temperature > 0)
     if not isinstance(sample, bool):
         raise ConfigError(f"do_sample = {sample!r}: must be true or false")
     sampling = {"repetition_penalty": _number(stated, "repetition_penalty", float, 1.0)}
@@ -66,6 +68,10 @@ def read_settings(settings: Mapping[str, Any]) -> GenerationSettings:
 def _number(settings: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:
     value = settings.get(name, default)
     try:
-        return kind(value)
+        number = kind(value)
+        if isinstance(value, bool) or number != float(value):  # 1.9 is no int, and NaN no number
+            raise ValueError
     except (TypeError, ValueError, OverflowError):
-        raise ConfigError(f"{name} = {value!r}: must be a number") from None
+        whole = ", a whole one" if kind is int else ""
+        raise ConfigError(f"{name} = {value!r}: must be a number{whole}") from None
+    return number

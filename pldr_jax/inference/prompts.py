@@ -44,7 +44,10 @@ def token_array(tokens_BT: Any, vocab_size: int) -> np.ndarray:
     Raises:
       ConfigError: another shape or type, or an id outside the vocabulary.
     """
-    tokens = np.asarray(tokens_BT)
+    try:
+        tokens = np.asarray(tokens_BT)
+    except ValueError:
+        raise ConfigError("tokens: the rows are not of one length: must be ids [B,T]") from None
     if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
         raise ConfigError(
             f"tokens: shape {tokens.shape}, dtype {tokens.dtype}: must be integer ids [B,T]"

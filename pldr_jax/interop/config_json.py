@@ -124,7 +124,9 @@ def label_names(raw: Mapping[str, Any], where: str | Path) -> tuple[str, ...] | 
             raise ConfigError(f"{where}: num_labels = {count!r}: must be a number of labels")
         return tuple(f"LABEL_{i}" for i in range(count))
     numbers = [str(i) for i in range(len(named))] if isinstance(named, dict) else []
-    if not numbers or set(named) != set(numbers) or len({*named.values()}) < len(named):
+    labels = named.values() if numbers else ()
+    plain = all(isinstance(label, str | int) for label in labels)
+    if not numbers or not plain or {*named} != {*numbers} or len({*map(str, labels)}) < len(named):
         raise ConfigError(f"{where}: id2label: must name each label 0, 1, ... once")
     if count not in (None, len(numbers)):
         raise ConfigError(f"{where}: num_labels = {count!r}: id2label names {len(numbers)}")

@@ -97,10 +97,10 @@ def _read(folder: Path, step: int | None, flag: str, mesh: Mesh | None) -> Check
     tokenizer = None
     if has_tokenizer:
         tokenizer = Tokenizer.load(folder / TOKENIZER, template_in(folder))
-    ends = _end_ids(folder, tokenizer)
     if (folder / CONFIG).is_file():
         opened = open_transformers(folder, mesh, keep_source=False)
         config = ExperimentConfig(model=opened.config, task=TaskConfig(labels=opened.labels))
+        ends = _end_ids(folder, tokenizer, config.model.vocab_size)
         return Checkpoint(folder, None, config, opened.params, opened.g_lm, tokenizer, ends)
     weights = read_weights(folder, step, mesh=mesh)
     config = config_from_dict(weights.config_dict, str(folder))
@@ -109,6 +109,7 @@ def _read(folder: Path, step: int | None, flag: str, mesh: Mesh | None) -> Check
         base = open_base(config.lora, folder, mesh).params
         params = merge_adapters(config.lora, base, params)
         config = dataclasses.replace(config, lora=LoraConfig())
+    ends = _end_ids(folder, tokenizer, config.model.vocab_size)
     return Checkpoint(folder, weights.step, config, params, weights.g_lm, tokenizer, ends)
 
 
@@ -140,16 +141,18 @@ def check_base(lora: LoraConfig, opened: Checkpoint, where: str, run_dir: Path) 
         )
 
 
-def _end_ids(folder: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+def _end_ids(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[int, ...]:
     if tokenizer is not None:
         return (tokenizer.eos_id,) if tokenizer.eos_id >= 0 else ()
     try:
         if (folder / CONFIG).is_file():
-            return end_ids(read_json(folder / CONFIG))
-        record = read_record(folder)
-        return end_ids(parse_json(record.others[CONFIG], folder)) if record else ()
+            raw = read_json(folder / CONFIG)
+        else:
+            record = read_record(folder)
+            raw = parse_json(record.others[CONFIG], folder) if record else {}
     except (ConfigError, KeyError):  # said where it matters: a record is not needed to decode
         return ()
+    return tuple(token for token in end_ids(raw) if token < vocab_size)
 
 
 def held_out_text(

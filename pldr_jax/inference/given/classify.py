@@ -85,7 +85,7 @@ def classify(
     Raises:
       ConfigError: a text that is empty, too long or has other ids, or logits that are not finite.
     """
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if type(batch_size) is not int or batch_size < 1:
         raise ConfigError(f"batch_size = {batch_size!r}: must be an integer, at least 1")
     buckets: dict[int, list[int]] = {}
     for index, tokens in enumerate(texts):

@@ -115,7 +115,7 @@ def score(
     learned = config.g_source == "learned"
     if mode not in SCORE_MODES:
         raise ConfigError(f"mode = {mode!r}: must be one of {', '.join(map(repr, SCORE_MODES))}")
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if type(batch_size) is not int or batch_size < 1:
         raise ConfigError(f"batch_size = {batch_size!r}: must be an integer, at least 1")
     if g_lm is not None and g_lm.shape[1] != 1:
         raise ConfigError(f"g_lm: has a batch axis of {g_lm.shape[1]}; one must serve every text")
