@@ -15,7 +15,7 @@ from helpers import QUICK, contents, corpus_of, flags, rows_of, run_here, untrai
 
 from pldr_jax.cli.training.train import train_main
 from pldr_jax.config import ConfigError, ExperimentConfig
-from pldr_jax.config.load import dump_config, load_config
+from pldr_jax.config.load import dump_config, load_run
 from pldr_jax.runs.curves import write_comparison
 from pldr_jax.terminal import Display
 from pldr_jax.training.finetune.begin import model_of
@@ -55,7 +55,7 @@ def test_tuple_fields_can_be_swept(tmp_path: Path) -> None:
         "mixture_weights=_1.0__2.0_,seed=2",
         "mixture_weights=_0.5__1.0_,seed=1",
     ]
-    assert load_config([], [*mixture, *runs[2].overrides]) == runs[2].config
+    assert load_run([], [*mixture, *runs[2].overrides]) == runs[2].config
     # Folders have long names, which the names of runs shorten, and stay apart.
     long = "/data/" + "x" * 100
     swept = f"Data.mixture=('{long}/a', '{long}/c'),('{long}/b',)"
@@ -248,7 +248,8 @@ def test_another_config_in_the_folder_is_refused(
     status, _, err = run_here(
         capsys, train_main, f"--run_dir={tmp_path}", f"--sweep={RATE}=1e-3,2e-3"
     )
-    assert status == 2 and "another config (Data.batch_size: 4 -> 16)" in err
+    assert status == 2 and "another config (" in err and "Data.batch_size: 4 -> 16)" in err
+    assert "Optimizer.metric_learner_weight_decay: None -> 10.0; " in err  # nano.gin
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
@@ -315,7 +316,7 @@ def test_labels_and_the_base_of_adapters_are_what_the_runs_have_found(tmp_path: 
     task = ["Task.kind=sequence", "Lora.rank=2"]
     sweep = SweepConfig(sweep=(f"{RATE}=1e-3,2e-3",))
     (run, _) = runs_here(tmp_path, *sweep.sweep, overrides=task)
-    found = load_config([], [*task, *run.overrides, "Task.labels=('a','b','c')", "Lora.base=x"])
+    found = load_run([], [*task, *run.overrides, "Task.labels=('a','b','c')", "Lora.base=x"])
     run.folder.mkdir()
     (run.folder / "config.gin").write_text(dump_config(found))
     command = Command(overrides=task)
