@@ -41,7 +41,9 @@ class Bucket:
         with self._reporting("opened"):
             import fsspec
 
-            self._files, root = fsspec.url_to_fs(url, use_listings_cache=False)
+            # S3's client compares what was stored by itself.
+            checked = {"consistency": "md5"} if url.startswith("gs:") else {}
+            self._files, root = fsspec.url_to_fs(url, use_listings_cache=False, **checked)
             self._root: str = root.rstrip("/")
 
     def objects(self) -> dict[str, dict[str, Any]]:

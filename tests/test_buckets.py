@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -87,6 +88,15 @@ def test_a_missing_extra_is_named(url: str, extra: str, monkeypatch: pytest.Monk
         monkeypatch.delitem(_registry, scheme, raising=False)
     with pytest.raises(ConfigError, match=re.escape(f"pip install 'pldr_jax[{extra}]'")):
         pldr_jax.load(url)
+
+
+def test_google_cloud_storage_compares_what_it_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client does so only where it is asked to; that of S3 always does."""
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("fsspec.url_to_fs", lambda url, **how: (asked.update({url: how}), "a/b"))
+    for url in ("gs://a/b", "s3://a/b"):
+        Bucket(url, "")
+    assert asked["gs://a/b"]["consistency"] == "md5" and "consistency" not in asked["s3://a/b"]
 
 
 @pytest.mark.parametrize(
