@@ -7,7 +7,7 @@ import pytest
 from test_sweep import RATE, WARMUP, runs_here
 
 from pldr_jax.config import ConfigError
-from pldr_jax.config.load import load_config, parse_values
+from pldr_jax.config.load import load_run, parse_values
 from pldr_jax.training.sweep.points import share
 
 
@@ -27,7 +27,7 @@ def test_a_grid_is_every_combination_each_in_its_own_folder() -> None:
     optimizer = runs[2].config.optimizer
     assert (optimizer.learning_rate, optimizer.warmup_steps) == (1e-3, 100)
     assert runs[2].settings == {RATE: 1e-3, WARMUP: 100}
-    assert load_config([], runs[2].overrides) == runs[2].config
+    assert load_run([], runs[2].overrides) == runs[2].config
 
 
 def test_zip_pairs_values() -> None:
