@@ -21,11 +21,12 @@ from pathlib import Path
 import flax.linen as nn
 import jax
 import numpy as np
+from safetensors.numpy import save_file
 
-from pldr_jax.config import ExperimentConfig, ModelConfig
-from pldr_jax.config.load import config_to_dict
-from pldr_jax.model.decoder import init_params
-from pldr_jax.runs.folder import write_run
+from pldr_jax.config import ModelConfig
+from pldr_jax.interop.config_json import PieceIds, config_json
+from pldr_jax.interop.transformers import to_source
+from pldr_jax.model.decoder import Params, init_params
 
 FEW = 8
 
@@ -37,6 +38,14 @@ def write_prompts(path: Path, count: int, vocab: int) -> None:
         for _ in range(count):
             ids = rng.integers(1, vocab, int(rng.integers(2, 16))).tolist()
             file.write(json.dumps({"tokens": ids}) + "\n")
+
+
+def write_checkpoint(folder: Path, model: ModelConfig, params: Params) -> None:
+    """In the transformers layout, which every checkout reads."""
+    folder.mkdir()
+    fields = config_json(model, PieceIds(1, 2, 3), "some/code")
+    (folder / "config.json").write_text(json.dumps(fields))
+    save_file(to_source(model, params, None), folder / "model.safetensors", {"format": "pt"})
 
 
 def seconds(checkout: Path, folder: Path, prompts: Path, options: argparse.Namespace) -> float:
@@ -91,8 +100,7 @@ def main() -> None:
     checkouts = [path.resolve() for path in options.checkouts]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = config_to_dict(ExperimentConfig(model=model))
-        write_run(folder / "run", 0, params, None, config, {})
+        write_checkpoint(folder / "run", model, params)
         few, many = folder / "few.jsonl", folder / "many.jsonl"
         write_prompts(few, FEW, options.vocab)
         write_prompts(many, options.prompts, options.vocab)
