@@ -163,6 +163,12 @@ def test_prompts_that_cannot_be_classified(
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize("size", [0, True])
+def test_rows_at_once_are_a_number(folders: dict[str, Path], size: Any) -> None:
+    with pytest.raises(ConfigError, match=f"batch_size = {size}: must be an integer, at least 1"):
+        pldr_jax.load(folders["sequence"]).classify([5, 6], batch_size=size)
+
+
 @pytest.mark.parametrize(
     "fields,message",
     [

@@ -91,11 +91,11 @@ class ExperimentConfig:
             self.training.fail("freeze", f"a predefined G_LM has none of {', '.join(_GENERATOR)}")
 
     def without_generator(self) -> "ExperimentConfig":
-        """This without rates, decays and frozen groups that only a PLGA network has."""
+        """The same config without the rate, the decay and the frozen groups of a PLGA network."""
         rules: dict[str, Any] = dict.fromkeys(_RULES_OF_GENERATOR)
         optimizer = dataclasses.replace(self.optimizer, **rules)
-        freeze = tuple(one for one in self.training.freeze if one[0] not in _GENERATOR)
-        training = dataclasses.replace(self.training, freeze=freeze)
+        kept = tuple(entry for entry in self.training.freeze if entry[0] not in _GENERATOR)
+        training = dataclasses.replace(self.training, freeze=kept)
         return dataclasses.replace(self, optimizer=optimizer, training=training)
 
     def _fit_task(self) -> None:
